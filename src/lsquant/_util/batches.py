@@ -1,0 +1,73 @@
+"""How a batch becomes the inputs of a model, the same everywhere: calibrate, verify, report, evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lsquant._util.errors import UsageError
+
+T = TypeVar("T")
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def model_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) to call the model with: a mapping gives keywords, a tuple or list its first element, a tensor itself.
+
+    Raises: UsageError for an empty tuple or list and for any other type.
+    """
+    if isinstance(batch, torch.Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), {str(key): value for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        if not batch:
+            raise UsageError("an empty batch: a tuple or list must have the model's input as its first element")
+        return (batch[0],), {}
+    raise UsageError(
+        f"a batch of type {type(batch).__name__} is neither a tensor, a tuple, a list nor a mapping: "
+        "pass forward=lambda model, batch: ..."
+    )
+
+
+def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
+    """The model's output for one batch; `forward(model, batch)`, if given, replaces the rule of `model_inputs`."""
+    if forward is not None:
+        return forward(model, batch)
+    args, kwargs = model_inputs(batch)
+    return model(*args, **kwargs)
+
+
+def take(batches: Iterable[T], max_batches: int | None) -> Iterator[T]:
+    """The first `max_batches` batches (None: all), without asking for one more than that.
+
+    Raises: UsageError if `batches` is a bare tensor or has no batch at all.
+    """
+    if isinstance(batches, (torch.Tensor, Mapping)):
+        raise UsageError(f"batches is a {type(batches).__name__}, not an iterable of batches: pass [batch]")
+    if max_batches is not None and max_batches < 1:
+        raise UsageError(f"max_batches must be at least 1, not {max_batches}")
+    empty = True
+    for batch in islice(batches, max_batches):
+        empty = False
+        yield batch
+    if empty:
+        raise UsageError("no batches were given: the iterable is empty (a generator can be used only once)")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode without gradients; the mode of every module is restored at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module, mode in modes:
+            module.training = mode

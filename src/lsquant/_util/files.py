@@ -1,0 +1,110 @@
+"""Files that are either the old ones or complete new ones, never half written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lsquant._util.errors import DamagedFile, DiskFull, MissingFile
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether `error` says that no space is left. safetensors raises no OSError: it quotes the number in its text."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    return any(f"(os error {number})" in str(error) for number in _FULL)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path in the folder of `path`; on success it is flushed to disk and renamed to `path`.
+
+    On any error the temporary file is removed and the file that was at `path` is unchanged.
+
+    Raises: MissingFile if the folder does not exist; DiskFull if no space is left.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise MissingFile(f"the folder {target.parent} of {path} does not exist: create it first")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if disk_is_full(error):
+            raise DiskFull(
+                f"no space left on the disk while writing {path}; the old file, if any, is unchanged"
+            ) from error
+        raise
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replace the file at `path` by `data`, or leave it as it is and raise."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Replace the file at `path` by `text` in UTF-8, or leave it as it is and raise."""
+    atomic_write_bytes(path, text.encode())
+
+
+def json_text(value: Any, *, indent: int | None = None) -> str:
+    """Standard JSON of `value`: NaN and infinities, which JSON has not, become null; other objects become their str()."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Replace the file at `path` by indented JSON."""
+    atomic_write_text(path, json_text(value, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read JSON. Raises: MissingFile, DamagedFile naming the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingFile(f"{path} does not exist") from error
+    except ValueError as error:
+        raise DamagedFile(f"{path} is not valid JSON: {error}") from error
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> int:
+    """Remove the temporary files that a killed process left in `folder` and below; returns how many."""
+    leftovers = [path for path in Path(folder).rglob(".*.tmp") if path.is_file()]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the folder's entry, so that the rename survives a power cut; not all systems can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

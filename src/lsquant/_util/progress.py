@@ -1,0 +1,85 @@
+"""Progress on stderr: one line that is rewritten on a terminal, one line at the end elsewhere. No colour."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Generic, TextIO, TypeVar
+
+T = TypeVar("T")
+_INTERVAL = 0.1  # seconds between two updates of the line
+_BAR = 20  # characters
+
+
+class Progress(Iterable[T], Generic[T]):
+    """Iterates over `items` and shows how far it has come.
+
+    `total`: number of items, or None if unknown; `start`: items done before; `quiet`: show nothing.
+    """
+
+    def __init__(
+        self,
+        items: Iterable[T],
+        total: int | None = None,
+        label: str = "",
+        quiet: bool = False,
+        *,
+        start: int = 0,
+        stream: TextIO | None = None,
+    ) -> None:
+        self.items, self.label, self.quiet = items, label, quiet
+        self.total = len(items) + start if total is None and hasattr(items, "__len__") else total  # pyright: ignore
+        self.start = self.done = start
+        self.stream = sys.stderr if stream is None else stream
+        self._note = ""
+        self._width = 0
+
+    def note(self, text: str) -> None:
+        """Set the text shown at the end of the line, e.g. "loss 0.12"."""
+        self._note = text
+
+    def __iter__(self) -> Iterator[T]:
+        live = not self.quiet and self.stream.isatty()
+        began = time.monotonic()
+        shown = -_INTERVAL
+        for item in self.items:
+            yield item
+            self.done += 1
+            elapsed = time.monotonic() - began
+            if live and elapsed - shown >= _INTERVAL:
+                shown = elapsed
+                self._write(self.line(elapsed), end="")
+        if not self.quiet:
+            self._write(self.line(time.monotonic() - began), end="\n")
+
+    def line(self, elapsed: float) -> str:
+        """The line for the present state; `elapsed`: seconds since the first item."""
+        parts = [self.label] if self.label else []
+        if self.total:
+            filled = min(_BAR, _BAR * self.done // self.total)
+            parts.append(f"[{'#' * filled}{'.' * (_BAR - filled)}] {self.done}/{self.total}")
+        else:
+            parts.append(str(self.done))
+        if elapsed > 0 and self.done > self.start:
+            parts.append(f"{(self.done - self.start) / elapsed:.1f}/s")
+        return "  ".join([*parts, self._note] if self._note else parts)
+
+    def _write(self, text: str, end: str) -> None:
+        if self.stream.isatty():
+            text, self._width = "\r" + text.ljust(self._width), len(text)
+        self.stream.write(text + end)
+        self.stream.flush()
+        if end:
+            self._width = 0
+
+
+def progress(items: Iterable[T], total: int | None = None, label: str = "", quiet: bool = False) -> Progress[T]:
+    """`Progress(items, total, label, quiet)`: iterate over the result as over `items`."""
+    return Progress(items, total, label, quiet)
+
+
+def message(text: str, quiet: bool = False) -> None:
+    """Print one line to stderr unless `quiet`."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
