@@ -1,0 +1,60 @@
+# make install   .venv with lsquant (editable) and all extras, pinned by constraints.txt
+# make demo      digits at 2 bits: train, export, verify, report (about 3 minutes on 2 cores)
+# make test      the tests; make test-all adds the slow ones
+# make lint      ruff and pyright; make docs: the documentation site in site/; make figure: docs/figures
+#
+# PYTHON=python3.12   the interpreter that .venv is made from (3.11 or later)
+# CONSTRAINTS=        empty: take the newest versions instead of the pinned ones
+# TORCH=...           another way to name torch to pip, for instance the path of a wheel
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+TORCH ?= torch
+EXTRAS ?= all
+JOBS ?= auto
+DEMO ?= runs/digits-w2a2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS))
+# each test process computes on one thread; JOBS processes use the cores
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+.PHONY: install demo test test-all lint docs figure clean
+.DELETE_ON_ERROR:
+
+install: $(STAMP)
+
+# torch comes first and alone, and the package is built without isolation: no build environment fetches a second torch
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("lsquant needs Python 3.11 or later, not %d.%d: make install PYTHON=python3.11" % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools wheel
+	$(PIP) $(TORCH)
+	$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/lsquant train digits --bits 2 --out $(DEMO) --overwrite
+	$(BIN)/lsquant export $(DEMO) --profile exact
+	$(BIN)/lsquant verify $(DEMO)
+	$(BIN)/lsquant report $(DEMO)
+
+test: $(STAMP)
+	$(PYTEST)
+
+test-all: $(STAMP)
+	$(PYTEST) -m ""
+
+lint: $(STAMP)
+	$(BIN)/ruff check src tests
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+figure: $(STAMP)
+	$(BIN)/lsquant figure --out docs/figures --bits 2
+
+clean:
+	rm -rf $(VENV) site build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
