@@ -17,7 +17,7 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 def model_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) to call the model with: a mapping gives keywords, a tuple or list its first element, a tensor itself.
+    """(args, kwargs) for the model: a mapping gives keywords, a tuple or list its first element, a tensor itself.
 
     Raises: UsageError for an empty tuple or list and for any other type.
     """

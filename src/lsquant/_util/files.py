@@ -63,7 +63,7 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """Standard JSON of `value`: NaN and infinities, which JSON has not, become null; other objects become their str()."""
+    """Standard JSON of `value`: NaN and infinities, which JSON has not, become null; other objects their str()."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TextIO, TypeVar
 
 T = TypeVar("T")
@@ -32,11 +32,11 @@ class Progress(Iterable[T], Generic[T]):
         self.total = len(items) + start if total is None and hasattr(items, "__len__") else total  # pyright: ignore
         self.start = self.done = start
         self.stream = sys.stderr if stream is None else stream
-        self._note = ""
+        self._note: str | Callable[[], str] = ""
         self._width = 0
 
-    def note(self, text: str) -> None:
-        """Set the text shown at the end of the line, e.g. "loss 0.12"."""
+    def note(self, text: str | Callable[[], str]) -> None:
+        """Set the text at the end of the line, e.g. "loss 0.12"; a function is called only when the line is shown."""
         self._note = text
 
     def __iter__(self) -> Iterator[T]:
@@ -63,7 +63,8 @@ class Progress(Iterable[T], Generic[T]):
             parts.append(str(self.done))
         if elapsed > 0 and self.done > self.start:
             parts.append(f"{(self.done - self.start) / elapsed:.1f}/s")
-        return "  ".join([*parts, self._note] if self._note else parts)
+        note = self._note if isinstance(self._note, str) else self._note()
+        return "  ".join([*parts, note] if note else parts)
 
     def _write(self, text: str, end: str) -> None:
         if self.stream.isatty():

@@ -1,0 +1,46 @@
+"""What a bug report and a run's env.json need: versions, processor, threads. No names of machines or folders."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+_PACKAGES = (
+    "lsquant", "torch", "numpy", "safetensors", "onnx", "onnxruntime", "onnxscript", "scikit-learn", "matplotlib",
+    "transformers", "triton", "openvino", "gguf",
+)  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """Versions of python and the packages (absent ones are left out; none is imported), and the hardware."""
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "packages": packages,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()

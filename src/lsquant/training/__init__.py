@@ -1,0 +1,12 @@
+"""Training: parameter groups, schedule, distillation, checkpoint and resume, one small loop."""
+
+from lsquant.training.distillation import classification_loss as classification_loss
+from lsquant.training.distillation import distillation_loss as distillation_loss
+from lsquant.training.facts import quantizer_facts as quantizer_facts
+from lsquant.training.groups import param_groups as param_groups
+from lsquant.training.log import Log as Log
+from lsquant.training.loop import Fitted as Fitted
+from lsquant.training.loop import fit as fit
+from lsquant.training.schedule import CosineSchedule as CosineSchedule
+from lsquant.training.state import load_state as load_state
+from lsquant.training.state import save_state as save_state

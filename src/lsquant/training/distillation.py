@@ -1,0 +1,45 @@
+"""The loss: cross-entropy, and distillation from a float teacher.
+
+Source: Hinton et al., arXiv:1503.02531; LSQ (arXiv:1902.08153) uses temperature 1 and weights both parts 1:1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+
+def distillation_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    weight: float = 1.0,
+) -> torch.Tensor:
+    """CE(logits, target) + weight * T^2 * KL(softmax(teacher/T) || softmax(logits/T)), the mean over the samples.
+
+    KL and the cross-entropy with the teacher's probabilities differ by the teacher's entropy: equal gradients.
+
+    `logits`: (..., classes) float; `target`: (...) int64, class numbers; `teacher_logits`: like `logits`.
+    """
+    classes = logits.shape[-1]
+    logits, teacher_logits = logits.reshape(-1, classes), teacher_logits.detach().reshape(-1, classes)
+    hard = F.cross_entropy(logits, target.reshape(-1))
+    soft = F.kl_div(
+        F.log_softmax(logits / temperature, dim=-1),
+        F.log_softmax(teacher_logits / temperature, dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return hard + weight * temperature**2 * soft
+
+
+def classification_loss(output: torch.Tensor, batch: Any, teacher_output: torch.Tensor | None = None) -> torch.Tensor:
+    """The loss of `fit` unless another is given: batch[1] is the target; with a teacher the 1:1 distillation loss."""
+    target = batch[1]
+    if teacher_output is None:
+        return F.cross_entropy(output.reshape(-1, output.shape[-1]), target.reshape(-1))
+    return distillation_loss(output, target, teacher_output)

@@ -1,0 +1,236 @@
+"""One small training loop. A run killed at any point and resumed ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from lsquant._util.batches import run_batch
+from lsquant._util.errors import LsquantError, UsageError
+from lsquant._util.progress import Progress, message
+from lsquant._util.seeds import rng_state, set_rng_state
+from lsquant.training.distillation import classification_loss
+from lsquant.training.facts import quantizer_facts
+from lsquant.training.log import Log
+from lsquant.training.schedule import CosineSchedule
+from lsquant.training.state import load_model_state, load_state, model_state, save_state
+
+Loss = Callable[[Any, Any, Any], torch.Tensor]
+
+
+class Stateful(Protocol):
+    """Anything else that must survive a restart: a loss scaler, an average of weights."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+@dataclass
+class Fitted:
+    """Where a run is, and what `fit` returns.
+
+    `epoch`, `step`: epochs done and iterations done in the present one; `log_position`: bytes of the log;
+    `seconds`: time spent training, over all restarts; `row`: the last epoch's row of the log.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    log_position: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    row: dict[str, Any] = field(default_factory=dict)
+
+
+def fit(
+    model: nn.Module,
+    batches: Callable[[int], Iterable[Any]],
+    optimizer: torch.optim.Optimizer,
+    *,
+    epochs: int,
+    steps_per_epoch: int,
+    schedule: CosineSchedule | None = None,
+    loss: Loss = classification_loss,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    teacher: nn.Module | None = None,
+    clip_norm: float | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, Any]] | None = None,
+    observe: Callable[[nn.Module], dict[str, dict[str, Any]]] = quantizer_facts,
+    after_step: Callable[[int], None] | None = None,
+    extras: Mapping[str, Stateful] | None = None,
+    log: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
+    label: str = "train",
+    quiet: bool = False,
+) -> Fitted:
+    """Train `model` in place for `epochs` epochs of `steps_per_epoch` iterations.
+
+    `batches(epoch)`: the batches of an epoch counted from 0; the same ones whenever it is called with that number
+    (shuffle with a generator seeded by the seed and the epoch; draws from the global generators are repeated as well).
+    `loss(output, batch, teacher_output)`: a scalar; `teacher_output` is None without a `teacher`, which is only read.
+    `clip_norm`: the largest norm of the gradient of all parameters together; `evaluate(model)`: metrics for the log at
+    the end of an epoch; `observe(model)`: facts by quantizer, called between backward and step in an epoch's last
+    iteration; `after_step(iteration)`: called after every optimizer step; `extras`: other things to checkpoint.
+
+    `log`: a JSON-lines file, one row an epoch. `checkpoint`: one file, replaced at the end of every epoch and every
+    `checkpoint_every` iterations. `resume=True` goes on from it, if it is there, and cuts the log back to it; a complete
+    run is only loaded. The bits are the same if the machine, the versions and the number of threads are.
+
+    Raises: UsageError if the checkpoint is of another run; DamagedFile; DiskFull (the last checkpoint stays);
+    LsquantError if the loss is not finite (the last checkpoint stays).
+    """
+    if epochs < 0 or steps_per_epoch < 1:
+        raise UsageError(f"epochs={epochs}, steps_per_epoch={steps_per_epoch}: at least 0 and 1 are needed")
+    rows, extras = Log(log), dict(extras or {})
+    run = {"label": label, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
+    epoch_rng, at = rng_state(), Fitted(log_position=rows.position)
+    if resume and checkpoint is not None and Path(checkpoint).exists():
+        state = load_state(checkpoint)
+        at = _restore(state, run, model, optimizer, extras, str(checkpoint), quiet)
+        epoch_rng = state["epoch_rng"]
+        rows.cut(at.log_position)
+
+    if teacher is not None:
+        teacher.eval()
+    model.train()
+    began = time.monotonic() - at.seconds
+
+    def write_checkpoint() -> None:
+        if checkpoint is None:
+            return
+        at.log_position, at.seconds = rows.position, time.monotonic() - began
+        state = {
+            "run": run,
+            "at": asdict(at),
+            "rng": rng_state(),
+            "epoch_rng": epoch_rng,
+            "threads": torch.get_num_threads(),
+        }
+        state |= {"model": model_state(model), "optimizer": optimizer.state_dict()}
+        save_state(checkpoint, state | {"extras": {name: extra.state_dict() for name, extra in extras.items()}})
+
+    while at.epoch < epochs:
+        loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64, device=next(model.parameters()).device)
+        facts: dict[str, dict[str, Any]] = {}
+        rest = islice(_rest(batches, at, epoch_rng), steps_per_epoch - at.step)
+        bar = Progress(rest, steps_per_epoch, f"{label} {at.epoch + 1}/{epochs}", quiet, start=at.step)
+        for batch in bar:
+            iteration = at.epoch * steps_per_epoch + at.step
+            if schedule is not None:
+                schedule.apply(optimizer, iteration)
+            teacher_output = None
+            if teacher is not None:
+                with torch.no_grad():
+                    teacher_output = run_batch(teacher, batch, forward)
+            value = loss(run_batch(model, batch, forward), batch, teacher_output)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            at.step += 1
+            if at.step == steps_per_epoch:
+                facts = observe(model)
+            if clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+            optimizer.step()
+            if after_step is not None:
+                after_step(iteration)
+            loss_sum += value.detach()
+            bar.note(lambda s=loss_sum, n=at.step: f"loss {s.item() / n:.4f}")
+            if checkpoint_every and (iteration + 1) % checkpoint_every == 0 and at.step < steps_per_epoch:
+                at.loss_sum = loss_sum.item()
+                write_checkpoint()
+        if at.step != steps_per_epoch:
+            raise UsageError(
+                f"batches({at.epoch}) gave {at.step} batches, steps_per_epoch={steps_per_epoch} were announced"
+            )
+        mean = loss_sum.item() / steps_per_epoch
+        if not math.isfinite(mean):
+            raise LsquantError(
+                f"the loss of {label} is not finite in epoch {at.epoch + 1} ({mean}): lower the learning rate, or set "
+                "clip_norm; the checkpoint of the epoch before is unchanged"
+            )
+        at.epoch, at.step, at.loss_sum = at.epoch + 1, 0, 0.0
+        at.row = _row(label, at.epoch, at.epoch * steps_per_epoch, mean, optimizer, facts, evaluate and evaluate(model))
+        rows.append(at.row)
+        epoch_rng = rng_state()
+        write_checkpoint()
+    at.log_position, at.seconds = rows.position, time.monotonic() - began
+    return at
+
+
+def _rest(batches: Callable[[int], Iterable[Any]], at: Fitted, epoch_rng: dict[str, Any]) -> Iterable[Any]:
+    """The batches of the present epoch that are still to come.
+
+    After a restart within an epoch its first batches are drawn again from the generators' state at its beginning, and
+    dropped; then the generators go on where the checkpoint was made.
+    """
+    if at.step == 0:
+        return batches(at.epoch)
+    now = rng_state()
+    set_rng_state(epoch_rng)
+    rest = iter(batches(at.epoch))
+    for _ in islice(rest, at.step):
+        pass
+    set_rng_state(now)
+    return rest
+
+
+def _row(
+    label: str,
+    epoch: int,
+    iteration: int,
+    loss: float,
+    optimizer: torch.optim.Optimizer,
+    facts: dict[str, dict[str, Any]],
+    metrics: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """A row of the log. The metrics' own "quantizers" (clip rates) are joined with the facts by name."""
+    groups = optimizer.param_groups
+    row: dict[str, Any] = {"phase": label, "epoch": epoch, "iteration": iteration, "loss": loss, "lr": groups[0]["lr"]}
+    row |= {"step_lr": group["lr"] for group in groups if group.get("name") == "steps" and group["params"]}
+    metrics = dict(metrics or {})
+    for name, more in metrics.pop("quantizers", {}).items():
+        facts[name] = facts.get(name, {}) | dict(more)
+    return row | metrics | ({"quantizers": facts} if facts else {})
+
+
+def _restore(
+    state: dict[str, Any],
+    run: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    extras: dict[str, Stateful],
+    path: str,
+    quiet: bool,
+) -> Fitted:
+    different = [
+        f"{key} {state['run'].get(key)!r}, not {value!r}"
+        for key, value in run.items()
+        if state["run"].get(key) != value
+    ]
+    if different or set(state["extras"]) != set(extras):
+        raise UsageError(f"{path} is the checkpoint of another run: {'; '.join(different) or sorted(state['extras'])}")
+    load_model_state(model, state["model"])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError as error:
+        raise UsageError(f"{path} is the checkpoint of another optimizer: {error}") from error
+    for name, extra in extras.items():
+        extra.load_state_dict(state["extras"][name])
+    set_rng_state(state["rng"])
+    if state["threads"] != torch.get_num_threads():
+        message(
+            f"{path} was made with {state['threads']} threads, now there are {torch.get_num_threads()}: "
+            "the run goes on, but not with the same bits",
+            quiet,
+        )
+    return Fitted(**state["at"])

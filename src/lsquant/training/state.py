@@ -1,0 +1,147 @@
+"""Training checkpoints: one safetensors file, structure as JSON in its metadata, a checksum, no pickle.
+
+A nested value (dicts, lists, tuples, numbers, strings, None, tensors) is split into tensors and JSON:
+    tensor -> {"tensor": key}    tuple -> {"tuple": [...]}    dict -> {"dict": [[key, value], ...]}
+    nan, inf, -inf -> {"float": "nan"}    lists, strings, None, booleans, other numbers -> themselves
+A float is written with the digits that give back the same float, so the round trip is exact.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from lsquant._util.errors import DamagedFile, MissingFile, UsageError
+from lsquant._util.files import atomic_write
+
+FORMAT = "lsquant training checkpoint"
+VERSION = 1
+
+
+def encode(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """(structure, tensors): `structure` is valid JSON, `tensors` are contiguous, on the CPU and share no memory.
+
+    Raises: UsageError for a type that is none of the above.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+
+    def walk(item: Any, path: str) -> Any:
+        if isinstance(item, torch.Tensor):
+            tensor = item.detach().to("cpu").contiguous()
+            pointer = tensor.untyped_storage().data_ptr()
+            tensors[path] = tensor.clone() if pointer in storages else tensor
+            storages.add(pointer)
+            return {"tensor": path}
+        if isinstance(item, float) and not math.isfinite(item):
+            return {"float": repr(float(item))}
+        if item is None or isinstance(item, (bool, int, float, str)):
+            return item
+        if isinstance(item, (list, tuple)):
+            items = [walk(part, f"{path}.{index}") for index, part in enumerate(item)]
+            return items if isinstance(item, list) else {"tuple": items}
+        if isinstance(item, dict):
+            if not all(isinstance(key, (str, int)) for key in item):
+                raise UsageError(f"a checkpoint cannot hold the keys of {path or 'the state'}: only str and int")
+            return {"dict": [[key, walk(part, f"{path}.{key}" if path else str(key))] for key, part in item.items()]}
+        raise UsageError(f"a checkpoint cannot hold a {type(item).__name__} (at {path or 'the top'})")
+
+    return walk(value, ""), tensors
+
+
+def decode(structure: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The value that `encode` took apart."""
+    if isinstance(structure, list):
+        return [decode(item, tensors) for item in structure]
+    if not isinstance(structure, dict):
+        return structure
+    (kind, content), *rest = structure.items()
+    if rest:
+        raise ValueError(f"unknown structure {sorted(structure)}")
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "float":
+        return float(content)
+    if kind == "tuple":
+        return tuple(decode(item, tensors) for item in content)
+    if kind == "dict":
+        return {key: decode(item, tensors) for key, item in content}
+    raise ValueError(f"unknown structure {kind!r}")
+
+
+def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write `state` beside `path` and rename it, so that a kill or a full disk leaves the old file.
+
+    Raises: DiskFull, MissingFile (the folder), UsageError (a type the format has not).
+    """
+    structure, tensors = encode(state)
+    text = json.dumps(structure, allow_nan=False)
+    metadata = {"format": FORMAT, "version": str(VERSION), "crc32": str(_checksum(text, tensors)), "structure": text}
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `save_state` wrote.
+
+    Raises: MissingFile; DamagedFile naming the file if it is truncated, altered or something else.
+    """
+    if not Path(path).is_file():
+        raise MissingFile(f"the checkpoint {path} does not exist")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            found = (metadata.get("format"), metadata.get("version"))
+            if found != (FORMAT, str(VERSION)):
+                raise DamagedFile(
+                    f"{path} is no checkpoint this version reads: it says format {found[0]!r}, version {found[1]!r}; "
+                    f"needed are {FORMAT!r}, version {VERSION}"
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        text = metadata["structure"]
+        if _checksum(text, tensors) != int(metadata["crc32"]):
+            raise DamagedFile(f"the checkpoint {path} is damaged: its checksum does not fit its content")
+        return decode(json.loads(text), tensors)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        if isinstance(error, DamagedFile):
+            raise
+        raise DamagedFile(f"the checkpoint {path} is damaged or not a checkpoint: {error}") from error
+
+
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """The state dict, and the buffers that are not in it (counters), which a resumed run needs as well."""
+    state = dict(model.state_dict())
+    return {"state": state, "volatile": {name: b for name, b in model.named_buffers() if name not in state}}
+
+
+def load_model_state(model: nn.Module, saved: dict[str, Any]) -> None:
+    """Put back what `model_state` gave.
+
+    Raises: UsageError if it is the state of another architecture.
+    """
+    try:
+        model.load_state_dict(saved["state"])
+    except RuntimeError as error:
+        raise UsageError(f"the checkpoint is of another architecture: {error}") from error
+    buffers = dict(model.named_buffers())
+    with torch.no_grad():
+        for name, value in saved["volatile"].items():
+            if name in buffers:
+                buffers[name].copy_(value)
+
+
+def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> int:
+    total = zlib.crc32(text.encode())
+    for key in sorted(tensors):
+        total = zlib.crc32(key.encode(), total)
+        total = zlib.crc32(tensors[key].reshape(-1).view(torch.uint8).numpy().data, total)
+    return total
