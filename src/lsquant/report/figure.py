@@ -1,0 +1,178 @@
+"""The figure of LSQ: the staircase and, beneath it, the gradient of the step, beside PACT's and QIL's.
+
+After Figure 2 of LSQ (Esser et al., ICLR 2020, arXiv:1902.08153). All three gradients are given per step `s`: where a
+method learns another quantity that fixes the width of the quantized domain, the chain rule carries it over.
+PACT: Choi et al., arXiv:1805.06085.  QIL: Jung et al., CVPR 2019, arXiv:1808.05779.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsquant import reference
+from lsquant._util.errors import UsageError
+from lsquant._util.files import atomic_write
+from lsquant._util.optional import require
+
+# Okabe and Ito's palette: told apart with any colour vision, and the line styles differ as well
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
+DOTTED = {"color": GREY, "linewidth": 0.9, "linestyle": (0, (1.5, 2.5))}
+MOST_MARKED = 32  # transition points; beyond that their marks would run into each other
+
+
+def transition_points(step: float, q_min: int, q_max: int) -> list[float]:
+    """Where the code changes: `(q + 1/2) * step` for q from q_min to q_max - 1, in ascending order."""
+    return [(q + 0.5) * step for q in range(q_min, q_max)]
+
+
+def staircase(v: Tensor, step: float, q_min: int, q_max: int) -> Tensor:
+    """`v_hat = clip(round(v/s), q_min, q_max) * s`. v: (n,) float32. Returns (n,) float32."""
+    return reference.fake_quantize(v, torch.tensor([step]), q_min, q_max, 1.0)
+
+
+def lsq_step_gradient(v: Tensor, step: float, q_min: int, q_max: int) -> Tensor:
+    """`d v_hat / d s` of LSQ, g left out: `round(v/s) - v/s` inside, q_min below, q_max above.
+
+    Taken from autograd of `reference.fake_quantize`, each element with its own step. v: (n,) float32. Returns (n,).
+    """
+    steps = torch.full_like(v, step, requires_grad=True)
+    reference.fake_quantize(v, steps, q_min, q_max, 1.0, axis=0).sum().backward()
+    assert steps.grad is not None
+    return steps.grad
+
+
+def pact_step_gradient(v: Tensor, step: float, q_min: int, q_max: int) -> Tensor:
+    """PACT per step: 0 inside, q_min below, q_max above.
+
+    PACT learns the clip point `alpha = q_max * s` with `d v_hat / d alpha = 1 where v >= alpha, else 0`, and
+    `d alpha / d s = q_max`. The lower side (signed values) is the mirror image, as the LSQ paper writes it.
+    """
+    vs = v / step
+    return torch.where(vs >= q_max, float(q_max), torch.where(vs <= q_min, float(q_min), 0.0))
+
+
+def qil_step_gradient(v: Tensor, step: float, q_min: int, q_max: int) -> Tensor:
+    """QIL per step: `(c - v) / s` between the clip points, 0 beyond; c is the middle of the two.
+
+    QIL maps the interval of centre c and width W to 0 .. 1 before it rounds: `t = (v - c) / W + 1/2`. In the units of
+    v_hat, W times that, `d v_hat / d W = (c - v) / W`; with `W = (q_max - q_min) * s`, `d W / d s = q_max - q_min`.
+    """
+    vs = v / step
+    return torch.where((vs > q_min) & (vs < q_max), (q_min + q_max) / 2 - vs, 0.0)
+
+
+def pieces(cuts: Sequence[float], step: float) -> list[Tensor]:
+    """The range of v from the first cut to the last, one piece between each two: no line is drawn across a jump.
+
+    cuts: in steps, ascending. Each piece: (9,) float32, its ends 1e-4 steps inside the cuts.
+    """
+    return [torch.linspace(low + 1e-4, high - 1e-4, 9) * step for low, high in pairwise(cuts)]
+
+
+def draw_figure(path: str | os.PathLike[str], *, bits: int = 2, signed: bool = False, step: float = 1.0) -> Path:
+    """Draw the figure to `path`, as SVG or PNG by its suffix; the same arguments give the same SVG bytes.
+
+    Raises: UsageError for another suffix, bits outside 2 .. 8 or a step that is not positive; MissingExtra without
+    matplotlib; MissingFile if the folder does not exist.
+    """
+    path = Path(path)
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in ("svg", "png"):
+        raise UsageError(f"a figure is written as .svg or .png, not as {path.name!r}")
+    if not 0.0 < step < float("inf"):
+        raise UsageError(f"the step must be positive and finite, not {step}")
+    q_min, q_max = reference.bounds(bits, signed)
+    matplotlib = require("matplotlib", extra="figure")
+    style = {
+        "svg.hashsalt": "lsquant",
+        "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters everywhere
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#333333",
+        "axes.linewidth": 0.9,
+    }
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(style)
+        figure = _figure(q_min, q_max, step)
+        with atomic_write(path) as temporary:
+            metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+            figure.savefig(temporary, format=kind, dpi=160, metadata=metadata)
+    return path
+
+
+def _figure(q_min: int, q_max: int, step: float) -> Any:
+    """The two panels as a matplotlib Figure."""
+    parts = require("matplotlib.figure", extra="figure")
+    figure = parts.Figure(figsize=(7.6, 7.0), layout="constrained", facecolor="white")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1.0, 1.1])
+    margin = max(1.0, 0.15 * (q_max - q_min))
+    left, right = q_min - margin, q_max + margin
+    points = transition_points(step, q_min, q_max)
+    marks = len(points) <= MOST_MARKED
+    for axes in (top, bottom):
+        axes.set_axisbelow(True)
+        axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+        for low, high in ((left, q_min), (q_max, right)):
+            axes.axvspan(low * step, high * step, color="#f3f3f3", linewidth=0, zorder=-1)
+        for point in points if marks else ():
+            axes.axvline(point, zorder=0, **DOTTED)
+    steps = [left, *(point / step for point in points), right]
+    clips = [left, q_min, q_max, right]
+    _draw_staircase(top, pieces(steps, step), marks, step, q_min, q_max)
+    _draw_gradients(bottom, pieces(sorted({*steps, *clips}), step), pieces(clips, step), step, q_min, q_max)
+    top.set_xlim(left * step, right * step)
+    bottom.set_xlabel("value $v$" if step == 1.0 else f"value $v$, with step $s$ = {step:g}")
+    figure.align_ylabels()
+    return figure
+
+
+def _draw_staircase(axes: Any, parts: list[Tensor], marks: bool, step: float, q_min: int, q_max: int) -> None:
+    """Top: v_hat over v. A value on a transition point goes to the filled end, the even code, not to the open one."""
+    ends = [float(parts[0][0]), float(parts[-1][-1])]
+    axes.plot(ends, ends, color=GREY, linewidth=1.2, linestyle=(0, (6, 3)), label="$v$ itself")
+    label: str | None = r"$\hat v = s\,\cdot$ clip( round($v/s$) )"
+    style = {"color": BLUE, "linewidth": 2.6, "solid_capstyle": "butt"}
+    for part in parts:
+        axes.plot(part, staircase(part, step, q_min, q_max), label=label, **style)
+        label = None
+    if marks:
+        for q, point in zip(range(q_min, q_max), transition_points(step, q_min, q_max), strict=True):
+            for code in (q, q + 1):
+                face = "white" if code % 2 else BLUE
+                axes.plot(point, code * step, "o", markersize=5.5, color=BLUE, markerfacecolor=face)
+        axes.plot([], [], label="transition points", **DOTTED)
+    _title(axes, f"The staircase: codes {q_min} to {q_max}; shaded: clipped", r"quantized value $\hat v$")
+
+
+def _draw_gradients(axes: Any, steps: list[Tensor], clips: list[Tensor], step: float, q_min: int, q_max: int) -> None:
+    """Bottom: the three step gradients; LSQ's is cut at transition and clip points, the others at the clip points."""
+    qil = {"color": GREEN, "linewidth": 1.9, "zorder": 2, "linestyle": (0, (6, 1.5, 1, 1.5))}
+    pact = {"color": ORANGE, "linewidth": 1.9, "zorder": 4, "linestyle": (0, (3.5, 2))}
+    curves = [
+        ("LSQ: the transition points", lsq_step_gradient, steps, {"color": BLUE, "linewidth": 2.8, "zorder": 3}),
+        ("QIL: the clip points", qil_step_gradient, clips, qil),
+        ("PACT: the outside", pact_step_gradient, clips, pact),
+    ]
+    for name, curve, parts, style in curves:
+        label: str | None = name
+        for part in parts:
+            axes.plot(part, curve(part, step, q_min, q_max), label=label, solid_capstyle="butt", **style)
+            label = None
+    _title(axes, "The gradient of the step, and what it sees", r"step gradient $\partial \hat v / \partial s$")
+
+
+def _title(axes: Any, title: str, ylabel: str) -> None:
+    """A bold title with the legend in one row beneath it, both above the axes, where no curve can run into them."""
+    axes.set_ylabel(ylabel)
+    axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", pad=28)
+    style = {"frameon": False, "borderaxespad": 0.4, "borderpad": 0.0, "columnspacing": 1.5, "handlelength": 1.8}
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, **style)

@@ -1,0 +1,72 @@
+"""What all tests share: fixed seeds that a failure shows, one thread for torch, the folder of real data."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(int(os.environ.get("LSQUANT_TEST_THREADS", "1")))
+# LSQUANT_TEST_SEED=n runs every test from other seeds
+BASE_SEED = int(os.environ.get("LSQUANT_TEST_SEED", "0"))
+
+# the same examples in every run, unless other seeds are asked for; no deadline: machines differ
+hypothesis.settings.register_profile("lsquant", deadline=None, derandomize=BASE_SEED == 0, print_blob=True)
+hypothesis.settings.load_profile("lsquant")
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed that depends on the test's name only, set for Python, NumPy and torch; shown when the test fails."""
+    digest = hashlib.sha256(f"{BASE_SEED} {request.node.name}".encode()).digest()
+    value = int.from_bytes(digest[:4], "little")
+    random.seed(value)
+    np.random.seed(value)  # noqa: NPY002  (for libraries that use the global generator)
+    torch.manual_seed(value)
+    request.node.add_report_section("call", "seed", f"{value} (LSQUANT_TEST_SEED={BASE_SEED})")
+    return value
+
+
+@pytest.fixture(autouse=True)
+def _global_state() -> Iterator[None]:
+    """A test that leaves torch's global settings changed fails itself, not the tests after it."""
+    before = _settings()
+    yield
+    after = _settings()
+    torch.set_default_dtype(before["default dtype"])
+    torch.set_num_threads(before["threads"])
+    torch.set_grad_enabled(before["grad"])
+    torch.use_deterministic_algorithms(before["deterministic"])
+    assert after == before, "the test changed torch's global settings"
+
+
+def _settings() -> dict:
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "threads": torch.get_num_threads(),
+        "grad": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """The folder of real data named by LSQUANT_TEST_DATA; the test is skipped where there is none."""
+    folder = os.environ.get("LSQUANT_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("LSQUANT_TEST_DATA names no folder of real data")
+    return Path(folder)
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
