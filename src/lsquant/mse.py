@@ -1,0 +1,153 @@
+"""The step of least squared error, found exactly on all values seen, in bounded memory.
+
+Values are kept as they are up to RAW_LIMIT; beyond it they are counted in bins of 2^-13 relative width with exact first
+and second moments, so that streaming any number of batches costs a few MB.  The error of a step is then a sum over
+levels of prefix-sum differences: ``sum_k S2_k - 2 q_k s S1_k + (q_k s)^2 n_k``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lsquant._util.errors import UsageError
+
+RAW_LIMIT = 1 << 18
+GRID = 2000
+GRID_RANGE = (1e-4, 2.0)
+
+
+class ValueSummary:
+    """Everything the search needs of a stream of values: sorted representatives, counts and moments."""
+
+    def __init__(self) -> None:
+        self._raw: list[np.ndarray] = []
+        self._bins: tuple[np.ndarray, np.ndarray] | None = None  # sorted keys, (3, bins) of n, sum, sum of squares
+        self.total = 0
+        self.low, self.high = np.inf, -np.inf
+
+    def add(self, x: Tensor) -> None:
+        """Take in a tensor of any shape.  Raises UsageError for a NaN or an infinity."""
+        values = x.detach().to("cpu", torch.float32).reshape(-1).numpy()
+        if not values.size:
+            return
+        low, high = float(values.min()), float(values.max())
+        if not (np.isfinite(low) and np.isfinite(high)):
+            bad = int((~np.isfinite(values)).sum())
+            raise UsageError(f"{bad} of {values.size} values are NaN or infinite")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.total += values.size
+        self._raw.append(values.copy())
+        if self.total > RAW_LIMIT:
+            self._compress()
+
+    def _compress(self) -> None:
+        keys, moments = self._bins or (np.empty(0, np.int64), np.empty((3, 0)))
+        for values in self._raw:
+            v = values.astype(np.float64)
+            # the leading 22 bits of a float32: sign, exponent, 13 of the mantissa
+            new, where = np.unique(values.view(np.int32) >> 10, return_inverse=True)
+            fresh = np.stack([np.bincount(where, w, new.size) for w in (None, v, v * v)])
+            keys, where = np.unique(np.concatenate([keys, new]), return_inverse=True)
+            both = np.concatenate([moments, fresh], axis=1)
+            moments = np.stack([np.bincount(where, row, keys.size) for row in both])
+        self._raw, self._bins = [], (keys, moments)
+
+    def table(self) -> tuple[np.ndarray, np.ndarray]:
+        """Sorted values (k,) float64 and prefix sums (3, k+1) of count, value, squared value."""
+        if self._bins is not None:
+            self._compress()
+            moments = self._bins[1]
+            values = moments[1] / moments[0]
+            order = np.argsort(values)
+            values, moments = values[order], moments[:, order]
+        else:
+            values = np.sort(np.concatenate(self._raw or [np.empty(0, np.float32)])).astype(np.float64)
+            moments = np.stack([np.ones_like(values), values, values * values])
+        return values, np.concatenate([np.zeros((3, 1)), np.cumsum(moments, axis=1)], axis=1)
+
+
+def squared_errors(
+    table: tuple[np.ndarray, np.ndarray], steps: np.ndarray, q_min: int, q_max: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed squared error of each step (m,), and the step that is optimal for the same codes (m,)."""
+    values, prefix = table
+    q = np.arange(q_min, q_max + 1, dtype=np.float64)
+    cuts = np.searchsorted(values, steps[:, None] * (q[:-1] + 0.5))
+    ends = np.full((len(steps), 1), values.size)
+    edges = np.concatenate([np.zeros_like(ends), cuts, ends], axis=1)
+    n, s1, s2 = (np.diff(row[edges], axis=1) for row in prefix)
+    qs = q * steps[:, None]
+    errors = (s2 - 2.0 * qs * s1 + qs * qs * n).sum(1)
+    norm = (q * q * n).sum(1)
+    return errors, np.divide((q * s1).sum(1), norm, out=steps.copy(), where=norm > 0)
+
+
+def _refine(table: tuple[np.ndarray, np.ndarray], start: float, ratio: float, q_min: int, q_max: int) -> float:
+    """The best step near ``start``: a fine geometric grid, then alternating codes and closed-form step."""
+    steps = start * np.geomspace(1 / ratio, ratio, 129)
+    for _ in range(4):
+        steps = np.unique(np.float32(np.concatenate([steps, [start]]))).astype(np.float64)
+        steps = steps[steps > 0]
+        errors, closed = squared_errors(table, steps, q_min, q_max)
+        start = float(steps[np.argmin(errors)])
+        steps = closed[np.argsort(errors)[:8]]
+    return start
+
+
+def best_step(summary: ValueSummary, q_min: int, q_max: int) -> float:
+    """The step of least squared error (0.0 when all values are 0), a float32 value.
+
+    At most the error of the best of 2,000 log-spaced steps in [1e-4, 2] * max|v| while the values are kept raw, at most
+    1.001 times it beyond.  Raises UsageError when there are no values.
+    """
+    if not summary.total:
+        raise UsageError("no values to set a step from: the batch is empty")
+    top = max(abs(summary.low), abs(summary.high))
+    if top == 0.0:
+        return 0.0
+    table = summary.table()
+    grid = top * np.geomspace(*GRID_RANGE, GRID)
+    errors = squared_errors(table, grid, q_min, q_max)[0]
+    return _refine(table, float(grid[np.argmin(errors)]), grid[1] / grid[0], q_min, q_max)
+
+
+def best_step_and_offset(summary: ValueSummary, q_min: int, q_max: int) -> tuple[float, float]:
+    """LSQ+: step and offset ``b = -z * s`` of least squared error over ranges shrunk from both ends.
+
+    Zero is always a level (z lies between q_min and q_max).  Returns (0.0, 0.0) when all values are 0.
+    """
+    if not summary.total:
+        raise UsageError("no values to set a step from: the batch is empty")
+    low, high = min(summary.low, 0.0), max(summary.high, 0.0)
+    if low == high:
+        return 0.0, 0.0
+    table = summary.table()
+    shrink = np.geomspace(0.02, 1.0, 32)
+    lows, highs = (np.unique(end * shrink) for end in (low, high))
+    best = (np.inf, 0.0, 0)
+    for bottom in lows:
+        steps = (highs - bottom) / (q_max - q_min)
+        zeros = np.clip(np.rint(q_min - bottom / steps), q_min, q_max)
+        for z in np.unique(zeros):
+            mine = steps[zeros == z]
+            errors = squared_errors(table, mine, int(q_min - z), int(q_max - z))[0]
+            if errors.min() < best[0]:
+                best = (float(errors.min()), float(mine[np.argmin(errors)]), int(z))
+    step = _refine(table, best[1], 1.1, q_min - best[2], q_max - best[2])
+    return step, -best[2] * step
+
+
+def mse_step(x: Tensor, q_min: int, q_max: int, *, axis: int | None = None, group_size: int | None = None) -> Tensor:
+    """The step of least squared error, one per tensor, index of ``axis`` or group; 1-D float32, 0 for all-zero values."""
+    if group_size is not None:
+        rows = x.reshape(-1, group_size)
+    else:
+        rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    steps = []
+    for row in rows:
+        summary = ValueSummary()
+        summary.add(row)
+        steps.append(best_step(summary, q_min, q_max))
+    return torch.tensor(steps, dtype=torch.float32, device=x.device)

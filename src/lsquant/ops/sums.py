@@ -1,0 +1,72 @@
+"""From integer codes to the output of a layer: the exact sum, then each float operation rounded once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lsquant.kernels import engine
+
+
+def linear_of_codes(
+    codes_x: Tensor,
+    codes_w: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bound: int,
+    group_size: int | None = None,
+) -> Tensor:
+    """``y = fl(fl(acc * scale) + b)`` with ``acc`` the exact sum over integers.
+
+    codes_x: (..., in) float32 integers, z subtracted.  codes_w: (out, in) float32 integers.
+    scale: ``fl(s_x * s_w)``, (1,) or (out,); with groups (out, in / group_size), and the sums of the groups are added in
+    float32 in their order.  bound: largest possible ``sum |q_x||q_w|`` of one sum.  Returns (..., out) float32.
+    """
+    sums = engine().linear_sums
+    if group_size is None:
+        y = sums(codes_x, codes_w, bound).mul_(scale)
+    else:
+        parts = zip(codes_x.split(group_size, -1), codes_w.split(group_size, 1), scale.unbind(1), strict=True)
+        qx, qw, m = next(parts)
+        y = sums(qx, qw, bound).mul_(m)
+        for qx, qw, m in parts:
+            y.add_(sums(qx, qw, bound).mul_(m))
+    return y if bias is None else y.add_(bias.to(torch.float32))
+
+
+def convolution_of_codes(
+    codes_x: Tensor,
+    codes_w: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bound: int,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+    group_size: int | None = None,
+) -> Tensor:
+    """As ``linear_of_codes`` for an N-d convolution.  codes_x: (batch, channels, *spatial); scale: (1,) or (out,).
+
+    With group_size (2-d, not transposed) windows are unfolded into rows and multiplied as a linear layer's, one conv
+    group after the other; scale is (out * in / groups * kernel / group_size,).
+    """
+    if group_size is not None:
+        rows = F.unfold(codes_x, list(codes_w.shape[2:]), dilation, padding, stride).transpose(1, 2)
+        scales = scale.reshape(codes_w.shape[0], -1).chunk(groups)
+        parts = zip(rows.chunk(groups, -1), codes_w.flatten(1).chunk(groups), scales, strict=True)
+        y = torch.cat([linear_of_codes(qx, qw, m, None, bound, group_size) for qx, qw, m in parts], -1)
+        if bias is not None:
+            y.add_(bias.to(torch.float32))
+        spans = zip(codes_x.shape[2:], codes_w.shape[2:], stride, padding, dilation, strict=True)
+        size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spans]
+        return y.transpose(1, 2).reshape(codes_x.shape[0], -1, *size)
+    y = engine().convolution_sums(
+        codes_x, codes_w, bound, stride, padding, dilation, transposed, output_padding, groups
+    )
+    shape = [-1] + [1] * (y.dim() - 2)
+    y.mul_(scale.reshape(shape))
+    return y if bias is None else y.add_(bias.to(torch.float32).reshape(shape))

@@ -1,0 +1,303 @@
+"""The mathematics of LSQ in plain PyTorch, one equation a function.  The truth every kernel is held to; slow.
+
+Sources: LSQ = Esser et al., Learned Step Size Quantization, ICLR 2020, arXiv:1902.08153v3.
+LSQ+ = Bhalgat et al., arXiv:2004.09576, with the offset turned into an integer zero point in the forward pass.
+Equation numbers (M1) .. (M12) are those of docs/mathematics.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsquant._util.errors import UsageError
+from lsquant.mse import mse_step as mse_step
+
+GUARD_FACTOR = 2.0**-10
+"""s_min = GUARD_FACTOR * s0, the smallest step the forward pass uses (M7)."""
+
+SUM_BLOCK = 256
+"""Length of the float32 blocks of the step gradient's sum; blocks are summed in float64 (M6)."""
+
+
+def bounds(bits: int, signed: bool, narrow: bool = False) -> tuple[int, int]:
+    """(M1) Lowest and highest code: signed ``-2^(b-1) .. 2^(b-1)-1``, unsigned ``0 .. 2^b-1``; narrow drops the lowest.
+
+    Raises: UsageError for bits outside 2..8 or narrow with unsigned.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise UsageError(f"bounds: bits={bits!r}; bits must be an integer from 2 to 8")
+    if narrow and not signed:
+        raise UsageError("bounds: narrow=True drops the lowest signed level and cannot go with signed=False")
+    return (-(2 ** (bits - 1)) + int(narrow), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def gradient_scale(count: int, q_max: int) -> float:
+    """(M5) ``g = 1 / sqrt(N * q_max)``, LSQ section 2.2.  count: N, the elements of one sample that share the step."""
+    if count < 1 or q_max < 1:
+        raise UsageError(f"gradient_scale: count={count}, q_max={q_max}; both must be at least 1")
+    return 1.0 / math.sqrt(count * q_max)
+
+
+# ---- layout: which element belongs to which step ----
+
+
+def step_view(x: Tensor, step: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """``x`` and ``step`` reshaped so that they broadcast.
+
+    x: any shape.  step: (1,), (x.shape[axis],) or (x.numel() / group_size,), one per run of ``group_size`` elements of
+    the row-major flattened x, a run never crossing a row of dimension 0.
+    Raises: UsageError naming both shapes.
+    """
+    if step.dim() != 1:
+        raise UsageError(f"step must be 1-D, one value per tensor, channel or group; got shape {tuple(step.shape)}")
+    if group_size is not None:
+        if axis not in (None, 0, -x.dim()):
+            raise UsageError(f"axis={axis} with group_size={group_size}: groups lie along the dimensions after axis 0")
+        row = x.numel() // x.shape[0] if x.dim() and x.shape[0] else group_size
+        if group_size < 1 or row % group_size:
+            raise UsageError(f"group_size={group_size} does not divide the {row} elements of a row of {tuple(x.shape)}")
+        _expect(step, x.numel() // group_size, x)
+        return x.reshape(-1, group_size), step.unsqueeze(1)
+    if axis is not None:
+        if not -x.dim() <= axis < x.dim():
+            raise UsageError(f"axis={axis} is outside an input of shape {tuple(x.shape)}")
+        _expect(step, x.shape[axis], x)
+        return x, step.reshape([-1 if d == axis % x.dim() else 1 for d in range(x.dim())])
+    _expect(step, 1, x)
+    return x, step.reshape(())
+
+
+def _expect(step: Tensor, count: int, x: Tensor) -> None:
+    if step.numel() != count:
+        raise UsageError(f"an input of shape {tuple(x.shape)} wants {count} step(s) here, got {step.numel()}")
+
+
+def zero_point(step: Tensor, offset: Tensor, q_min: int, q_max: int) -> Tensor:
+    """(M9) LSQ+: ``z = clip(round(-b / s), q_min, q_max)``, float32 integers.  step, offset: (steps,) float32."""
+    return torch.clamp(torch.round(-offset / step), q_min, q_max)
+
+
+def _zero(
+    step: Tensor, q_min: int, q_max: int, fixed: int | Tensor | None, offset: Tensor | None, like: Tensor
+) -> Tensor | int:
+    """The zero point in the shape of ``like`` (the broadcastable step)."""
+    if fixed is not None and offset is not None:
+        raise UsageError("give zero_point (a fixed integer) or offset (learned, LSQ+), not both")
+    if offset is not None:
+        if offset.shape != step.shape:
+            raise UsageError(f"offset must have the step's shape {tuple(step.shape)}, got {tuple(offset.shape)}")
+        return zero_point(step, offset, q_min, q_max).reshape(like.shape)
+    if isinstance(fixed, Tensor):
+        return fixed.to(torch.float32).expand(step.shape).reshape(like.shape)
+    return fixed or 0
+
+
+# ---- forward ----
+
+
+def quotient(v: Tensor, s: Tensor) -> Tensor:
+    """(M2) ``v / s``, a true IEEE float32 division."""
+    return v.to(torch.float32) / s
+
+
+def code_of_quotient(v: Tensor, vs: Tensor, z: Tensor | int, q_min: int, q_max: int) -> Tensor:
+    """(M2) ``clip(round(v/s) + z, q_min, q_max)``, half to even; NaN where v is not finite."""
+    code = torch.clamp(torch.round(vs) + z, q_min, q_max)
+    return torch.where(torch.isfinite(v), code, torch.nan)
+
+
+def codes(
+    x: Tensor,
+    step: Tensor,
+    q_min: int,
+    q_max: int,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+    zero_point: int | Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """(M2) The integers ``clip(round(v / s) + z, q_min, q_max)`` as float32 in the shape of x; NaN where x is not finite."""
+    v, s = step_view(x, step, axis, group_size)
+    z = _zero(step, q_min, q_max, zero_point, offset, s)
+    return code_of_quotient(v, quotient(v, s), z, q_min, q_max).reshape(x.shape)
+
+
+def quantize(
+    x: Tensor,
+    step: Tensor,
+    q_min: int,
+    q_max: int,
+    axis: int | None,
+    group_size: int | None,
+    zero_point: int | Tensor | None,
+    offset: Tensor | None,
+) -> Tensor:
+    """(M3) ``v_hat = (codes - z) * s``, in the dtype of x."""
+    v, s = step_view(x, step, axis, group_size)
+    z = _zero(step, q_min, q_max, zero_point, offset, s)
+    return ((code_of_quotient(v, quotient(v, s), z, q_min, q_max) - z) * s).reshape(x.shape).to(x.dtype)
+
+
+# ---- backward ----
+
+
+def inside(vs: Tensor, z: Tensor | int, q_min: int, q_max: int) -> Tensor:
+    """(M4) ``q_min - z < v/s < q_max - z`` on the raw quotient; equality is outside."""
+    return (vs > q_min - z) & (vs < q_max - z)
+
+
+def step_terms(vs: Tensor, z: Tensor | int, q_min: int, q_max: int, *, learned_offset: bool = False) -> Tensor:
+    """(M4) ``d v_hat / d s`` per element: ``round(v/s) - v/s`` inside, ``q_min - z`` below, ``q_max - z`` above.
+
+    With LSQ+'s learned offset (M10) the outer values are ``q_min`` and ``q_max``.  NaN where v/s is NaN.
+    """
+    low, high = q_min - z, q_max - z
+    out_low, out_high = (q_min, q_max) if learned_offset else (low, high)
+    outer = torch.where(vs <= low, out_low, out_high).to(vs.dtype)
+    return torch.where(inside(vs, z, q_min, q_max) | torch.isnan(vs), torch.round(vs) - vs, outer)
+
+
+def sum_per_step(terms: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    """(M6) Sums of float32 terms over the elements that share a step, float64, in an order that never changes.
+
+    Blocks of 256 in float32, blocks in float64, 256 at a time: the same bits for any number of threads.
+    terms: the shape ``step_view`` gave.  Returns (steps,) float64.
+    """
+    if group_size is not None:
+        rows = terms
+    elif axis is not None:
+        rows = terms.movedim(axis, 0).reshape(terms.shape[axis], -1)
+    else:
+        rows = terms.reshape(1, -1)
+    if rows.numel() == 0:
+        return torch.zeros(rows.shape[0], dtype=torch.float64, device=terms.device)
+    while True:
+        pad = -rows.shape[1] % SUM_BLOCK
+        rows = torch.nn.functional.pad(rows, (0, pad)).reshape(rows.shape[0], -1, SUM_BLOCK).sum(-1).to(torch.float64)
+        if rows.shape[1] == 1:
+            return rows[:, 0]
+
+
+def quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    step: Tensor,
+    q_min: int,
+    q_max: int,
+    gradient_scale: float,
+    axis: int | None,
+    group_size: int | None,
+    zero_point: int | Tensor | None,
+    offset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(M4)-(M6), (M10) Gradients of x (dtype of x), step and offset (float32, (steps,)), the latter two times g."""
+    v, s = step_view(x, step, axis, group_size)
+    up = grad.reshape(v.shape).to(torch.float32)
+    z = _zero(step, q_min, q_max, zero_point, offset, s)
+    vs = torch.where(torch.isfinite(v), quotient(v, s), torch.nan)
+    within = inside(vs, z, q_min, q_max)
+    grad_x = torch.where(within, up, 0.0).reshape(x.shape).to(x.dtype)
+    terms = step_terms(vs, z, q_min, q_max, learned_offset=offset is not None) * up
+    grad_step = (sum_per_step(terms, axis, group_size) * gradient_scale).to(torch.float32)
+    if offset is None:
+        return grad_x, grad_step, None
+    outer = sum_per_step(torch.where(within, 0.0, up), axis, group_size)
+    return grad_x, grad_step, (outer * gradient_scale).to(torch.float32)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, *rest: Any) -> Tensor:
+        q_min, q_max, scale, axis, group_size, fixed = rest
+        ctx.save_for_backward(x, step, offset)
+        ctx.rest = rest
+        return quantize(x, step, q_min, q_max, axis, group_size, fixed, offset)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, step, offset = ctx.saved_tensors
+        q_min, q_max, scale, axis, group_size, fixed = ctx.rest
+        got = quantize_backward(grads[0], x, step, q_min, q_max, scale, axis, group_size, fixed, offset)
+        return (*got, None, None, None, None, None, None)
+
+
+def fake_quantize(
+    x: Tensor,
+    step: Tensor,
+    q_min: int,
+    q_max: int,
+    gradient_scale: float,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+    zero_point: int | Tensor | None = None,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """(M3) ``(codes(v) - z) * s`` with LSQ's gradients; same arguments as ``lsquant.fake_quantize``, and slow.
+
+    x: any shape, float32, bfloat16 or float16.  step: 1-D float32, guarded, > 0.  Returns the shape and dtype of x.
+    """
+    return _FakeQuantize.apply(x, step, offset, q_min, q_max, gradient_scale, axis, group_size, zero_point)
+
+
+# ---- the guard, R, initial steps ----
+
+
+def guard(step: Tensor, initial_step: Tensor) -> Tensor:
+    """(M7) ``s_eff = s_min where s < s_min else s``, ``s_min = 2^-10 * s0``; ``d s_eff / d s = 1``.  NaN stays NaN."""
+    return _Guard.apply(step, initial_step)  # type: ignore[no-any-return]
+
+
+class _Guard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, step: Tensor, initial_step: Tensor) -> Tensor:
+        low = GUARD_FACTOR * initial_step
+        return torch.where(step < low, low, step)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None
+
+
+def step_balance(
+    weight: Tensor,
+    weight_grad: Tensor,
+    step: Tensor,
+    step_grad: Tensor,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """(M8) ``R = (|dL/ds| / s) / (||dL/dw|| / ||w||)`` per step, g included in dL/ds; LSQ section 2.2.
+
+    weight, weight_grad: the elements that share the steps (for an activation step: its layer's weight, all of it).
+    step: the guarded step.  Returns (steps,) float32; infinite or NaN where a weight gradient is zero.
+    """
+    if step.numel() == 1:
+        axis = group_size = None
+    rows = [torch.square(step_view(t.detach().double(), step, axis, group_size)[0]) for t in (weight, weight_grad)]
+    norm_w, norm_g = (torch.sqrt(_plain_sum(r, axis, group_size)) for r in rows)
+    ratio = (step_grad.detach().double().abs() / step.detach().double()) / (norm_g / norm_w)
+    return ratio.to(torch.float32)
+
+
+def _plain_sum(t: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    if group_size is not None:
+        return t.sum(1)
+    return t.movedim(axis, 0).reshape(t.shape[axis], -1).sum(1) if axis is not None else t.sum().reshape(1)
+
+
+def initial_step(x: Tensor, q_max: int, *, axis: int | None = None, group_size: int | None = None) -> Tensor:
+    """(M11) The paper's ``s0 = 2 * mean(|v|) / sqrt(q_max)``, LSQ section 2.1.  Returns 1-D float32, 0 for all-zero v."""
+    v = x.detach().double().abs()
+    if group_size is not None:
+        mean = v.reshape(-1, group_size).mean(1)
+    else:
+        mean = v.movedim(axis, 0).reshape(x.shape[axis], -1).mean(1) if axis is not None else v.mean().reshape(1)
+    return (2.0 * mean / math.sqrt(q_max)).to(torch.float32)

@@ -1,0 +1,106 @@
+"""What one quantizer is asked to do: bits, sign, granularity.  Frozen, checked at birth."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from lsquant._util.errors import UsageError
+
+MIN_BITS, MAX_BITS = 2, 8
+GRANULARITIES = ("tensor", "channel", "group")
+Granularity = Literal["tensor", "channel", "group"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The specification of a quantizer.
+
+    bits: 2 to 8.  signed: True gives levels ``-2^(b-1) .. 2^(b-1)-1``, False gives ``0 .. 2^b-1``, None leaves the
+    decision to calibration (True when any value is below 0).  narrow: drop the lowest signed level (2 bits narrow =
+    ternary); implies signed.  granularity: one step per "tensor", per output "channel", or per "group" of
+    ``group_size`` neighbours along the flattened input dimension of a weight.  offset: LSQ+'s learned offset; implies
+    unsigned unless ``signed=True``.
+
+    Raises: UsageError naming the field, its value and what is allowed.
+    """
+
+    bits: int
+    signed: bool | None = None
+    narrow: bool = False
+    granularity: Granularity = "tensor"
+    group_size: int | None = None
+    offset: bool = False
+    step_dtype: str = "float32"
+    dynamic: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+            raise UsageError(
+                f"QuantSpec: bits={self.bits!r}; bits must be an integer from {MIN_BITS} to {MAX_BITS}. "
+                "To leave a layer in floating point give None instead of a QuantSpec."
+            )
+        if self.signed not in (True, False, None):
+            raise UsageError(f"QuantSpec: signed={self.signed!r}; use True, False or None (decided by calibration)")
+        if self.narrow and self.signed is False:
+            raise UsageError("QuantSpec: narrow=True drops the lowest signed level and cannot go with signed=False")
+        if self.granularity not in GRANULARITIES:
+            raise UsageError(f"QuantSpec: granularity={self.granularity!r}; use one of {', '.join(GRANULARITIES)}")
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise UsageError(
+                f"QuantSpec: granularity={self.granularity!r} with group_size={self.group_size!r}; "
+                "group_size goes with granularity='group' and only with it"
+            )
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            raise UsageError(f"QuantSpec: group_size={self.group_size!r}; it must be a positive integer")
+        if self.step_dtype != "float32":
+            raise UsageError(f"QuantSpec: step_dtype={self.step_dtype!r} is not built yet; use 'float32'")
+        if self.dynamic:
+            raise UsageError("QuantSpec: dynamic=True is not built yet")
+        if self.signed is None and (self.narrow or self.offset):
+            object.__setattr__(self, "signed", bool(self.narrow))
+
+    @property
+    def q_min(self) -> int:
+        """Lowest code.  Raises UsageError while the sign is undecided."""
+        if not self._decided():
+            return 0
+        return -(2 ** (self.bits - 1)) + int(self.narrow)
+
+    @property
+    def q_max(self) -> int:
+        """Highest code.  Raises UsageError while the sign is undecided."""
+        return 2 ** (self.bits - 1) - 1 if self._decided() else 2**self.bits - 1
+
+    def _decided(self) -> bool:
+        if self.signed is None:
+            raise UsageError(
+                f"QuantSpec(bits={self.bits}): the sign is undecided, so there are no bounds yet; "
+                "calibrate first, or give signed=True or signed=False"
+            )
+        return self.signed
+
+    def decide(self, signed: bool) -> QuantSpec:
+        """The same specification with the sign decided; a sign that was asked for stays."""
+        return self if self.signed is not None else replace(self, signed=signed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Only what differs from the defaults, and always ``bits``."""
+        defaults = {f.name: f.default for f in fields(self)}
+        return {k: v for k, v in asdict(self).items() if k == "bits" or v != defaults[k]}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantSpec:
+        """The inverse of ``to_dict``.  Raises UsageError for an unknown field."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise UsageError(f"QuantSpec: unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        if "bits" not in values:
+            raise UsageError("QuantSpec: the field 'bits' is missing")
+        return cls(**values)
+
+    def __str__(self) -> str:
+        sign = {True: "signed", False: "unsigned", None: "sign undecided"}[self.signed]
+        parts = [f"{self.bits} bit", sign + (" narrow" if self.narrow else "")]
+        parts.append(f"per {self.granularity}" + (f" of {self.group_size}" if self.group_size else ""))
+        return ", ".join(parts + (["offset"] if self.offset else []))
