@@ -20,7 +20,8 @@ from lsquant._util.progress import Progress
 
 def test_exit_codes():
     assert [e.exit_code for e in (LsquantError, UsageError, MissingExtra, MissingFile)] == [1, 2, 3, 3]
-    assert issubclass(UsageError, ValueError) and issubclass(MissingFile, FileNotFoundError)
+    assert issubclass(UsageError, ValueError)
+    assert issubclass(MissingFile, FileNotFoundError)
     assert issubclass(MissingExtra, ImportError)
 
 
@@ -36,7 +37,7 @@ def test_atomic_write_replaces_and_leaves_nothing_beside(tmp_path):
 def test_atomic_write_keeps_the_old_file_on_an_error(tmp_path, fault):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(type(fault)), atomic_write(path) as temporary:
+    with pytest.raises(type(fault)), atomic_write(path) as temporary:  # noqa: PT012
         temporary.write_text("half")
         raise fault
     assert path.read_text() == "old"
@@ -51,7 +52,7 @@ def test_atomic_write_full_disk(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DiskFull, match="no space left on the disk while writing .*a.txt"):
+    with pytest.raises(DiskFull, match=r"no space left on the disk while writing .*a\.txt"):
         atomic_write_text(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
@@ -67,7 +68,7 @@ def test_full_disk_of_safetensors_is_recognised(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-        with pytest.raises(DiskFull, match="a.safetensors"), atomic_write(path) as temporary:
+        with pytest.raises(DiskFull, match=r"a\.safetensors"), atomic_write(path) as temporary:
             save_file({"a": torch.zeros(100_000)}, temporary)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -98,9 +99,9 @@ def test_json(tmp_path):
     write_json(tmp_path / "a.json", {"x": 1})
     assert read_json(tmp_path / "a.json") == {"x": 1}
     (tmp_path / "b.json").write_text('{"x": ')
-    with pytest.raises(DamagedFile, match="b.json"):
+    with pytest.raises(DamagedFile, match=r"b\.json"):
         read_json(tmp_path / "b.json")
-    with pytest.raises(MissingFile, match="c.json"):
+    with pytest.raises(MissingFile, match=r"c\.json"):
         read_json(tmp_path / "c.json")
 
 
@@ -121,8 +122,12 @@ def test_progress_off_a_terminal():
     bar.note("loss 0.5")
     assert list(bar) == [0, 1, 2]
     text = stream.getvalue()
-    assert text.count("\n") == 1 and "\r" not in text and "\x1b" not in text
-    assert "epoch 1" in text and "3/3" in text and "loss 0.5" in text
+    assert text.count("\n") == 1
+    assert "\r" not in text
+    assert "\x1b" not in text
+    assert "epoch 1" in text
+    assert "3/3" in text
+    assert "loss 0.5" in text
 
 
 def test_progress_quiet():
@@ -164,8 +169,11 @@ def test_take_asks_for_no_more_than_needed():
 def test_evaluating_restores_every_mode():
     model = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
     model[1].eval()
-    with pytest.raises(RuntimeError), evaluating(model):
-        assert not model.training and not torch.is_grad_enabled()
+    with pytest.raises(RuntimeError), evaluating(model):  # noqa: PT012
+        assert not model.training
+        assert not torch.is_grad_enabled()
         raise RuntimeError
-    assert model.training and model[0].training and not model[1].training
+    assert model.training
+    assert model[0].training
+    assert not model[1].training
     assert torch.is_grad_enabled()

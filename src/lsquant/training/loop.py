@@ -83,8 +83,8 @@ def fit(
     iteration; `after_step(iteration)`: called after every optimizer step; `extras`: other things to checkpoint.
 
     `log`: a JSON-lines file, one row an epoch. `checkpoint`: one file, replaced at the end of every epoch and every
-    `checkpoint_every` iterations. `resume=True` goes on from it, if it is there, and cuts the log back to it; a complete
-    run is only loaded. The bits are the same if the machine, the versions and the number of threads are.
+    `checkpoint_every` iterations. `resume=True` goes on from it, if it is there, and cuts the log back to it; a
+    complete run is only loaded. The bits are the same if the machine, the versions and the number of threads are.
 
     Raises: UsageError if the checkpoint is of another run; DamagedFile; DiskFull (the last checkpoint stays);
     LsquantError if the loss is not finite (the last checkpoint stays).
@@ -109,14 +109,8 @@ def fit(
         if checkpoint is None:
             return
         at.log_position, at.seconds = rows.position, time.monotonic() - began
-        state = {
-            "run": run,
-            "at": asdict(at),
-            "rng": rng_state(),
-            "epoch_rng": epoch_rng,
-            "threads": torch.get_num_threads(),
-        }
-        state |= {"model": model_state(model), "optimizer": optimizer.state_dict()}
+        state = {"run": run, "at": asdict(at), "rng": rng_state(), "epoch_rng": epoch_rng}
+        state |= {"threads": torch.get_num_threads(), "model": model_state(model), "optimizer": optimizer.state_dict()}
         save_state(checkpoint, state | {"extras": {name: extra.state_dict() for name, extra in extras.items()}})
 
     while at.epoch < epochs:
@@ -146,18 +140,11 @@ def fit(
             loss_sum += value.detach()
             bar.note(lambda s=loss_sum, n=at.step: f"loss {s.item() / n:.4f}")
             if checkpoint_every and (iteration + 1) % checkpoint_every == 0 and at.step < steps_per_epoch:
-                at.loss_sum = loss_sum.item()
+                at.loss_sum = _finite(loss_sum, label, at)
                 write_checkpoint()
         if at.step != steps_per_epoch:
-            raise UsageError(
-                f"batches({at.epoch}) gave {at.step} batches, steps_per_epoch={steps_per_epoch} were announced"
-            )
-        mean = loss_sum.item() / steps_per_epoch
-        if not math.isfinite(mean):
-            raise LsquantError(
-                f"the loss of {label} is not finite in epoch {at.epoch + 1} ({mean}): lower the learning rate, or set "
-                "clip_norm; the checkpoint of the epoch before is unchanged"
-            )
+            raise UsageError(f"batches({at.epoch}) gave {at.step} batches instead of steps_per_epoch={steps_per_epoch}")
+        mean = _finite(loss_sum, label, at) / steps_per_epoch
         at.epoch, at.step, at.loss_sum = at.epoch + 1, 0, 0.0
         at.row = _row(label, at.epoch, at.epoch * steps_per_epoch, mean, optimizer, facts, evaluate and evaluate(model))
         rows.append(at.row)
@@ -184,6 +171,16 @@ def _rest(batches: Callable[[int], Iterable[Any]], at: Fitted, epoch_rng: dict[s
     return rest
 
 
+def _finite(loss_sum: torch.Tensor, label: str, at: Fitted) -> float:
+    value = loss_sum.item()
+    if not math.isfinite(value):
+        raise LsquantError(
+            f"the loss of {label} is not finite in epoch {at.epoch + 1}: lower the learning rate, or set clip_norm; "
+            "the last checkpoint is unchanged"
+        )
+    return value
+
+
 def _row(
     label: str,
     epoch: int,
@@ -196,7 +193,9 @@ def _row(
     """A row of the log. The metrics' own "quantizers" (clip rates) are joined with the facts by name."""
     groups = optimizer.param_groups
     row: dict[str, Any] = {"phase": label, "epoch": epoch, "iteration": iteration, "loss": loss, "lr": groups[0]["lr"]}
-    row |= {"step_lr": group["lr"] for group in groups if group.get("name") == "steps" and group["params"]}
+    for group in groups:
+        if group.get("name") == "steps" and group["params"]:
+            row["step_lr"] = group["lr"]
     metrics = dict(metrics or {})
     for name, more in metrics.pop("quantizers", {}).items():
         facts[name] = facts.get(name, {}) | dict(more)
@@ -212,11 +211,8 @@ def _restore(
     path: str,
     quiet: bool,
 ) -> Fitted:
-    different = [
-        f"{key} {state['run'].get(key)!r}, not {value!r}"
-        for key, value in run.items()
-        if state["run"].get(key) != value
-    ]
+    old = state["run"]
+    different = [f"{key} {old.get(key)!r}, not {value!r}" for key, value in run.items() if old.get(key) != value]
     if different or set(state["extras"]) != set(extras):
         raise UsageError(f"{path} is the checkpoint of another run: {'; '.join(different) or sorted(state['extras'])}")
     load_model_state(model, state["model"])

@@ -1,0 +1,323 @@
+"""Parameter groups, schedule, distillation, checkpoints, and what the loop writes."""
+
+# ruff: noqa: NPY002  (numpy's global generator is what must be restored)
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lsquant.training.state as state_module
+from lsquant._util.errors import DamagedFile, DiskFull, LsquantError, MissingFile, UsageError
+from lsquant._util.seeds import derive_seed, generator, rng_state, seed_everything, set_rng_state
+from lsquant._util.toml import toml_text
+from lsquant.training import CosineSchedule, Log, distillation_loss, fit, load_state, param_groups, save_state
+from lsquant.training.state import decode, encode
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(4)
+        self.hidden = nn.Linear(4, 4)
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight = self.hidden.weight
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv(x))).mean((2, 3))
+        return self.head(torch.relu(self.tied(torch.relu(self.hidden(x)))))
+
+
+def data(epoch: int):
+    order = torch.randperm(48, generator=generator(7, epoch))
+    x = torch.randn(48, 1, 4, 4, generator=generator("x"))
+    y = torch.randint(0, 3, (48,), generator=generator("y"))
+    return [(x[part], y[part]) for part in order.split(12)]
+
+
+def setup(seed: int = 0):
+    torch.manual_seed(seed)
+    model = Net()
+    return model, torch.optim.SGD(param_groups(model, 0.05, 1e-4), momentum=0.9)
+
+
+# ---- parameter groups ----
+
+
+def test_every_parameter_is_in_one_group():
+    model = Net()
+    groups = {group["name"]: group for group in param_groups(model, 0.1, 1e-4)}
+    assert list(groups) == ["weights", "no_decay", "steps"]
+    ids = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    assert [p.ndim for p in groups["weights"]["params"]] == [4, 2, 2]
+    assert groups["weights"]["weight_decay"] == 1e-4
+    assert groups["no_decay"]["weight_decay"] == groups["steps"]["weight_decay"] == 0.0
+
+
+# ---- schedule ----
+
+
+def test_cosine_schedule_literal():
+    schedule = CosineSchedule(total=8)
+    expected = [1.0, 0.9619397662556434, 0.8535533905932737, 0.6913417161825449, 0.5, 0.3086582838174551]
+    assert [schedule.factor(i) for i in range(6)] == pytest.approx(expected, rel=1e-12)
+    assert schedule.factor(8) == pytest.approx(0.0, abs=1e-15)
+
+
+def test_warm_up_and_floor_literal():
+    schedule = CosineSchedule(total=10, warmup=2, floor=0.1)
+    assert [schedule.factor(i) for i in (0, 1, 2, 6, 10)] == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1], rel=1e-12)
+
+
+def test_schedule_applies_to_every_group_from_its_own_rate():
+    model, _ = setup()
+    optimizer = torch.optim.SGD(param_groups(model, 0.1, step_lr=0.01), momentum=0.9)
+    schedule = CosineSchedule(total=4)
+    for iteration in (0, 1, 2):
+        schedule.apply(optimizer, iteration)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05, 0.05, 0.005])
+
+
+@pytest.mark.parametrize("kwargs", [{"total": 0}, {"total": 4, "warmup": 4}, {"total": 4, "floor": 2.0}])
+def test_schedule_refuses(kwargs):
+    with pytest.raises(UsageError):
+        CosineSchedule(**kwargs)
+
+
+# ---- distillation ----
+
+
+def test_distillation_literal():
+    """logits (0, ln 3) are the probabilities (1/4, 3/4), the teacher's are (1/2, 1/2)."""
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    teacher = torch.zeros(1, 2)
+    hard = 1.3862943611198906  # -ln(1/4)
+    soft = 0.14384103622589045  # ln(1/2) - (ln(1/4) + ln(3/4)) / 2
+    loss = distillation_loss(logits, torch.tensor([0]), teacher)
+    assert loss.item() == pytest.approx(hard + soft, rel=1e-6)
+    # at temperature 2 the probabilities are (1, sqrt 3) / (1 + sqrt 3)
+    soft2 = math.log(0.5) - 0.5 * (math.log(0.36602540378) + math.log(0.63397459622))
+    loss = distillation_loss(logits, torch.tensor([0]), teacher, temperature=2.0, weight=0.5)
+    assert loss.item() == pytest.approx(hard + 0.5 * 4.0 * soft2, rel=1e-5)
+
+
+def test_distillation_of_equal_logits_is_the_cross_entropy_and_teacher_gets_no_gradient():
+    logits = torch.randn(2, 5, 4, generator=generator(1), requires_grad=True)
+    teacher = logits.detach().clone().requires_grad_()
+    target = torch.zeros(2, 5, dtype=torch.long)
+    loss = distillation_loss(logits, target, teacher)
+    expected = nn.functional.cross_entropy(logits.reshape(10, 4), target.reshape(10))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    assert teacher.grad is None
+    assert logits.grad is not None
+
+
+# ---- checkpoints ----
+
+
+def test_codec_round_trip(tmp_path):
+    tied = torch.randn(3)
+    value = {
+        "a": [1, 2.5, None, True, "text", (1, (2,))],
+        3: {"nan": float("nan"), "inf": -math.inf, "tiny": 5e-324, "third": 1 / 3},
+        "tensors": [torch.tensor(1.5), torch.zeros(0), tied, tied, tied[1:], torch.ones(2, 3).T],
+        "types": [
+            torch.tensor([1], dtype=t) for t in (torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
+        ],
+    }
+    structure, tensors = encode(value)
+    json.loads(json.dumps(structure, allow_nan=False))
+    again = decode(structure, tensors)
+    assert again["a"] == value["a"]
+    assert isinstance(again["a"][5], tuple)
+    assert math.isnan(again[3]["nan"])
+    assert again[3]["inf"] == -math.inf
+    save_state(tmp_path / "c.safetensors", value)
+    loaded = load_state(tmp_path / "c.safetensors")
+    assert loaded["a"] == value["a"]
+    assert loaded[3]["tiny"] == 5e-324
+    assert loaded[3]["third"] == 1 / 3
+    for key in ("tensors", "types"):
+        for old, new in zip(value[key], loaded[key], strict=True):
+            assert old.dtype == new.dtype
+            assert torch.equal(old, new)
+
+
+def test_codec_refuses_other_types(tmp_path):
+    with pytest.raises(UsageError, match=r"cannot hold a set \(at a\.0\)"):
+        save_state(tmp_path / "c.safetensors", {"a": [{1}]})
+    with pytest.raises(UsageError, match="keys"):
+        save_state(tmp_path / "c.safetensors", {(1, 2): 3})
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_damage_is_noticed_and_names_the_file(tmp_path):
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(MissingFile, match=r"c\.safetensors"):
+        load_state(path)
+    save_state(path, {"a": torch.arange(50.0), "b": [1, 2]})
+    whole = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(100):
+        position = rng.randrange(len(whole))
+        flipped = bytes([whole[position] ^ (1 << rng.randrange(8))])
+        path.write_bytes(whole[:position] + (b"" if rng.random() < 0.5 else flipped + whole[position + 1 :]))
+        with pytest.raises(DamagedFile, match=r"c\.safetensors"):
+            load_state(path)
+
+
+def test_another_version_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(state_module, "VERSION", 99)
+        save_state(tmp_path / "c.safetensors", {})
+    with pytest.raises(DamagedFile, match="version '99'"):
+        load_state(tmp_path / "c.safetensors")
+
+
+def test_rng_state_round_trip(tmp_path):
+    seed_everything("here")
+    torch.randn(3), np.random.rand(), np.random.randn(), random.random()
+    save_state(tmp_path / "c.safetensors", rng_state())
+    expected = torch.randn(5), np.random.rand(), np.random.randn(), random.gauss(0, 1)
+    seed_everything("elsewhere")
+    set_rng_state(load_state(tmp_path / "c.safetensors"))
+    again = torch.randn(5), np.random.rand(), np.random.randn(), random.gauss(0, 1)
+    assert torch.equal(expected[0], again[0])
+    assert expected[1:] == again[1:]
+
+
+def test_derived_seeds_are_fixed_numbers():
+    assert derive_seed(0, "shuffle", 1) == 6589058160304026109
+    assert derive_seed(1, 23) != derive_seed(12, 3)
+
+
+# ---- the loop ----
+
+
+def test_fit_learns_and_logs(tmp_path):
+    model, optimizer = setup()
+    schedule = CosineSchedule(20)
+    options = {"schedule": schedule, "log": tmp_path / "log.jsonl", "quiet": True}
+    done = fit(model, data, optimizer, epochs=5, steps_per_epoch=4, evaluate=lambda m: {"accuracy": 0.5}, **options)
+    rows = Log(tmp_path / "log.jsonl").rows()
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[-1]["iteration"] == 20
+    assert rows[0]["accuracy"] == 0.5
+    assert rows[0]["phase"] == "train"
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[0]["lr"] == pytest.approx(0.05 * schedule.factor(3))
+    assert done.row == rows[-1]
+    assert done.log_position == (tmp_path / "log.jsonl").stat().st_size
+
+
+def test_fit_joins_facts_and_clip_rates_by_name(tmp_path):
+    model, optimizer = setup()
+    seen = []
+
+    def observe(m):
+        seen.append(m.conv.weight.grad is not None)
+        return {"conv.weight_quantizer": {"step": 0.5}}
+
+    def evaluate(m):
+        return {"accuracy": 1.0, "quantizers": {"conv.weight_quantizer": {"clip_rate": 0.25}}}
+
+    done = fit(model, data, optimizer, epochs=2, steps_per_epoch=4, observe=observe, evaluate=evaluate, quiet=True)
+    assert seen == [True, True]
+    assert done.row["quantizers"] == {"conv.weight_quantizer": {"step": 0.5, "clip_rate": 0.25}}
+
+
+def test_fit_with_a_teacher_clipping_and_a_hook():
+    model, optimizer = setup()
+    teacher, _ = setup(1)
+    before = [p.clone() for p in teacher.parameters()] + [b.clone() for b in teacher.buffers()]
+    norms, iterations = [], []
+    optimizer.register_step_pre_hook(
+        lambda *a: norms.append(sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5)
+    )
+    fit(
+        model, data, optimizer, epochs=1, steps_per_epoch=4, teacher=teacher, clip_norm=0.01, quiet=True,
+        after_step=iterations.append,
+    )  # fmt: skip
+    after = [*teacher.parameters(), *teacher.buffers()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not teacher.training
+    assert len(norms) == 4
+    assert max(norms) <= 0.01 * 1.001
+    assert iterations == [0, 1, 2, 3]
+
+
+def test_fit_says_when_the_batches_do_not_fit():
+    model, optimizer = setup()
+    with pytest.raises(UsageError, match="gave 4 batches instead of steps_per_epoch=5"):
+        fit(model, data, optimizer, epochs=1, steps_per_epoch=5, quiet=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    model, optimizer = setup()
+    path = tmp_path / "c.safetensors"
+
+    def loss(output, batch, teacher_output):
+        return output.sum() * (float("nan") if epoch_of["now"] else 1.0)
+
+    epoch_of = {"now": 0}
+
+    def batches(epoch):
+        epoch_of["now"] = epoch
+        return data(epoch)
+
+    with pytest.raises(LsquantError, match="not finite in epoch 2"):
+        fit(model, batches, optimizer, epochs=3, steps_per_epoch=4, loss=loss, checkpoint=path, quiet=True)
+    assert load_state(path)["at"]["epoch"] == 1
+
+
+def test_full_disk_during_a_checkpoint_keeps_the_old_one(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    model, optimizer = setup()
+    path = tmp_path / "c.safetensors"
+    fit(model, data, optimizer, epochs=1, steps_per_epoch=4, checkpoint=path, quiet=True)
+    old = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, hard))
+        with pytest.raises(DiskFull, match=r"no space left.*c\.safetensors"):
+            fit(model, data, optimizer, epochs=1, steps_per_epoch=4, checkpoint=path, quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_full_disk_while_logging(tmp_path):
+    resource = pytest.importorskip("resource")
+    log = Log(tmp_path / "log.jsonl")
+    log.append({"a": 1})
+    position = log.position
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (position + 5, hard))
+        with pytest.raises(DiskFull, match=r"log\.jsonl"):
+            log.append({"a": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.cut(position)
+    assert log.rows() == [{"a": 1}]
+    with pytest.raises(DamagedFile, match="it was cut"):
+        log.cut(position + 1)
+
+
+def test_toml():
+    import tomllib
+
+    table = {"a": 1, "b": 1.5, "c": 'x"\\\n', "d": [1, 2], "none": None, "t": {"u v": True, "w": {"z": "é"}, "e": {}}}
+    again = tomllib.loads(toml_text(table))
+    table.pop("none")
+    assert again == table
