@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import tomllib
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 import lsquant.training.state as state_module
 from lsquant._util.errors import DamagedFile, DiskFull, LsquantError, MissingFile, UsageError
 from lsquant._util.seeds import derive_seed, generator, rng_state, seed_everything, set_rng_state
-from lsquant._util.toml import toml_text
+from lsquant._util.toml import to_toml
 from lsquant.training import CosineSchedule, Log, distillation_loss, fit, load_state, param_groups, save_state
 from lsquant.training.state import decode, encode
 
@@ -315,9 +316,18 @@ def test_full_disk_while_logging(tmp_path):
 
 
 def test_toml():
-    import tomllib
-
-    table = {"a": 1, "b": 1.5, "c": 'x"\\\n', "d": [1, 2], "none": None, "t": {"u v": True, "w": {"z": "é"}, "e": {}}}
-    again = tomllib.loads(toml_text(table))
+    table = {
+        "a": 1,
+        "b": 1.5,
+        "c": 'x"\\\n',
+        "d": [1, 2],
+        "none": None,
+        "t": {"u v": True, "w": {"z": "\u00e9"}, "e": {}},
+    }
+    table["rules"] = [{"which": "a.*", "weight": {"bits": 2, "signed": True, "x": None}}, {"which": "re:.+\\d"}]
+    again = tomllib.loads(to_toml(table))
     table.pop("none")
+    table["rules"][0]["weight"].pop("x")
     assert again == table
+    with pytest.raises(TypeError, match="set"):
+        to_toml({"a": {1}})

@@ -1,4 +1,4 @@
-"""Writing TOML: strings, numbers, booleans, lists of these, and tables. Reading is the standard library's tomllib."""
+"""Writing TOML: strings, numbers, booleans, lists and tables. Reading is the standard library's tomllib."""
 
 from __future__ import annotations
 
@@ -7,21 +7,30 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def toml_text(table: Mapping[str, Any]) -> str:
-    """TOML of `table`, whose values may be tables themselves; an entry that is None is left out.
+def to_toml(table: Mapping[str, Any]) -> str:
+    """TOML of `table`: its values may be tables or lists of tables; an entry that is None is left out.
 
     Raises: TypeError for a value that TOML has not.
     """
-    return "\n".join(_lines(table, ())) + "\n"
+    return "\n".join(_lines(table, ())).strip("\n") + "\n"
 
 
 def _lines(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
-    plain = [f"{_key(k)} = {_value(v)}" for k, v in table.items() if v is not None and not isinstance(v, Mapping)]
-    lines = [f"[{'.'.join(map(_key, path))}]", *plain, ""] if path else ([*plain, ""] if plain else [])
+    lines, below = [], []
     for key, value in table.items():
+        here = (*path, str(key))
         if isinstance(value, Mapping):
-            lines += _lines(value, (*path, str(key)))
-    return lines
+            below += [f"[{'.'.join(map(_key, here))}]", *_lines(value, here)]
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(item, Mapping) for item in value):
+            for item in value:
+                below += [
+                    f"[[{'.'.join(map(_key, here))}]]",
+                    *(f"{_key(k)} = {_value(v)}" for k, v in item.items()),
+                    "",
+                ]
+        elif value is not None:
+            lines.append(f"{_key(key)} = {_value(value)}")
+    return [*lines, "", *below]
 
 
 def _key(key: Any) -> str:
@@ -41,4 +50,6 @@ def _value(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{_key(k)} = {_value(v)}' for k, v in value.items() if v is not None)} }}"
     raise TypeError(f"TOML has no {type(value).__name__}")
