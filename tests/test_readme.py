@@ -1,0 +1,102 @@
+"""Everything the documentation shows is run: Python blocks are executed, command lines are parsed."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+SHELL = {"sh", "bash", "shell", "console"}
+PLACEHOLDERS = {"DIR": "out", "RUN": "runs/x", "FILE": "model.onnx"}
+
+
+def blocks(page: Path, languages: set[str]) -> list[tuple[int, str]]:
+    """(line, text) of the fenced blocks of a page in one of the languages."""
+    text = page.read_text()
+    return [(text.count("\n", 0, m.start()) + 2, m[2]) for m in FENCE.finditer(text) if m[1] in languages]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every `lsquant ...` line of a shell block; `$ ` prompts, comments and `\\` are understood."""
+    joined = text.replace("\\\n", " ")
+    lines = [shlex.split(line.removeprefix("$ "), comments=True) for line in joined.splitlines()]
+    return [[PLACEHOLDERS.get(word, word) for word in words[1:]] for words in lines if words[:1] == ["lsquant"]]
+
+
+def ids(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, {"python"})], ids=ids)
+def test_python_blocks_run(page, in_tmp):
+    """The blocks of a page share one namespace, in order, in an empty working directory."""
+    space: dict = {"__name__": "__main__"}
+    for line, text in blocks(page, {"python"}):
+        # the line numbers of a traceback are those of the page
+        exec(compile("\n" * (line - 1) + text, str(page), "exec"), space)
+
+
+SHOWN = [(p, line, c) for p in PAGES for line, text in blocks(p, SHELL) for c in commands(text)]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param(c, id=f"{ids(p)}:{line}: {' '.join(c)}") for p, line, c in SHOWN],
+)
+def test_command_lines_parse(arguments):
+    from lsquant.cli import build_parser
+
+    build_parser().parse_args(arguments)
+
+
+def test_command_lines_are_found():
+    text = "$ lsquant train digits --bits 2 \\\n    --out RUN   # a comment\nmake demo\nlsquant env\n"
+    assert commands(text) == [["train", "digits", "--bits", "2", "--out", "runs/x"], ["env"]]
+    assert any(page.name == "README.md" for page, _, _ in SHOWN)
+
+
+def test_make_targets_exist():
+    """Every `make x` that a page shows is a target of the Makefile."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        for line, text in blocks(page, SHELL):
+            for name in re.findall(r"^(?:\$ )?make ([a-z-]+)", text, re.MULTILINE):
+                assert name in targets, f"{ids(page)}:{line}: make {name}"
+
+
+def test_links_lead_somewhere():
+    """Relative links and pictures of every page exist; links to a heading name one."""
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+            path, _, anchor = target.partition("#")
+            if "://" in target or target.startswith("mailto:"):
+                continue
+            file = (page.parent / path).resolve() if path else page
+            assert file.exists(), f"{ids(page)}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+                slugs = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+                assert anchor in slugs, f"{ids(page)}: {target}"
+
+
+def test_equation_numbers_agree():
+    """The numbers (M1) .. that the reference cites are those of docs/mathematics.md, all of them."""
+    documented = re.findall(r"^\*\*\((M\d+)\)", (ROOT / "docs" / "mathematics.md").read_text(), re.MULTILINE)
+    assert sorted(documented, key=lambda name: int(name[1:])) == [f"M{n}" for n in range(1, len(documented) + 1)]
+    cited = set(re.findall(r"\b(M\d+)\b", (ROOT / "src" / "lsquant" / "reference.py").read_text()))
+    assert cited <= set(documented)
+
+
+def test_functions_named_in_the_mathematics_exist():
+    from lsquant import reference
+
+    text = (ROOT / "docs" / "mathematics.md").read_text()
+    names = re.findall(r"`lsquant\.reference\.(\w+)", text)
+    assert len(names) >= 10
+    for name in names:
+        assert callable(getattr(reference, name)), name
