@@ -1,0 +1,17 @@
+"""Learned Step Size Quantization: quantization scales trained with the weights, shipped as the integers trained."""
+
+from lsquant import reference as reference
+from lsquant._version import __version__ as __version__
+from lsquant.calibration import calibrate as calibrate
+from lsquant.checkpoint import load as load
+from lsquant.checkpoint import save as save
+from lsquant.convert import disabled as disabled
+from lsquant.convert import prepare as prepare
+from lsquant.convert import resolved_recipe as resolved_recipe
+from lsquant.convert import revert as revert
+from lsquant.nn import integer_weights as integer_weights
+from lsquant.ops import fake_quantize as fake_quantize
+from lsquant.quantizer import Quantizer as Quantizer
+from lsquant.recipe import Recipe as Recipe
+from lsquant.recipe import Rule as Rule
+from lsquant.spec import QuantSpec as QuantSpec

@@ -1,0 +1,143 @@
+"""``calibrate``: set every activation step from data, decide signs, freeze N; refuse to leave one unset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsquant._util.batches import Forward, evaluating, run_batch, take
+from lsquant._util.errors import UsageError
+from lsquant.convert import disabled
+from lsquant.mse import ValueSummary
+from lsquant.nn import MATMUL_TYPES, QuantizedLayer, quantized_layers, quantizers
+from lsquant.quantizer import Method, Quantizer
+
+
+class _Observer:
+    """What calibration keeps of one activation quantizer: a bounded summary of its values, and N."""
+
+    def __init__(self, name: str, quantizer: Quantizer) -> None:
+        self.name, self.quantizer = name, quantizer
+        self.summary, self.sum, self.features = ValueSummary(), 0.0, 0
+
+    def take(self, x: Tensor, features: int) -> None:
+        if not x.numel():
+            raise UsageError(f"calibrate: {self.name!r} got an empty batch of shape {tuple(x.shape)}")
+        try:
+            self.summary.add(x)
+        except UsageError as error:
+            raise UsageError(f"calibrate: at {self.name!r} {error}; clean the data or look at the layer before") from error
+        self.sum += float(x.detach().double().abs().sum())
+        self.features = self.features or features
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    max_batches: int | None = 32,
+    forward: Forward | None = None,
+    method: Method = "mse",
+) -> None:
+    """Set the step of every activation quantizer from the float model's values on some batches.
+
+    batches: an iterable of batches (a tensor; a tuple or list, whose first element counts; a mapping, ``model(**batch)``),
+    or anything with ``forward=lambda model, batch: ...``.  max_batches: read at most so many.
+    method: "mse", the step of least squared error (at most 1.001 times the best of 2,000 log-spaced steps), or "paper".
+    N is frozen from the first batch; a sign is decided True when any value is below 0.  The mode is restored.
+    Raises: UsageError naming the layer for NaN, infinite, all-zero or missing values, for a wrong guess of the first or
+    last layer, and when a quantizer would be left without a step; the model's steps are then unchanged.
+    """
+    if not any(True for _ in quantizers(model)):
+        raise UsageError("calibrate: the model has no quantizers; call lsquant.prepare(model, recipe) first")
+    observers: dict[Quantizer, _Observer] = {}
+    order: dict[nn.Module, None] = {}
+    hooks = []
+    owned: set[Quantizer] = set()
+    for name, layer in quantized_layers(model):
+        owned.update(q for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None)
+        _reset_weight(layer)
+        if layer.input_quantizer is not None:
+            seen = observers.setdefault(layer.input_quantizer, _Observer(name, layer.input_quantizer))
+            hooks.append(layer.register_forward_pre_hook(_watch_layer(seen), with_kwargs=True))
+    for name, quantizer in quantizers(model):
+        if quantizer not in owned:
+            observers[quantizer] = seen = _Observer(name, quantizer)
+            hooks.append(quantizer.register_forward_pre_hook(_watch(seen)))
+    for module in model.modules():
+        if type(module) in MATMUL_TYPES or isinstance(module, QuantizedLayer):
+            hooks.append(module.register_forward_pre_hook(lambda m, _: order.setdefault(m)))
+    try:
+        with disabled(model), evaluating(model):
+            for batch in take(batches, max_batches):
+                run_batch(model, batch, forward)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _check_order(model, list(order))
+    _check_seen(model, observers)
+    for seen in observers.values():
+        mean = seen.sum / seen.summary.total
+        if not seen.quantizer.samples_share:
+            seen.quantizer.set_count(seen.features)
+        seen.quantizer.initialize_from(seen.summary, method, mean)
+
+
+def _watch_layer(seen: _Observer) -> Any:
+    def hook(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        seen.take(x, layer.input_features(x))
+
+    return hook
+
+
+def _watch(seen: _Observer) -> Any:
+    return lambda module, args: seen.take(args[0], seen.quantizer.samples_share)
+
+
+def _reset_weight(layer: QuantizedLayer) -> None:
+    """A weight step that could not be set at ``prepare`` is set now."""
+    quantizer = layer.weight_quantizer
+    if quantizer is None or quantizer.is_initialized:
+        return
+    if not bool(torch.isfinite(layer.weight).all()):
+        bad = int((~torch.isfinite(layer.weight)).sum())
+        raise UsageError(f"calibrate: {quantizer.name!r}: {bad} weights are NaN or infinite")
+    if not bool(layer.weight.any()):
+        raise UsageError(
+            f"calibrate: {quantizer.name!r}: all weights are zero, no step can be set; load a trained float model first, "
+            "or skip this layer"
+        )
+    layer.initialize_weight_step()
+
+
+def _check_order(model: nn.Module, order: list[nn.Module]) -> None:
+    """Where first and last were guessed from the order of definition, compare with what was executed."""
+    names = {module: name for name, module in model.named_modules()}
+    for index, which in ((0, "first"), (-1, "last")):
+        assumed = [m for _, m in quantized_layers(model) if which in getattr(m, "assumed_position", ())]
+        if order and assumed and assumed[0] is not order[index]:
+            raise UsageError(
+                f"calibrate: {names[assumed[0]]!r} was taken for the {which} layer (order of definition), but "
+                f"{names[order[index]]!r} is executed {which}; call prepare(model, recipe, example_inputs=batch) with a "
+                "batch, so that the order is known"
+            )
+
+
+def _check_seen(model: nn.Module, observers: dict[Quantizer, _Observer]) -> None:
+    for seen in observers.values():
+        if not seen.summary.total:
+            raise UsageError(
+                f"calibrate: layer {seen.name!r} was not reached by any batch, its step would be left unset; give batches "
+                "that reach it, or leave it in floating point (skip=)"
+            )
+        if seen.summary.low == seen.summary.high == 0.0:
+            raise UsageError(
+                f"calibrate: all input values of layer {seen.name!r} are zero, no step can be set; check the data and the "
+                "layers before, or leave it in floating point (skip=)"
+            )
+        if not (seen.quantizer.samples_share or seen.features):
+            raise UsageError(f"calibrate: {seen.name!r} is a stand-alone Quantizer without N; give Quantizer(..., count=N)")

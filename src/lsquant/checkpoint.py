@@ -1,0 +1,121 @@
+"""``save`` and ``load``: weights, steps and recipe of a quantized model in one safetensors file.
+
+Nothing in the file is executed.  The tensors are the state dict; tied tensors are stored once.  Metadata keys:
+``lsquant.format`` (1), ``lsquant.recipe`` (TOML, one rule per layer), ``lsquant.aliases`` (JSON, second name -> stored
+name), ``lsquant.versions`` (JSON), and whatever the caller adds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lsquant._util.errors import DamagedFile, MissingFile, UsageError
+from lsquant._util.files import atomic_write
+from lsquant._version import __version__ as VERSION
+from lsquant.convert import prepare, resolved_recipe, revert
+from lsquant.nn import FLOAT_TYPES, quantized_layers
+from lsquant.recipe import Recipe
+
+FORMAT = "1"
+Path_ = str | os.PathLike[str]
+
+
+def save(model: nn.Module, path: Path_, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a prepared model's state dict and recipe, aside and renamed.
+
+    metadata: more strings to keep in the file; keys beginning with "lsquant." are ours.
+    Raises: UsageError for a model without quantized layers; MissingFile, DiskFull (the old file is then unchanged).
+    """
+    if not any(True for _ in quantized_layers(model)):
+        raise UsageError("save: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    owner: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride())
+        if tensor.numel() and (first := owner.setdefault(key, name)) != name:
+            aliases[name] = first
+        else:
+            stored[name] = tensor.detach().contiguous()
+    ours = {
+        "lsquant.format": FORMAT,
+        "lsquant.recipe": resolved_recipe(model).to_toml(),
+        "lsquant.aliases": json.dumps(aliases),
+        "lsquant.versions": json.dumps({"lsquant": VERSION, "torch": torch.__version__}),
+    }
+    with atomic_write(path) as temporary:
+        save_file(stored, str(temporary), {**(metadata or {}), **ours})
+
+
+def read_metadata(path: Path_) -> dict[str, str]:
+    """The metadata of a file written by ``save``.  Raises: MissingFile, DamagedFile, UsageError for a foreign file."""
+    return _read(path, with_tensors=False)[0]
+
+
+def _read(path: Path_, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not Path(path).is_file():
+        raise MissingFile(f"{path} does not exist")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedFile(f"{path} is damaged or not a safetensors file: {error}") from error
+    version = metadata.get("lsquant.format")
+    if version is None:
+        raise UsageError(
+            f"{path} was not written by lsquant.save: it has no recipe. For a float checkpoint use "
+            "model.load_state_dict(safetensors.torch.load_file(path)), before or after prepare"
+        )
+    if version != FORMAT:
+        raise UsageError(f"{path} has format {version}, this lsquant ({VERSION}) reads {FORMAT}: update lsquant")
+    return metadata, tensors
+
+
+def load(model: nn.Module, path: Path_) -> nn.Module:
+    """Make a model what ``save`` wrote: prepare it with the file's recipe, load weights and steps; no calibration needed.
+
+    model: the float architecture, or the prepared one.  Returns the model.
+    Raises: MissingFile, DamagedFile, UsageError for another architecture; the model is then unchanged.
+    """
+    metadata, tensors = _read(path, with_tensors=True)
+    try:
+        for name, first in json.loads(metadata.get("lsquant.aliases", "{}")).items():
+            tensors[name] = tensors[first]
+        recipe = Recipe.from_toml(metadata["lsquant.recipe"])
+    except (KeyError, ValueError, AttributeError) as error:
+        raise DamagedFile(f"{path}: its lsquant metadata is damaged: {error}") from error
+    _check_architecture(model, tensors, path)
+    was_float = not any(type(m) in FLOAT_TYPES for m in model.modules())
+    try:
+        prepare(model, recipe)
+        model.load_state_dict(tensors)
+    except (UsageError, RuntimeError) as error:
+        if was_float:
+            revert(model)
+        raise UsageError(f"{path} does not fit {type(model).__name__}: {error}") from error
+    return model
+
+
+def _check_architecture(model: nn.Module, tensors: dict[str, Tensor], path: Path_) -> None:
+    """Compare the float part of both before anything is changed."""
+
+    def is_float_key(name: str) -> bool:
+        return not any(part in ("weight_quantizer", "input_quantizer") for part in name.split("."))
+
+    mine = {k: tuple(v.shape) for k, v in model.state_dict().items() if is_float_key(k)}
+    theirs = {k: tuple(v.shape) for k, v in tensors.items() if is_float_key(k)}
+    problems = [f"the file lacks {k}" for k in mine if k not in theirs]
+    problems += [f"the model lacks {k}" for k in theirs if k not in mine]
+    problems += [f"{k} is {theirs[k]} in the file and {v} in the model" for k, v in mine.items() if theirs.get(k, v) != v]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UsageError(f"{path} is of another architecture than {type(model).__name__}: {'; '.join(problems[:3])}{more}")

@@ -1,0 +1,318 @@
+"""``prepare`` and ``revert``: a float model becomes a quantized one in place, and back.
+
+A layer's class is exchanged (as ``torch.nn.utils.parametrize`` does) and quantizers are added to it, so that the root
+module, shared and tied layers, hooks, Parameter objects and references all survive.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from lsquant._util.batches import evaluating, run_batch
+from lsquant._util.errors import UsageError
+from lsquant.nn import EXACT_TYPES, FLOAT_TYPES, MATMUL_TYPES, QuantizedLayer, quantized_layers, quantizers, weight_steps
+from lsquant.quantizer import Quantizer
+from lsquant.recipe import Recipe, Rule
+from lsquant.spec import QuantSpec
+
+Steps = Literal["rescale", "recalibrate"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One layer: name, float type's name, weight and activation in words ("float" where not quantized), weights, reason."""
+
+    name: str
+    kind: str
+    weight: str
+    activation: str
+    weights: int
+    reason: str = ""
+
+
+class Changes(tuple[Change, ...]):
+    """What ``prepare`` did, a row per layer; prints as a table.  It is no model: prepare works in place."""
+
+    @property
+    def quantized(self) -> tuple[Change, ...]:
+        """The layers with at least one quantizer."""
+        return tuple(c for c in self if (c.weight, c.activation) != ("float", "float"))
+
+    @property
+    def weight_share(self) -> float:
+        """Quantized weights over all weights of the layers that multiply, 0 to 1."""
+        total = sum(c.weights for c in self)
+        return sum(c.weights for c in self if c.weight != "float") / total if total else 0.0
+
+    def __str__(self) -> str:
+        rows = [("layer", "type", "weight", "input", "weights", "note")]
+        rows += [(c.name or "(root)", c.kind, c.weight, c.activation, f"{c.weights:,}", c.reason) for c in self]
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        count = len(self.quantized)
+        return "\n".join([*lines, f"{count} layers quantized, {self.weight_share:.1%} of the weights"])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise UsageError("prepare works in place: go on using the model you passed, not what prepare returned")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(nn.Module, name):
+            raise AttributeError(name)
+        raise UsageError(f"prepare works in place: call .{name} on the model you passed, not on what prepare returned")
+
+
+def _matmul_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Layers that multiply, float or prepared, in order of definition, with all their names."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) in MATMUL_TYPES or isinstance(module, QuantizedLayer):
+            found.setdefault(module, []).append(name)
+    return found
+
+
+def execution_order(model: nn.Module, batch: Any) -> list[nn.Module]:
+    """The layers that multiply in the order in which one batch first reaches them."""
+    seen: dict[nn.Module, None] = {}
+    hooks = [m.register_forward_pre_hook(lambda m, _: seen.setdefault(m)) for m in _matmul_layers(model)]
+    try:
+        with disabled(model), evaluating(model):
+            run_batch(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(seen)
+
+
+def prepare(
+    model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, steps: Steps = "rescale"
+) -> Changes:
+    """Quantize the layers of a model in place, as the recipe says.
+
+    model: any nn.Module, float or already prepared.  example_inputs: one batch (tensor; tuple or list, whose first
+    element counts; mapping); with it the first and last layer that multiply are known by execution, without it by
+    order of definition, and ``calibrate`` raises where that was wrong.
+    steps: for a prepared model: "rescale" keeps ``s * q_max_old / q_max_new``, "recalibrate" sets weight steps anew and
+    marks activation steps as not set.
+    Returns: Changes.  Raises: UsageError naming the rule or layer; the model is then unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"prepare: the model is a {type(model).__name__}, not an nn.Module")
+    if not isinstance(recipe, Recipe):
+        raise UsageError(f"prepare: recipe is {recipe!r}; give lsquant.Recipe(...) or lsquant.Recipe.preset('w4a4')")
+    if steps not in ("rescale", "recalibrate"):
+        raise UsageError(f"prepare: steps={steps!r}; use 'rescale' or 'recalibrate'")
+    layers = _matmul_layers(model)
+    if not layers:
+        raise UsageError(
+            f"prepare: {type(model).__name__} has no layer that can be quantized "
+            f"({', '.join(t.__name__ for t in MATMUL_TYPES)})"
+        )
+    order = list(layers) if example_inputs is None else execution_order(model, example_inputs)
+    positions: dict[nn.Module, list[str]] = {}
+    if order:
+        positions.setdefault(order[0], []).append("first")
+        positions.setdefault(order[-1], []).append("last")
+    _check_rules(recipe, model, layers, positions)
+    plan = _plan(recipe, layers, positions)
+    for layer, (weight, activation) in plan.items():
+        _apply(layer, layers[layer][0], weight, activation, steps)
+        layer.assumed_position = tuple(positions.get(layer, ())) if example_inputs is None else ()  # type: ignore[assignment]
+    _share_tied(plan, layers)
+    both = any(w is not None and a is not None for w, a in plan.values())
+    rows = [_row(layer, layers[layer][0], *plan.get(layer, (None, None)), recipe) for layer in layers]
+    for name, module in list(model.named_modules()):
+        if both and type(module) in EXACT_TYPES and not EXACT_TYPES[type(module)].unsupported(module):
+            module.__class__ = EXACT_TYPES[type(module)]
+        elif type(module) not in MATMUL_TYPES and (reason := _stays_float(module)):
+            weights = sum(p.numel() for p in module.parameters(recurse=False))
+            rows.append(Change(name, type(module).__name__, "float", "float", weights, reason))
+    return Changes(rows)
+
+
+def _plan(
+    recipe: Recipe, layers: dict[nn.Module, list[str]], positions: dict[nn.Module, list[str]]
+) -> dict[nn.Module, tuple[QuantSpec | None, QuantSpec | None]]:
+    """What each layer becomes; raises before anything is changed."""
+    plan = {}
+    by_weight: dict[int, tuple[str, QuantSpec | None]] = {}
+    for layer, names in layers.items():
+        weight, activation = recipe.resolve(names, layer, positions.get(layer, ()))
+        tied, spec = by_weight.setdefault(id(layer.weight), (names[0], weight))
+        if spec != weight:
+            raise UsageError(
+                f"layers {tied!r} and {names[0]!r} share one weight, but the recipe asks for {spec or 'float'} and "
+                f"{weight or 'float'}; give both the same rule"
+            )
+        if weight is not None:
+            weight_steps(layer, weight.granularity, weight.group_size, names[0])
+        if (weight is not None or activation is not None) and not _reason(layer):
+            plan[layer] = (weight, activation)
+        elif isinstance(layer, QuantizedLayer):
+            plan[layer] = (None, None)
+    return plan
+
+
+def _reason(layer: nn.Module) -> str:
+    quantized = MATMUL_TYPES.get(type(layer))
+    return quantized.unsupported(layer) if quantized else ""
+
+
+def _check_rules(
+    recipe: Recipe, model: nn.Module, layers: dict[nn.Module, list[str]], positions: dict[nn.Module, list[str]]
+) -> None:
+    for rule in recipe.rules:
+        if any(rule.matches(names, layer, positions.get(layer, ())) for layer, names in layers.items()):
+            continue
+        everything = [(m, [n]) for n, m in model.named_modules() if n]
+        if rule.weight is None and rule.activation is None and any(rule.matches(n, m) for m, n in everything):
+            continue  # skipping something that would stay float anyway
+        known = [name for names in layers.values() for name in names]
+        near = difflib.get_close_matches(str(rule.which), known, 3, 0.3) or known[:3]
+        raise UsageError(f"prepare: the rule for {rule.which!r} matches no layer; near names: {', '.join(near)}")
+
+
+def _apply(
+    layer: nn.Module, name: str, weight: QuantSpec | None, activation: QuantSpec | None, steps: Steps
+) -> None:
+    if weight is None and activation is None:
+        _revert_layer(layer)
+        return
+    old: list[Quantizer | None] = [None, None]
+    if isinstance(layer, QuantizedLayer):
+        old = [layer.weight_quantizer, layer.input_quantizer]
+        layer.__class__ = FLOAT_TYPES[type(layer)]
+    weight_quantizer = input_quantizer = None
+    device = layer.weight.device  # type: ignore[union-attr]
+    if weight is not None:
+        count, share = weight_steps(layer, weight.granularity, weight.group_size, name)
+        weight_quantizer = _reuse(old[0], weight, count, steps) or Quantizer(
+            weight, (count,), axis=0 if weight.granularity == "channel" else None, count=share
+        ).to(device)
+        weight_quantizer.name = f"{name}.weight_quantizer".lstrip(".")
+    if activation is not None:
+        features = getattr(layer, "in_features", None)
+        input_quantizer = _reuse(old[1], activation, 1, steps) or Quantizer(activation, count=features).to(device)
+        input_quantizer.name = f"{name}.input_quantizer".lstrip(".")
+    layer.__class__ = MATMUL_TYPES[type(layer)]
+    layer.attach(weight_quantizer, input_quantizer)  # type: ignore[operator]
+    for quantizer in (weight_quantizer, input_quantizer):
+        if quantizer is not None:
+            quantizer.train(layer.training)
+
+
+def _reuse(old: Quantizer | None, spec: QuantSpec, count: int, steps: Steps) -> Quantizer | None:
+    """The quantizer that is there, with new bits, when its step keeps its shape."""
+    if old is None or old.step.numel() != count or old.spec.offset != spec.offset:
+        return None
+    if (old.spec.granularity, old.spec.group_size) != (spec.granularity, spec.group_size):
+        return None
+    old.respecify(spec, rescale=steps == "rescale")
+    if steps == "recalibrate":
+        old.forget()
+    return old
+
+
+def _share_tied(plan: dict[nn.Module, Any], layers: dict[nn.Module, list[str]]) -> None:
+    """Layers with one weight have one weight quantizer."""
+    owners: dict[int, Quantizer] = {}
+    for layer in layers:
+        quantizer = getattr(layer, "weight_quantizer", None)
+        if quantizer is not None:
+            layer.weight_quantizer = owners.setdefault(id(layer.weight), quantizer)
+
+
+def _stays_float(module: nn.Module) -> str:
+    """Why a module that multiplies is not touched; empty for everything else."""
+    if isinstance(module, (QuantizedLayer, Quantizer)):
+        return ""
+    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
+        return f"{type(module).__name__} uses its weights without calling a layer: not quantized"
+    if isinstance(module, tuple(MATMUL_TYPES)):
+        return f"a subclass of {type(module).__mro__[1].__name__} may compute otherwise: not quantized"
+    if type(module) in EXACT_TYPES and (reason := EXACT_TYPES[type(module)].unsupported(module)):
+        return f"not bit-exact in runtimes: {reason}"
+    if type(module).__module__.startswith("torch.nn.modules.") and isinstance(getattr(module, "weight", None), nn.Parameter):
+        return "" if "Norm" in type(module).__name__ else f"{type(module).__name__} is not supported yet"
+    return ""
+
+
+def _row(
+    layer: nn.Module, name: str, weight: QuantSpec | None, activation: QuantSpec | None, recipe: Recipe
+) -> Change:
+    kind = FLOAT_TYPES.get(type(layer), type(layer)).__name__
+    reason = _reason(layer) or ("" if weight or activation else "the recipe leaves it in floating point")
+    return Change(name, kind, str(weight or "float"), str(activation or "float"), layer.weight.numel(), reason)  # type: ignore[union-attr, operator]
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Give back the float model, in place: classes, state-dict keys and Parameter objects as before ``prepare``.
+
+    The weights are the trained float weights, not their quantized values.  Returns the model.
+    """
+    for module in list(model.modules()):
+        if type(module) in FLOAT_TYPES:
+            _revert_layer(module)
+    return model
+
+
+def _revert_layer(module: nn.Module) -> None:
+    if isinstance(module, QuantizedLayer):
+        module.detach_quantizers()
+        vars(module).pop("assumed_position", None)
+    if type(module) in FLOAT_TYPES:
+        module.__class__ = FLOAT_TYPES[type(module)]
+
+
+@contextmanager
+def disabled(model: nn.Module, *patterns: str) -> Iterator[None]:
+    """Switch quantizers off inside the ``with`` block: all, or those whose name or layer's name matches a glob.
+
+    Raises: UsageError for a pattern that matches no quantizer.
+    """
+    everyone = list(quantizers(model))
+    chosen = [q for name, q in everyone if not patterns or any(_named(name, p) for p in patterns)]
+    for pattern in patterns:
+        if not any(_named(name, pattern) for name, _ in everyone):
+            near = difflib.get_close_matches(pattern, [n for n, _ in everyone], 3, 0.3)
+            raise UsageError(f"disabled: {pattern!r} matches no quantizer; near names: {', '.join(near) or 'none'}")
+    before = [q.enabled for q in chosen]
+    for quantizer in chosen:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for quantizer, state in zip(chosen, before, strict=True):
+            quantizer.enabled = state
+
+
+def _named(quantizer: str, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (quantizer, quantizer.rpartition(".")[0]))
+
+
+def resolved_recipe(model: nn.Module) -> Recipe:
+    """The recipe of a prepared model, one rule per layer by exact name: what a checkpoint keeps.
+
+    Signs decided by calibration stay undecided in it; they are in the state dict.
+    """
+    rules = []
+    for name, layer in quantized_layers(model):
+        weight, activation = layer.weight_quantizer, layer.input_quantizer
+        rules.append(
+            Rule(
+                "re:" + _escape(name),
+                None if weight is None else weight.requested,
+                None if activation is None else activation.requested,
+            )
+        )
+    return Recipe(None, None, rules)
+
+
+def _escape(name: str) -> str:
+    return name.replace(".", r"\.")

@@ -1,0 +1,101 @@
+"""What all quantized layers share: two quantizers, integer weights, loading of float checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lsquant import ops
+from lsquant._util.errors import UsageError
+from lsquant.quantizer import Quantizer
+
+
+class QuantizedLayer(nn.Module):
+    """Mixed in before the float layer's class.  ``weight_quantizer`` and ``input_quantizer`` may be None."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_quantizer: Quantizer | None
+    input_quantizer: Quantizer | None
+    float_type: type[nn.Module]
+
+    def attach(self, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None) -> None:
+        """Give the layer its quantizers; a weight step that is not set is set from the weight, if it can be."""
+        self.weight_quantizer = weight_quantizer
+        self.input_quantizer = input_quantizer
+        self.initialize_weight_step()
+
+    def initialize_weight_step(self, again: bool = False) -> None:
+        """Set the weight's step by the paper's rule; an all-zero or unset weight stays uninitialised."""
+        quantizer = self.weight_quantizer
+        if quantizer is None or (quantizer.is_initialized and not again) or self.weight.is_meta:
+            return
+        if bool(torch.isfinite(self.weight).all()) and bool(self.weight.any()):
+            quantizer.initialize(self.weight, "paper")
+        else:
+            quantizer.forget()
+
+    def detach_quantizers(self) -> None:
+        """Remove both quantizers, so that the state dict is the float layer's again."""
+        del self.weight_quantizer, self.input_quantizer
+
+    def grids(self) -> tuple[ops.Grid, ops.Grid] | None:
+        """(input's, weight's) when both are quantized and switched on, else None."""
+        x, w = self.input_quantizer, self.weight_quantizer
+        return (x.grid(), w.grid()) if x is not None and w is not None and x.enabled and w.enabled else None
+
+    def float_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and weight, each fake-quantized where it has a quantizer: for layers quantized in one of the two."""
+        xq, wq = self.input_quantizer, self.weight_quantizer
+        return x if xq is None else xq(x), self.weight if wq is None else wq(self.weight)
+
+    @torch.no_grad()
+    def integer_weight(self) -> tuple[Tensor, Tensor, None]:
+        """(codes, step, zero_point): int8 codes in the weight's shape, the guarded step (steps,) float32, None.
+
+        ``codes * step`` (step along the output channels or groups) is the weight the layer computes with.
+        Raises: UsageError when the weight is not quantized.
+        """
+        quantizer = self.weight_quantizer
+        if quantizer is None:
+            raise UsageError("integer_weight: this layer's weight is not quantized")
+        return quantizer.codes(self.weight), quantizer.effective_step().detach().clone(), None
+
+    def input_features(self, x: Tensor) -> int:
+        """N of an activation step: features of one sample."""
+        raise NotImplementedError
+
+    @staticmethod
+    def unsupported(layer: nn.Module) -> str:
+        """Why a float layer of this type cannot be quantized; empty when it can."""
+        return ""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        quantizer = self.weight_quantizer
+        has_weight = prefix + "weight" in state_dict
+        if quantizer is not None and has_weight and not any(
+            key.startswith(prefix + "weight_quantizer.") for key in state_dict
+        ):  # fmt: skip
+            self.initialize_weight_step(again=True)
+
+
+def weight_steps(layer: nn.Module, granularity: str, group_size: int | None, name: str) -> tuple[int, int]:
+    """(number of steps, elements that share one) of a weight whose dimension 0 is the output channel.
+
+    Raises: UsageError naming the layer when groups do not fit.
+    """
+    weight = cast(Tensor, layer.weight)
+    if granularity == "tensor":
+        return 1, weight.numel()
+    row = weight.numel() // weight.shape[0]
+    if granularity == "channel":
+        return weight.shape[0], row
+    if not group_size or row % group_size:
+        raise UsageError(
+            f"layer {name!r}: group_size={group_size} does not divide its {row} weights per output channel "
+            f"(weight {tuple(weight.shape)}); choose a divisor, or give this layer another rule"
+        )
+    return weight.numel() // group_size, group_size

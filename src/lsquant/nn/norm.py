@@ -1,0 +1,36 @@
+"""BatchNorm whose eval mode every runtime can repeat."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lsquant import ops
+
+
+class ExactBatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d``; in eval mode ``fl(fl(x * alpha) + beta)`` with float32 alpha and beta, two roundings.
+
+    PyTorch's own eval kernel uses a fused multiply-add, which ONNX Runtime does not.  Training mode is unchanged.
+    """
+
+    float_type = nn.BatchNorm2d
+
+    def affine_constants(self) -> tuple[Tensor, Tensor]:
+        """``alpha = gamma / sqrt(var + eps)``, ``beta - mean * alpha``, both (C,) float32; differentiable."""
+        if self.running_mean is None or self.running_var is None:
+            raise RuntimeError("affine_constants: this BatchNorm keeps no running statistics")
+        deviation = torch.sqrt(self.running_var.float() + self.eps)
+        alpha = (torch.ones_like(deviation) if self.weight is None else self.weight.float()) / deviation
+        shift = self.running_mean.float() * alpha
+        return alpha, -shift if self.bias is None else self.bias.float() - shift
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training or self.running_mean is None:
+            return super().forward(input)
+        self._check_input_dim(input)
+        return ops.scale_shift(input, *self.affine_constants())
+
+    @staticmethod
+    def unsupported(layer: nn.Module) -> str:
+        return "" if getattr(layer, "track_running_stats", True) else "it keeps no running statistics"

@@ -1,0 +1,105 @@
+"""Average pooling with a fixed order of additions: rows first, then columns, then one division.
+
+In eval mode (and without gradients) the same float operations in the same order run in PyTorch and in the exported
+graph, where they are Slice, Add and Div.  Training with gradients uses PyTorch's own kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Windows = list[tuple[int, int]]
+
+
+def window_sums(x: Tensor, dim: int, windows: Windows) -> Tensor:
+    """Sums of x over the half-open windows of one dimension, each from left to right."""
+    lengths = {end - start for start, end in windows}
+    strides = {b[0] - a[0] for a, b in zip(windows, windows[1:], strict=False)} or {1}
+    if len(lengths) == len(strides) == 1:
+        first, stride = windows[0][0], strides.pop()
+        span = windows[-1][0] - first + 1
+        parts = [_slice(x, dim, first + i, first + i + span, stride) for i in range(lengths.pop())]
+        return _add_up(parts)
+    return torch.cat([_add_up([_slice(x, dim, i, i + 1, 1) for i in range(*w)]) for w in windows], dim)
+
+
+def _slice(x: Tensor, dim: int, start: int, end: int, stride: int) -> Tensor:
+    index: list[slice] = [slice(None)] * x.dim()
+    index[dim] = slice(start, end, stride)
+    return x[tuple(index)]
+
+
+def _add_up(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def exact_average(x: Tensor, windows: Sequence[Windows], counts: Tensor | int) -> Tensor:
+    """``fl(sum / count)`` over boxes, one list of windows per trailing dimension.  Returns the dtype of x."""
+    y = x.to(torch.float32)
+    for dim, one in zip(range(x.dim() - len(windows), x.dim()), windows, strict=True):
+        y = window_sums(y, dim, one)
+    return (y / counts).to(x.dtype)
+
+
+def _tuple(value: int | Sequence[int], n: int) -> tuple[int, ...]:
+    return (value,) * n if isinstance(value, int) else tuple(value)
+
+
+def _box_counts(per_dim: list[list[int]], device: torch.device) -> Tensor | int:
+    """The number of elements of each box: an int where it is the same for all."""
+    counts = torch.ones((), dtype=torch.float32, device=device)
+    for sizes in per_dim:
+        counts = counts.unsqueeze(-1) * torch.tensor(sizes, dtype=torch.float32, device=device)
+    same = all(len(set(sizes)) == 1 for sizes in per_dim)
+    return torch.Size([sizes[0] for sizes in per_dim]).numel() if same else counts
+
+
+class ExactAvgPool2d(nn.AvgPool2d):
+    """``nn.AvgPool2d`` with a fixed order of additions in eval mode.  x: (..., height, width)."""
+
+    float_type = nn.AvgPool2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            return super().forward(input)
+        kernel, padding = _tuple(self.kernel_size, 2), _tuple(self.padding, 2)
+        stride = _tuple(self.stride, 2)
+        x = F.pad(input, [p for p in reversed(padding) for _ in range(2)]) if any(padding) else input
+        windows, counts = [], []
+        for k, s, p, size in zip(kernel, stride, padding, input.shape[-2:], strict=True):
+            starts = range(0, size + 2 * p - k + 1, s)
+            windows.append([(i, i + k) for i in starts])
+            counts.append([k if self.count_include_pad else min(i + k, size + p) - max(i, p) for i in starts])
+        return exact_average(x, windows, self.divisor_override or _box_counts(counts, x.device))
+
+    @staticmethod
+    def unsupported(layer: nn.Module) -> str:
+        return "ceil_mode=True has no exact form here" if getattr(layer, "ceil_mode", False) else ""
+
+
+class ExactAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    """``nn.AdaptiveAvgPool2d`` with a fixed order of additions in eval mode.  x: (..., height, width)."""
+
+    float_type = nn.AdaptiveAvgPool2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            return super().forward(input)
+        wanted = (self.output_size,) * 2 if not isinstance(self.output_size, tuple) else self.output_size
+        windows = []
+        for size, out in zip(input.shape[-2:], wanted, strict=True):
+            n = size if out is None else int(out)
+            windows.append([(i * size // n, -(-(i + 1) * size // n)) for i in range(n)])
+        counts = _box_counts([[end - start for start, end in one] for one in windows], input.device)
+        return exact_average(input, windows, counts)
+
+    @staticmethod
+    def unsupported(layer: nn.Module) -> str:
+        return ""
