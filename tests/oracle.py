@@ -59,10 +59,9 @@ def bounds(bits, signed, narrow=False):
 
 
 def lsq_plus_zero_point(b, step, q_min, q_max):
-    """z = clip(round(-b/s), q_min, q_max), float32 division; NaN where it has no value."""
+    """z = clip(round(-b/s), q_min, q_max), float32 division; NaN where b/s is NaN."""
     with np.errstate(all="ignore"):
-        z = np.clip(np.rint(-F32(1) * np.asarray(b, F32) / np.asarray(step, F32)).astype(np.float64), q_min, q_max)
-    return np.where(np.isfinite(step) & np.isfinite(b), z, np.nan)
+        return np.clip(np.rint(-np.asarray(b, F32) / np.asarray(step, F32)).astype(np.float64), q_min, q_max)
 
 
 def quotient(v, step, axis=None, group_size=None):
@@ -73,12 +72,14 @@ def quotient(v, step, axis=None, group_size=None):
 
 
 def codes(v, step, q_min, q_max, z=0, axis=None, group_size=None):
-    """clip(round(v/s) + z, q_min, q_max) as float64 integers; NaN where v or the step is not finite."""
+    """clip(round(v/s) + z, q_min, q_max) as float64 integers; NaN where v is not finite or the step is NaN.
+
+    An infinite step gives the code z, and the value (z - z) * inf = NaN.
+    """
     v = np.asarray(v, dtype=F32)
     q = quotient(v, step, axis, group_size)
     code = np.clip(np.rint(q).astype(np.float64) + spread(z, v.shape, axis, group_size), q_min, q_max)
-    finite = np.isfinite(v) & np.isfinite(spread(np.asarray(step, F32), v.shape, axis, group_size))
-    return np.where(finite, code, np.nan)
+    return np.where(np.isfinite(v), code, np.nan)
 
 
 def fake_quantize(v, step, q_min, q_max, z=0, axis=None, group_size=None):
@@ -105,14 +106,18 @@ def element_gradient(upstream, v, step, q_min, q_max, z=0, axis=None, group_size
 
 
 def step_terms(v, step, q_min, q_max, z=0, axis=None, group_size=None, lsq_plus=False):
-    """d v_hat / d s of every element, float64 (the subtraction round(q) - q is exact in float32 already)."""
+    """d v_hat / d s of every element, float64 (the subtraction round(q) - q is exact in float32 already).
+
+    NaN where v is not finite: its v_hat is NaN, and a loss scaler must see it in the gradient.
+    """
     q = quotient(v, step, axis, group_size)
     z = spread(z, q.shape, axis, group_size)
     with np.errstate(all="ignore"):
         terms = (np.rint(q) - q).astype(np.float64)
     below, above = q.astype(np.float64) <= q_min - z, q.astype(np.float64) >= q_max - z
     terms = np.where(below, q_min if lsq_plus else q_min - z, terms)
-    return np.where(above, q_max if lsq_plus else q_max - z, terms)
+    terms = np.where(above, q_max if lsq_plus else q_max - z, terms)
+    return np.where(np.isfinite(v), terms, np.nan)
 
 
 def step_gradient(upstream, v, step, q_min, q_max, g, z=0, axis=None, group_size=None, lsq_plus=False):

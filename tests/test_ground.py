@@ -64,7 +64,7 @@ def test_the_table_reaches_what_it_claims() -> None:
         overflow += int(np.isinf(q).sum())
         finite = np.where(np.isinf(q), 0, q)
         ties += int((np.abs(finite - np.floor(finite)) == 0.5).sum())
-    assert min(inside, below, above, on, ties, overflow) > 500, (inside, below, above, on, ties, overflow)
+    assert min(inside, below, above, on, ties, overflow) > 300, (inside, below, above, on, ties, overflow)
 
 
 # ---------------------------------------------------------------------------------------------- literal: no oracle
@@ -244,7 +244,7 @@ def test_what_is_not_finite_becomes_nan_and_nothing_else_does(engine: str, dtype
     assert torch.equal(y.isnan(), bad)
     assert_same(y, b.expected_value())
     code = reference.codes(b.x, b.step, b.q_min, b.q_max, **b.extras)
-    assert torch.equal(code.isnan(), bad)
+    assert_same(code, torch.tensor(b.expected_codes(), dtype=torch.float32))
 
 
 @engines
@@ -252,11 +252,10 @@ def test_gradients_beside_what_is_not_finite(engine: str) -> None:
     b = _poisoned(torch.float32)
     of_x, of_step, _ = gradients(engine, b)
     assert_same(of_x, b.expected_element_gradient())
+    for k in range(4):  # a NaN, an Inf, a -Inf, a NaN step: a loss scaler must see every one of them
+        assert of_step[k].isnan()
     expected, magnitude = b.expected_step_gradient()
-    assert of_step[0].isnan(), "a NaN element makes the gradient of its step NaN: a loss scaler must see it"
-    assert of_step[3].isnan(), "a NaN step has a NaN gradient"
-    for k in (1, 2, 5):
-        assert abs(of_step[k].item() - expected[k]) <= BOUND * magnitude[k]
+    assert abs(of_step[5].item() - expected[5]) <= BOUND * magnitude[5]
 
 
 @engines
@@ -302,7 +301,7 @@ WRONG = {
     "steps not along the axis": {"step": 5, "axis": 0},
     "one step for an axis of four": {"step": 1, "axis": 0},
     "axis that is not there": {"step": 1, "axis": 2},
-    "axis and group": {"step": 8, "axis": 0, "group_size": 3},
+    "groups along another axis": {"step": 8, "axis": 1, "group_size": 3},
     "group that does not divide": {"step": 4, "group_size": 5},
     "group across two rows": {"step": 2, "group_size": 12},
     "wrong number of groups": {"step": 7, "group_size": 3},

@@ -169,6 +169,9 @@ def test_bfloat16_in_bfloat16_out() -> None:
         assert q.effective_step().dtype == torch.float32
 
 
+# torch's own: dynamo makes an instance of autograd.Function while it traces one, inductor imports torch.jit
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("variety", ["channel", "offset"])
 def test_compiled_equals_eager(variety: str, backend: str) -> None:

@@ -118,11 +118,9 @@ def test_decide(signed: bool) -> None:
     assert (decided.q_min, decided.q_max) == ((-8, 7) if signed else (0, 15))
 
 
-def test_narrow_cannot_be_decided_unsigned() -> None:
-    spec = QuantSpec(4, narrow=True)
-    assert spec.decide(True).q_min == -7
-    with pytest.raises(ValueError, match="narrow"):
-        spec.decide(False)
+def test_narrow_means_signed() -> None:
+    assert (QuantSpec(4, narrow=True).q_min, QuantSpec(4, narrow=True).q_max) == (-7, 7)
+    assert QuantSpec(4, narrow=True) == QuantSpec(4, narrow=True, signed=True)
 
 
 def test_offset_means_unsigned_unless_signed() -> None:
