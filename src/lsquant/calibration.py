@@ -29,7 +29,9 @@ class _Observer:
         try:
             self.summary.add(x)
         except UsageError as error:
-            raise UsageError(f"calibrate: at {self.name!r} {error}; clean the data or look at the layer before") from error
+            raise UsageError(
+                f"calibrate: at {self.name!r} {error}; clean the data, or look at the layer before"
+            ) from error
         self.sum += float(x.detach().double().abs().sum())
         self.features = self.features or features
 
@@ -44,8 +46,8 @@ def calibrate(
 ) -> None:
     """Set the step of every activation quantizer from the float model's values on some batches.
 
-    batches: an iterable of batches (a tensor; a tuple or list, whose first element counts; a mapping, ``model(**batch)``),
-    or anything with ``forward=lambda model, batch: ...``.  max_batches: read at most so many.
+    batches: an iterable of batches (a tensor; a tuple or list, whose first element counts; a mapping,
+    ``model(**batch)``), or of anything with ``forward=lambda model, batch: ...``.  max_batches: read at most so many.
     method: "mse", the step of least squared error (at most 1.001 times the best of 2,000 log-spaced steps), or "paper".
     N is frozen from the first batch; a sign is decided True when any value is below 0.  The mode is restored.
     Raises: UsageError naming the layer for NaN, infinite, all-zero or missing values, for a wrong guess of the first or
@@ -108,8 +110,8 @@ def _reset_weight(layer: QuantizedLayer) -> None:
         raise UsageError(f"calibrate: {quantizer.name!r}: {bad} weights are NaN or infinite")
     if not bool(layer.weight.any()):
         raise UsageError(
-            f"calibrate: {quantizer.name!r}: all weights are zero, no step can be set; load a trained float model first, "
-            "or skip this layer"
+            f"calibrate: {quantizer.name!r}: all weights are zero, no step can be set; load a trained float "
+            "model first, or skip this layer"
         )
     layer.initialize_weight_step()
 
@@ -122,8 +124,8 @@ def _check_order(model: nn.Module, order: list[nn.Module]) -> None:
         if order and assumed and assumed[0] is not order[index]:
             raise UsageError(
                 f"calibrate: {names[assumed[0]]!r} was taken for the {which} layer (order of definition), but "
-                f"{names[order[index]]!r} is executed {which}; call prepare(model, recipe, example_inputs=batch) with a "
-                "batch, so that the order is known"
+                f"{names[order[index]]!r} is executed {which}; call prepare(model, recipe, example_inputs=batch) "
+                "with a batch, so that the order is known"
             )
 
 
@@ -131,13 +133,15 @@ def _check_seen(model: nn.Module, observers: dict[Quantizer, _Observer]) -> None
     for seen in observers.values():
         if not seen.summary.total:
             raise UsageError(
-                f"calibrate: layer {seen.name!r} was not reached by any batch, its step would be left unset; give batches "
-                "that reach it, or leave it in floating point (skip=)"
+                f"calibrate: layer {seen.name!r} was not reached by any batch, its step would be left unset; give "
+                "batches that reach it, or leave it in floating point (skip=)"
             )
         if seen.summary.low == seen.summary.high == 0.0:
             raise UsageError(
-                f"calibrate: all input values of layer {seen.name!r} are zero, no step can be set; check the data and the "
-                "layers before, or leave it in floating point (skip=)"
+                f"calibrate: all input values of layer {seen.name!r} are zero, no step can be set; check the data and "
+                "the layers before, or leave it in floating point (skip=)"
             )
         if not (seen.quantizer.samples_share or seen.features):
-            raise UsageError(f"calibrate: {seen.name!r} is a stand-alone Quantizer without N; give Quantizer(..., count=N)")
+            raise UsageError(
+                f"calibrate: {seen.name!r} is a stand-alone Quantizer without N; give Quantizer(..., count=N)"
+            )

@@ -115,7 +115,9 @@ def _check_architecture(model: nn.Module, tensors: dict[str, Tensor], path: Path
     theirs = {k: tuple(v.shape) for k, v in tensors.items() if is_float_key(k)}
     problems = [f"the file lacks {k}" for k in mine if k not in theirs]
     problems += [f"the model lacks {k}" for k in theirs if k not in mine]
-    problems += [f"{k} is {theirs[k]} in the file and {v} in the model" for k, v in mine.items() if theirs.get(k, v) != v]
+    differ = [k for k, shape in mine.items() if theirs.get(k, shape) != shape]
+    problems += [f"{k} is {theirs[k]} in the file and {mine[k]} in the model" for k in differ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UsageError(f"{path} is of another architecture than {type(model).__name__}: {'; '.join(problems[:3])}{more}")
+        kind = type(model).__name__
+        raise UsageError(f"{path} is of another architecture than {kind}: {'; '.join(problems[:3])}{more}")

@@ -17,7 +17,15 @@ from torch import nn
 
 from lsquant._util.batches import evaluating, run_batch
 from lsquant._util.errors import UsageError
-from lsquant.nn import EXACT_TYPES, FLOAT_TYPES, MATMUL_TYPES, QuantizedLayer, quantized_layers, quantizers, weight_steps
+from lsquant.nn import (
+    EXACT_TYPES,
+    FLOAT_TYPES,
+    MATMUL_TYPES,
+    QuantizedLayer,
+    quantized_layers,
+    quantizers,
+    weight_steps,
+)
 from lsquant.quantizer import Quantizer
 from lsquant.recipe import Recipe, Rule
 from lsquant.spec import QuantSpec
@@ -27,7 +35,7 @@ Steps = Literal["rescale", "recalibrate"]
 
 @dataclass(frozen=True)
 class Change:
-    """One layer: name, float type's name, weight and activation in words ("float" where not quantized), weights, reason."""
+    """One layer: name, float type, weight and activation in words ("float": not quantized), weights, reason."""
 
     name: str
     kind: str
@@ -90,9 +98,7 @@ def execution_order(model: nn.Module, batch: Any) -> list[nn.Module]:
     return list(seen)
 
 
-def prepare(
-    model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, steps: Steps = "rescale"
-) -> Changes:
+def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, steps: Steps = "rescale") -> Changes:
     """Quantize the layers of a model in place, as the recipe says.
 
     model: any nn.Module, float or already prepared.  example_inputs: one batch (tensor; tuple or list, whose first
@@ -178,9 +184,7 @@ def _check_rules(
         raise UsageError(f"prepare: the rule for {rule.which!r} matches no layer; near names: {', '.join(near)}")
 
 
-def _apply(
-    layer: nn.Module, name: str, weight: QuantSpec | None, activation: QuantSpec | None, steps: Steps
-) -> None:
+def _apply(layer: nn.Module, name: str, weight: QuantSpec | None, activation: QuantSpec | None, steps: Steps) -> None:
     if weight is None and activation is None:
         _revert_layer(layer)
         return
@@ -189,7 +193,7 @@ def _apply(
         old = [layer.weight_quantizer, layer.input_quantizer]
         layer.__class__ = FLOAT_TYPES[type(layer)]
     weight_quantizer = input_quantizer = None
-    device = layer.weight.device  # type: ignore[union-attr]
+    device = next(layer.parameters(recurse=False)).device
     if weight is not None:
         count, share = weight_steps(layer, weight.granularity, weight.group_size, name)
         weight_quantizer = _reuse(old[0], weight, count, steps) or Quantizer(
@@ -238,14 +242,13 @@ def _stays_float(module: nn.Module) -> str:
         return f"a subclass of {type(module).__mro__[1].__name__} may compute otherwise: not quantized"
     if type(module) in EXACT_TYPES and (reason := EXACT_TYPES[type(module)].unsupported(module)):
         return f"not bit-exact in runtimes: {reason}"
-    if type(module).__module__.startswith("torch.nn.modules.") and isinstance(getattr(module, "weight", None), nn.Parameter):
+    known = type(module).__module__.startswith("torch.nn.modules.")
+    if known and isinstance(getattr(module, "weight", None), nn.Parameter):
         return "" if "Norm" in type(module).__name__ else f"{type(module).__name__} is not supported yet"
     return ""
 
 
-def _row(
-    layer: nn.Module, name: str, weight: QuantSpec | None, activation: QuantSpec | None, recipe: Recipe
-) -> Change:
+def _row(layer: nn.Module, name: str, weight: QuantSpec | None, activation: QuantSpec | None, recipe: Recipe) -> Change:
     kind = FLOAT_TYPES.get(type(layer), type(layer)).__name__
     reason = _reason(layer) or ("" if weight or activation else "the recipe leaves it in floating point")
     return Change(name, kind, str(weight or "float"), str(activation or "float"), layer.weight.numel(), reason)  # type: ignore[union-attr, operator]

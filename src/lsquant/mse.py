@@ -140,7 +140,7 @@ def best_step_and_offset(summary: ValueSummary, q_min: int, q_max: int) -> tuple
 
 
 def mse_step(x: Tensor, q_min: int, q_max: int, *, axis: int | None = None, group_size: int | None = None) -> Tensor:
-    """The step of least squared error, one per tensor, index of ``axis`` or group; 1-D float32, 0 for all-zero values."""
+    """The step of least squared error per tensor, index of ``axis`` or group; 1-D float32, 0 for all-zero values."""
     if group_size is not None:
         rows = x.reshape(-1, group_size)
     else:

@@ -86,8 +86,8 @@ class Quantizer(nn.Module):
         """``g = 1 / sqrt(N * q_max)``.  Raises UsageError while N is unknown."""
         if not self._count:
             raise UsageError(
-                f"{self._who()}: N is unknown, so there is no gradient scale; give Quantizer(..., count=N), the elements "
-                "of one sample that share a step, or let lsquant.calibrate set it"
+                f"{self._who()}: N is unknown, so there is no gradient scale; give Quantizer(..., count=N), the "
+                "elements of one sample that share a step, or let lsquant.calibrate set it"
             )
         return reference.gradient_scale(self._count, self.q_max)
 
@@ -158,7 +158,9 @@ class Quantizer(nn.Module):
         if not x.numel():
             raise UsageError(f"{self._who()}: cannot set a step from an empty tensor of shape {tuple(x.shape)}")
         if not bool(torch.isfinite(x).all()):
-            raise UsageError(f"{self._who()}: cannot set a step, {self._bad(x)} of {x.numel()} values are NaN or infinite")
+            raise UsageError(
+                f"{self._who()}: cannot set a step, {self._bad(x)} of {x.numel()} values are NaN or infinite"
+            )
         spec = self.requested.decide(bool((x < 0).any()))
         if spec.offset:
             rows = x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
@@ -203,7 +205,9 @@ class Quantizer(nn.Module):
         # a mean so small that the step is denormal or 0 in float32 counts as zero
         tiny = step < torch.finfo(torch.float32).tiny
         if bool(tiny.all()):
-            raise UsageError(f"{self._who()}: all values are zero, no step can be set; check the data, or skip this layer")
+            raise UsageError(
+                f"{self._who()}: all values are zero, no step can be set; check the data, or skip this layer"
+            )
         step[tiny] = step[~tiny].median()
         self.filled_steps = int(tiny.sum())
         self.spec = spec

@@ -22,10 +22,10 @@ Setting = QuantSpec | int | None | str
 FORMAT = 1
 
 
-def _spec(value: Setting, what: str) -> QuantSpec | None | str:
+def _spec(value: Setting, what: str) -> QuantSpec | str | None:
     """An int becomes a QuantSpec, weights are signed.  Raises UsageError naming ``what``."""
     if value is None or value == INHERIT:
-        return value
+        return None if value is None else INHERIT
     if isinstance(value, int) and not isinstance(value, bool):
         value = QuantSpec(value)
     if not isinstance(value, QuantSpec):

@@ -92,7 +92,9 @@ def _zero(
             raise UsageError(f"offset must have the step's shape {tuple(step.shape)}, got {tuple(offset.shape)}")
         return zero_point(step, offset, q_min, q_max).reshape(like.shape)
     if isinstance(fixed, Tensor):
-        return fixed.to(torch.float32).expand(step.shape).reshape(like.shape)
+        if fixed.shape != step.shape:
+            raise UsageError(f"zero_point must have the step's shape {tuple(step.shape)}, got {tuple(fixed.shape)}")
+        return fixed.to(torch.float32).reshape(like.shape)
     return fixed or 0
 
 
@@ -121,7 +123,7 @@ def codes(
     zero_point: int | Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """(M2) The integers ``clip(round(v / s) + z, q_min, q_max)`` as float32 in the shape of x; NaN where x is not finite."""
+    """(M2) ``clip(round(v / s) + z, q_min, q_max)`` as float32 in the shape of x; NaN where x is not finite."""
     v, s = step_view(x, step, axis, group_size)
     z = _zero(step, q_min, q_max, zero_point, offset, s)
     return code_of_quotient(v, quotient(v, s), z, q_min, q_max).reshape(x.shape)
@@ -213,7 +215,7 @@ def quantize_backward(
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, *rest: Any) -> Tensor:
-        q_min, q_max, scale, axis, group_size, fixed = rest
+        q_min, q_max, _, axis, group_size, fixed = rest
         ctx.save_for_backward(x, step, offset)
         ctx.rest = rest
         return quantize(x, step, q_min, q_max, axis, group_size, fixed, offset)
@@ -294,7 +296,7 @@ def _plain_sum(t: Tensor, axis: int | None, group_size: int | None) -> Tensor:
 
 
 def initial_step(x: Tensor, q_max: int, *, axis: int | None = None, group_size: int | None = None) -> Tensor:
-    """(M11) The paper's ``s0 = 2 * mean(|v|) / sqrt(q_max)``, LSQ section 2.1.  Returns 1-D float32, 0 for all-zero v."""
+    """(M11) The paper's ``s0 = 2 mean(|v|) / sqrt(q_max)``, LSQ section 2.1.  Returns 1-D float32, 0 for all-zero v."""
     v = x.detach().double().abs()
     if group_size is not None:
         mean = v.reshape(-1, group_size).mean(1)

@@ -1,8 +1,8 @@
 """The eager engine: the quantizer from ``lsquant.reference``, and exact integer sums by floating point over codes.
 
 A sum of integers is exact in float32 while ``sum |q_x||q_w| < 2^24`` whatever the order of additions, and in float64
-below 2^53.  Convolutions may be computed by Winograd or FFT (NNPACK, cuDNN), which divide and multiply on the way: below
-2^20 their error is far under one half and rounding gives the integer; above it float64 is used.
+below 2^53.  Convolutions may be computed by Winograd or FFT (NNPACK, cuDNN), which divide and multiply on the way:
+below 2^20 their error is far under one half and rounding gives the integer; above it float64 is used.
 """
 
 from __future__ import annotations

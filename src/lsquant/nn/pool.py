@@ -7,6 +7,7 @@ graph, where they are Slice, Add and Div.  Training with gradients uses PyTorch'
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ Windows = list[tuple[int, int]]
 def window_sums(x: Tensor, dim: int, windows: Windows) -> Tensor:
     """Sums of x over the half-open windows of one dimension, each from left to right."""
     lengths = {end - start for start, end in windows}
-    strides = {b[0] - a[0] for a, b in zip(windows, windows[1:], strict=False)} or {1}
+    strides = {b[0] - a[0] for a, b in pairwise(windows)} or {1}
     if len(lengths) == len(strides) == 1:
         first, stride = windows[0][0], strides.pop()
         span = windows[-1][0] - first + 1

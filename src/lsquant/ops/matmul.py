@@ -13,7 +13,13 @@ from torch import Tensor
 from lsquant import reference
 from lsquant._util.errors import UsageError
 from lsquant.kernels import engine
-from lsquant.ops.registration import laid_out_like, memory_format, refuse_second_derivative, register_autocast
+from lsquant.ops.registration import (
+    custom_op,
+    laid_out_like,
+    memory_format,
+    refuse_second_derivative,
+    register_autocast,
+)
 from lsquant.ops.sums import convolution_of_codes, linear_of_codes
 
 
@@ -31,6 +37,7 @@ _X = "Tensor x, Tensor x_step, Tensor? x_offset, int x_min, int x_max, float x_s
 _W = "Tensor weight, Tensor w_step, int w_min, int w_max, float w_scale"
 _CONV = "int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
 _DTYPE = "ScalarType? out_dtype"
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"  # x, its step and offset; weight, its step; bias
 
 
 def _centred(x: Tensor, step: Tensor, offset: Tensor | None, q_min: int, q_max: int) -> Tensor:
@@ -48,7 +55,7 @@ def _bound(terms: int, x_min: int, x_max: int, offset: Tensor | None, w_min: int
 # ---- linear ----
 
 
-@torch.library.custom_op(
+@custom_op(
     "lsquant::linear", mutates_args=(), schema=f"({_X}, {_W}, Tensor? bias, int? group_size, {_DTYPE}) -> Tensor"
 )
 def _linear(
@@ -86,10 +93,10 @@ def _(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], rest[5].shape[0]), dtype=rest[-1] or x.dtype)
 
 
-@torch.library.custom_op(
+@custom_op(
     "lsquant::linear_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_X}, {_W}, int? group_size, bool need_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, {_X}, {_W}, int? group_size, bool need_x) -> {_GRADIENTS}",
 )
 def _linear_backward(
     grad: Tensor,
@@ -134,9 +141,7 @@ def _through(
     empty = step.new_empty(0)
     if not need_x:
         return x.new_empty(0), empty, empty.clone()
-    grad_x, grad_step, grad_b = engine().quantize_backward(
-        grad, x, step, q_min, q_max, scale, None, None, None, offset
-    )
+    grad_x, grad_step, grad_b = engine().quantize_backward(grad, x, step, q_min, q_max, scale, None, None, None, offset)
     return laid_out_like(grad_x, x), grad_step, empty if grad_b is None else grad_b
 
 
@@ -203,8 +208,10 @@ def linear(
 # ---- convolution ----
 
 
-@torch.library.custom_op(
-    "lsquant::convolution", mutates_args=(), schema=f"({_X}, {_W}, Tensor? bias, int? group_size, {_CONV}, {_DTYPE}) -> Tensor"
+@custom_op(
+    "lsquant::convolution",
+    mutates_args=(),
+    schema=f"({_X}, {_W}, Tensor? bias, int? group_size, {_CONV}, {_DTYPE}) -> Tensor",
 )
 def _convolution(
     x: Tensor,
@@ -249,10 +256,10 @@ def _(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty(meta.shape, dtype=out_dtype or x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-@torch.library.custom_op(
+@custom_op(
     "lsquant::convolution_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, {_X}, {_W}, int? group_size, {_CONV}, bool need_x) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, {_X}, {_W}, int? group_size, {_CONV}, bool need_x) -> {_GRADIENTS}",
 )
 def _convolution_backward(
     grad: Tensor,
@@ -295,9 +302,7 @@ def _(grad: Tensor, x: Tensor, x_step: Tensor, *rest: Any) -> Any:
 
 
 refuse_second_derivative(_convolution_backward)
-_convolution.register_autograd(
-    lambda ctx, grad: _differentiate(ctx, grad, _convolution_backward), setup_context=_setup
-)
+_convolution.register_autograd(lambda ctx, grad: _differentiate(ctx, grad, _convolution_backward), setup_context=_setup)
 register_autocast("convolution", lambda dtype: lambda *args: _convolution(*args[:-1], dtype))
 
 
@@ -316,8 +321,9 @@ def convolution(
 ) -> Tensor:
     """A quantized N-d convolution: ``y = fl(fl(acc * fl(s_x s_w)) + b)`` with exact integer sums; padding is z.
 
-    x: (batch, in, *spatial); weight: (out, in / groups, *kernel); bias: (out,) or None.  w_grid.step: (1,), (out,) or,
-    with group_size, one per run of the flattened (in / groups * kernel) weights. Returns (batch, out, *spatial) in x's dtype (autocast's under autocast) and memory format.
+    x: (batch, in, *spatial); weight: (out, in / groups, *kernel); bias: (out,) or None.  w_grid.step: (1,), (out,)
+    or, with group_size, one per run of the flattened (in / groups * kernel) weights.
+    Returns (batch, out, *spatial) in x's dtype (autocast's under autocast) and memory format.
     """
     (xs, x_min, x_max, xg, xb), (ws, w_min, w_max, wg, _) = x_grid, w_grid
     conv = (stride, padding, dilation, False, [0] * len(stride), groups)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lsquant._util.errors import UsageError
 from lsquant.kernels import engine
-from lsquant.ops.registration import laid_out_like, refuse_second_derivative, register_autocast
+from lsquant.ops.registration import custom_op, laid_out_like, refuse_second_derivative, register_autocast
 
 _ARGUMENTS = (
     "Tensor x, Tensor step, int q_min, int q_max, float gradient_scale, int? axis, int? group_size, "
@@ -20,7 +20,7 @@ _ARGUMENTS = (
 )
 
 
-@torch.library.custom_op("lsquant::fake_quantize", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
+@custom_op("lsquant::fake_quantize", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
 def _forward(
     x: Tensor,
     step: Tensor,
@@ -42,7 +42,7 @@ def _(x: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op(
+@custom_op(
     "lsquant::fake_quantize_backward",
     mutates_args=(),
     schema=f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+custom_op: Any = torch.library.custom_op
 _LIBRARY = torch.library.Library("lsquant", "FRAGMENT")
 
 
@@ -24,7 +25,7 @@ def refuse_second_derivative(op: Any) -> None:
 
 
 def register_autocast(name: str, call: Callable[[torch.dtype], Callable[..., Any]]) -> None:
-    """Run the op ``name`` with autocast switched off inside; ``call(dtype)`` gives the function for autocast's dtype."""
+    """Run the op ``name`` with autocast off inside; ``call(dtype)`` gives the function for autocast's dtype."""
     for device in ("cpu", "cuda"):
 
         def kernel(*args: Any, device: str = device) -> Any:

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lsquant.ops.registration import laid_out_like, refuse_second_derivative, register_autocast
+from lsquant.ops.registration import custom_op, laid_out_like, refuse_second_derivative, register_autocast
 
 
 def _channels(t: Tensor, x: Tensor) -> Tensor:
     return t.reshape([-1 if d == 1 else 1 for d in range(x.dim())])
 
 
-@torch.library.custom_op("lsquant::scale_shift", mutates_args=(), schema="(Tensor x, Tensor alpha, Tensor beta) -> Tensor")
+@custom_op("lsquant::scale_shift", mutates_args=(), schema="(Tensor x, Tensor alpha, Tensor beta) -> Tensor")
 def _forward(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     y = (x.to(torch.float32) * _channels(alpha, x)).add_(_channels(beta, x))
     return laid_out_like(y.to(x.dtype), x)
@@ -25,7 +25,7 @@ def _(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op(
+@custom_op(
     "lsquant::scale_shift_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor alpha) -> (Tensor, Tensor, Tensor)",

@@ -20,8 +20,8 @@ def linear_of_codes(
     """``y = fl(fl(acc * scale) + b)`` with ``acc`` the exact sum over integers.
 
     codes_x: (..., in) float32 integers, z subtracted.  codes_w: (out, in) float32 integers.
-    scale: ``fl(s_x * s_w)``, (1,) or (out,); with groups (out, in / group_size), and the sums of the groups are added in
-    float32 in their order.  bound: largest possible ``sum |q_x||q_w|`` of one sum.  Returns (..., out) float32.
+    scale: ``fl(s_x * s_w)``, (1,) or (out,); with groups (out, in / group_size), and the sums of the groups are added
+    in float32 in their order.  bound: largest possible ``sum |q_x||q_w|`` of one sum.  Returns (..., out) float32.
     """
     sums = engine().linear_sums
     if group_size is None:
@@ -55,7 +55,9 @@ def convolution_of_codes(
     group after the other; scale is (out * in / groups * kernel / group_size,).
     """
     if group_size is not None:
-        rows = F.unfold(codes_x, list(codes_w.shape[2:]), dilation, padding, stride).transpose(1, 2)
+        rows = F.unfold(codes_x, tuple(codes_w.shape[2:]), tuple(dilation), tuple(padding), tuple(stride)).transpose(
+            1, 2
+        )
         scales = scale.reshape(codes_w.shape[0], -1).chunk(groups)
         parts = zip(rows.chunk(groups, -1), codes_w.flatten(1).chunk(groups), scales, strict=True)
         y = torch.cat([linear_of_codes(qx, qw, m, None, bound, group_size) for qx, qw, m in parts], -1)
