@@ -40,11 +40,12 @@ def _global_state() -> Iterator[None]:
     before = _settings()
     yield
     after = _settings()
-    torch.set_default_dtype(before["default dtype"])
-    torch.set_num_threads(before["threads"])
-    torch.set_grad_enabled(before["grad"])
-    torch.use_deterministic_algorithms(before["deterministic"])
-    assert after == before, "the test changed torch's global settings"
+    if after != before:
+        torch.set_default_dtype(before["default dtype"])
+        torch.set_num_threads(before["threads"])
+        torch.set_grad_enabled(before["grad"])
+        torch.use_deterministic_algorithms(before["deterministic"])
+        pytest.fail(f"the test changed torch's global settings from {before} to {after}")
 
 
 def _settings() -> dict:

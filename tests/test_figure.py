@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from lsquant._util.errors import MissingExtra, UsageError
 from lsquant.report import figure
+
+DRAWN_WITH = "3.11.2"  # matplotlib
 
 # unsigned 2 bits, s = 1: codes 0 .. 3
 V = [-0.75, 0.0, 0.25, 0.49, 0.51, 1.0, 1.49, 1.51, 2.25, 2.51, 2.99, 3.0, 3.75]
@@ -71,6 +74,27 @@ def test_png(tmp_path, bits, signed):
     path = figure.draw_figure(tmp_path / "f.png", bits=bits, signed=signed)
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert [p.name for p in tmp_path.iterdir()] == ["f.png"]
+
+
+def test_both_files(tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = figure.draw_figures(tmp_path / "new" / "folder", bits=3)
+    assert [path.name for path in paths] == ["staircase.svg", "staircase.png"]
+    assert all(path.stat().st_size > 10_000 for path in paths)
+    with pytest.raises(UsageError, match="is a file"):
+        figure.draw_figures(paths[0])
+    with pytest.raises(UsageError, match="from 2 to 8"):
+        figure.draw_figures(tmp_path / "other", bits=9)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_committed_figure_is_current(tmp_path):
+    """docs/figures is what `make figure` draws, byte for byte with the same matplotlib."""
+    matplotlib = pytest.importorskip("matplotlib")
+    committed = Path(__file__).resolve().parents[1] / "docs" / "figures" / "staircase.svg"
+    if matplotlib.__version__ != DRAWN_WITH:
+        pytest.skip(f"docs/figures was drawn with matplotlib {DRAWN_WITH}")
+    assert figure.draw_figure(tmp_path / "f.svg").read_bytes() == committed.read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,23 @@ def draw_figure(path: str | os.PathLike[str], *, bits: int = 2, signed: bool = F
     return path
 
 
+def draw_figures(
+    folder: str | os.PathLike[str], *, bits: int = 2, signed: bool = False, step: float = 1.0
+) -> list[Path]:
+    """Draw `staircase.svg` and `staircase.png` into `folder`, which is made if it does not exist; returns their paths.
+
+    Raises: as `draw_figure`; a wrong argument leaves no folder behind.
+    """
+    reference.bounds(bits, signed)
+    require("matplotlib", extra="figure")
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file, not a folder for the figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("staircase.svg", "staircase.png")
+    return [draw_figure(folder / name, bits=bits, signed=signed, step=step) for name in names]
+
+
 def _figure(q_min: int, q_max: int, step: float) -> Any:
     """The two panels as a matplotlib Figure."""
     parts = require("matplotlib.figure", extra="figure")
@@ -139,11 +156,8 @@ def _draw_staircase(axes: Any, parts: list[Tensor], marks: bool, step: float, q_
     """Top: v_hat over v. A value on a transition point goes to the filled end, the even code, not to the open one."""
     ends = [float(parts[0][0]), float(parts[-1][-1])]
     axes.plot(ends, ends, color=GREY, linewidth=1.2, linestyle=(0, (6, 3)), label="$v$ itself")
-    label: str | None = r"$\hat v = s\,\cdot$ clip( round($v/s$) )"
-    style = {"color": BLUE, "linewidth": 2.6, "solid_capstyle": "butt"}
-    for part in parts:
-        axes.plot(part, staircase(part, step, q_min, q_max), label=label, **style)
-        label = None
+    label = r"$\hat v = s\,\cdot$ clip( round($v/s$) )"
+    _plot(axes, parts, [staircase(part, step, q_min, q_max) for part in parts], label, color=BLUE, linewidth=2.6)
     if marks:
         for q, point in zip(range(q_min, q_max), transition_points(step, q_min, q_max), strict=True):
             for code in (q, q + 1):
@@ -163,11 +177,15 @@ def _draw_gradients(axes: Any, steps: list[Tensor], clips: list[Tensor], step: f
         ("PACT: the outside", pact_step_gradient, clips, pact),
     ]
     for name, curve, parts, style in curves:
-        label: str | None = name
-        for part in parts:
-            axes.plot(part, curve(part, step, q_min, q_max), label=label, solid_capstyle="butt", **style)
-            label = None
+        _plot(axes, parts, [curve(part, step, q_min, q_max) for part in parts], name, **style)
     _title(axes, "The gradient of the step, and what it sees", r"step gradient $\partial \hat v / \partial s$")
+
+
+def _plot(axes: Any, parts: list[Tensor], values: list[Tensor], label: str, **style: Any) -> None:
+    """One line, broken between the pieces: NaN is not drawn."""
+    gap = torch.tensor([torch.nan])
+    x, y = (torch.cat([t for piece in pieces for t in (piece, gap)]).numpy() for pieces in (parts, values))
+    axes.plot(x, y, label=label, solid_capstyle="butt", **style)
 
 
 def _title(axes: Any, title: str, ylabel: str) -> None:
