@@ -66,7 +66,8 @@ def _read(path: Path_, with_tensors: bool) -> tuple[dict[str, str], dict[str, Te
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if with_tensors else {}  # noqa: SIM118
+            names = file.keys() if with_tensors else ()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedFile(f"{path} is damaged or not a safetensors file: {error}") from error
     version = metadata.get("lsquant.format")
@@ -76,12 +77,12 @@ def _read(path: Path_, with_tensors: bool) -> tuple[dict[str, str], dict[str, Te
             "model.load_state_dict(safetensors.torch.load_file(path)), before or after prepare"
         )
     if version != FORMAT:
-        raise UsageError(f"{path} has format {version}, this lsquant ({VERSION}) reads {FORMAT}: update lsquant")
+        raise UsageError(f"{path} has format {version}; lsquant {VERSION} reads format {FORMAT}: update lsquant")
     return metadata, tensors
 
 
 def load(model: nn.Module, path: Path_) -> nn.Module:
-    """Make a model what ``save`` wrote: prepare it with the file's recipe, load weights and steps; no calibration needed.
+    """Make a model what ``save`` wrote: prepare it by the file's recipe, load weights and steps; nothing to calibrate.
 
     model: the float architecture, or the prepared one.  Returns the model.
     Raises: MissingFile, DamagedFile, UsageError for another architecture; the model is then unchanged.
