@@ -2,6 +2,7 @@
 
 from lsquant.training.distillation import classification_loss as classification_loss
 from lsquant.training.distillation import distillation_loss as distillation_loss
+from lsquant.training.facts import clip_rates as clip_rates
 from lsquant.training.facts import quantizer_facts as quantizer_facts
 from lsquant.training.groups import param_groups as param_groups
 from lsquant.training.log import Log as Log

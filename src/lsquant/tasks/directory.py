@@ -1,0 +1,170 @@
+"""The run directory: what is in it, how it is made, found again and cleared.
+
+config.toml        kind "lsquant run", format; the task, its options and the settings
+recipe.toml        bits by layer
+env.json           versions and hardware, as the run was started
+log.jsonl          one row an epoch: loss, learning rate, metrics, every quantizer's step, R, guard count, clip rate
+metrics.json       the results: float, rounded (the float network at these bits, untrained), lsq
+model.safetensors  the trained network: weights, steps, recipe
+last/              checkpoints that a killed run is resumed from: float.safetensors, lsq.safetensors
+export/            exported files
+report.html        the report
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lsquant import checkpoint
+from lsquant._util.environment import environment
+from lsquant._util.errors import DamagedFile, MissingFile, UsageError
+from lsquant._util.files import atomic_write_text, remove_leftovers, write_json
+from lsquant._util.toml import to_toml
+from lsquant._version import __version__
+from lsquant.recipe import Recipe
+from lsquant.tasks.protocol import Settings, Task
+from lsquant.tasks.registry import get_task
+
+KIND = "lsquant run"
+FORMAT = 1  # of the directory; a newer one is refused
+_CONTENT = (
+    "recipe.toml",
+    "env.json",
+    "log.jsonl",
+    "metrics.json",
+    "model.safetensors",
+    "last",
+    "export",
+    "report.html",
+    "config.toml",
+)  # fmt: skip  (config.toml marks the directory: it goes last)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: where it is and everything that decides its numbers. `init`: the float checkpoint it starts from."""
+
+    path: Path
+    task: Task
+    recipe: Recipe
+    settings: Settings
+    init: str | None = None
+
+    def config(self) -> dict[str, Any]:
+        """The content of config.toml."""
+        return {
+            "kind": KIND,
+            "format": FORMAT,
+            "lsquant": __version__,
+            "task": self.task.name,
+            "init": self.init,
+            "options": self.task.options,
+            "settings": self.settings.to_dict(),
+        }
+
+    def file(self, name: str) -> Path:
+        return self.path / name
+
+    def model(self) -> nn.Module:
+        """The trained network. Raises: MissingFile if the run is not finished."""
+        if not self.file("model.safetensors").is_file():
+            raise MissingFile(
+                f"{self.path} has no model.safetensors: the run is not finished, go on with it by --resume"
+            )
+        return checkpoint.load(self.task.model(), self.file("model.safetensors"))
+
+
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a directory whose config.toml says so."""
+    try:
+        return tomllib.loads((Path(path) / "config.toml").read_text(encoding="utf-8")).get("kind") == KIND
+    except (OSError, ValueError):
+        return False
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """The run in the directory `path`.
+
+    Raises: MissingFile if there is none; DamagedFile for an unreadable or newer config.toml.
+    """
+    folder = Path(path)
+    config = folder / "config.toml"
+    if not config.is_file():
+        raise MissingFile(f"{folder} is no run directory: it has no config.toml")
+    try:
+        values = tomllib.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFile(f"{config} is not valid TOML: {error}") from error
+    if (values.get("kind"), values.get("format")) != (KIND, FORMAT):
+        raise DamagedFile(
+            f"{config} says kind {values.get('kind')!r}, format {values.get('format')!r}; "
+            f"this version reads {KIND!r}, format {FORMAT}"
+        )
+    if not (folder / "recipe.toml").is_file():
+        raise MissingFile(f"{folder} has no recipe.toml: start it anew with --overwrite")
+    recipe = Recipe.from_toml((folder / "recipe.toml").read_text(encoding="utf-8"))
+    task = get_task(values["task"], **values.get("options", {}))
+    return Run(folder, task, recipe, Settings.from_dict(values["settings"]), values.get("init"))
+
+
+def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Make the directory of `run`; with `resume` it may exist if it is of the same run, with `overwrite` of any run.
+
+    Raises: UsageError for an existing directory that is neither, naming --resume and --overwrite.
+    """
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        if resume and run.path.is_dir():
+            remove_leftovers(run.path)
+            return _check_same(run, open_run(run.path))
+        if not overwrite:
+            raise UsageError(f"{run.path} exists: --resume goes on with it, --overwrite starts anew")
+        if not is_run(run.path):
+            raise UsageError(f"{run.path} exists and is no run directory: --overwrite deletes nothing else")
+        _clear(run.path)
+    # made aside and renamed: a directory that is there is complete, whenever this process is killed
+    aside = run.path.with_name(f".{run.path.name}.{os.getpid()}.tmp")
+    for folder in (aside, aside / "last", aside / "export"):
+        folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(aside / "recipe.toml", run.recipe.to_toml())
+    write_json(aside / "env.json", {"format": FORMAT, **environment()})
+    atomic_write_text(aside / "config.toml", to_toml(run.config()))
+    if run.path.exists() and any(run.path.iterdir()):  # foreign files, which --overwrite left
+        for name in _CONTENT:
+            if (aside / name).exists():
+                os.replace(aside / name, run.path / name)
+        aside.rmdir()
+    else:
+        os.replace(aside, run.path)
+    return None
+
+
+def _clear(path: Path) -> None:
+    """Delete what a run makes, and nothing else."""
+    for name in _CONTENT:
+        entry = path / name
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _check_same(run: Run, old: Run) -> None:
+    new, found = run.config() | {"recipe": run.recipe}, old.config() | {"recipe": old.recipe}
+    settings, found_settings = new.pop("settings"), found.pop("settings")
+    different = [f"{key} was {found[key]!r}, not {value!r}" for key, value in new.items() if found[key] != value]
+    different += [
+        f"{key} was {found_settings[key]!r}, not {value!r}"
+        for key, value in settings.items()
+        if found_settings[key] != value
+    ]
+    if different:
+        raise UsageError(f"{run.path} is another run ({'; '.join(different)}): resume it as it was, or --overwrite it")
