@@ -24,8 +24,8 @@ def linear_sums(codes_x: Tensor, codes_w: Tensor, bound: int) -> Tensor:
     codes_x: (..., in) float32 integers (z already subtracted); codes_w: (out, in) float32.  Returns (..., out) float32.
     """
     if bound < DIRECT_LIMIT:
-        return F.linear(codes_x, codes_w)
-    return F.linear(codes_x.double(), codes_w.double()).to(torch.float32)
+        return F.linear(codes_x, codes_w).add_(0.0)  # an integer sum has no -0
+    return F.linear(codes_x.double(), codes_w.double()).to(torch.float32).add_(0.0)
 
 
 def convolution_sums(
@@ -42,5 +42,5 @@ def convolution_sums(
     """``acc`` of an N-d (transposed) convolution; padding is 0, which is z in code space.  Returns float32."""
     args = (None, stride, padding, dilation, transposed, output_padding, groups)
     if bound < TRANSFORM_LIMIT:
-        return torch.convolution(codes_x, codes_w, *args).round_()
-    return torch.convolution(codes_x.double(), codes_w.double(), *args).to(torch.float32)
+        return torch.convolution(codes_x, codes_w, *args).round_().add_(0.0)
+    return torch.convolution(codes_x.double(), codes_w.double(), *args).to(torch.float32).add_(0.0)

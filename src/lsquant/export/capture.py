@@ -1,0 +1,108 @@
+"""From the integer model to an ONNX graph in which every quantized layer is one marked node, to be lowered."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lsquant._util.errors import UsageError
+from lsquant.integer import FrozenQuantizer, IntegerLayer
+
+TORCH_OPSET = 18
+"""The lowest operator set that torch's exporter writes."""
+
+
+def captured(
+    frozen: nn.Module, example_inputs: Any, opset: int, dynamic_batch: bool = True
+) -> tuple[Any, dict[str, nn.Module]]:
+    """(ONNX ModelProto, name -> frozen layer).  ``frozen``: an integer model; its layers are marked by this call.
+
+    With dynamic_batch the first dimension of every tensor input is free, and the same for all.
+    Raises: UsageError for a model without quantized layers, and with torch's reason where it cannot be traced.
+    """
+    layers = _marked(frozen)
+    if not layers:
+        raise UsageError("export_onnx: this model has no quantized layer; call lsquant.prepare on it first")
+    args, kwargs = _arguments(example_inputs)
+    shapes = None
+    if dynamic_batch:
+        args, kwargs = _at_least_two_samples(args, kwargs)
+        shapes = _dynamic_batch(frozen, args, kwargs)
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.export.export(frozen, args, kwargs, dynamic_shapes=shapes, strict=False)
+            exported = torch.onnx.export(program, dynamo=True, opset_version=max(opset, TORCH_OPSET), verbose=False)
+        except Exception as error:
+            how = " with a dynamic batch dimension" if dynamic_batch else ""
+            raise UsageError(f"export_onnx: torch cannot trace this model{how}: {_first_lines(error)}") from error
+    assert exported is not None
+    return exported.model_proto, layers
+
+
+def _marked(frozen: nn.Module) -> dict[str, nn.Module]:
+    """Give every frozen layer, and every frozen quantizer that stands alone, its name as the mark."""
+    layers: dict[str, nn.Module] = {}
+    owned = {id(m.input) for m in frozen.modules() if isinstance(m, IntegerLayer)}
+    for name, module in frozen.named_modules():
+        if isinstance(module, IntegerLayer) or (isinstance(module, FrozenQuantizer) and id(module) not in owned):
+            module.marker = name
+            layers[name] = module
+    return layers
+
+
+def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor is the only argument, a tuple or list are the arguments in order, a mapping are keywords."""
+    if isinstance(example_inputs, Mapping):
+        return (), {str(key): value for key, value in example_inputs.items()}
+    return (tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)), {}
+
+
+def _at_least_two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch of one is repeated: torch.export would take a size of 1 for a constant."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    if not tensors:
+        raise UsageError("export_onnx: example_inputs holds no tensor; give a batch as the model's forward takes it")
+    if wrong := [t.dtype for t in tensors if t.is_floating_point() and t.dtype != torch.float32]:
+        raise UsageError(f"export_onnx: example_inputs of type {wrong[0]}; give float32, and a float32 model")
+    batched = [t for t in tensors if t.dim()]
+    if not batched or any(t.shape[0] != 1 for t in batched):
+        return args, kwargs
+    double = lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t  # noqa: E731
+    return pytree.tree_map(double, args), pytree.tree_map(double, kwargs)
+
+
+def _dynamic_batch(frozen: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    batch = torch.export.Dim("batch")
+    bound = inspect.signature(frozen.forward).bind(*args, **kwargs).arguments
+    return pytree.tree_map(lambda t: {0: batch} if isinstance(t, Tensor) and t.dim() else None, dict(bound))
+
+
+def _first_lines(error: BaseException) -> str:
+    """The reason at the root of torch's error, without its advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(line.strip() for line in str(error).splitlines()[:4] if line.strip())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's notes on missing packages and its own deprecations away from the user."""
+    names = ("torch.onnx", "torch.export", "torch._dynamo", "torch._guards", "onnxscript")
+    levels = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
+    try:
+        for logger, _ in levels:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in levels:
+            logger.setLevel(level)

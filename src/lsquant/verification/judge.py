@@ -1,0 +1,177 @@
+"""``verify``: the file against the trained model, level by level."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from lsquant import nn as lsq_nn
+from lsquant._util.batches import Forward, evaluating, run_batch, take
+from lsquant._util.errors import DamagedFile, UsageError
+from lsquant._util.optional import require
+from lsquant.export.lowering import Facts
+from lsquant.export.onnx import initializers, load_onnx
+from lsquant.quantizer import Quantizer
+from lsquant.verification.onnx_runner import OnnxRunner
+from lsquant.verification.recorder import Call, input_codes, layer_input, recording, watched
+from lsquant.verification.verdict import Tally, Verdict
+
+
+def verify(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    max_batches: int | None = None,
+) -> Verdict:
+    """Compare an ONNX file with the trained model it was exported from, on data, in ONNX Runtime.
+
+    model: the trained model; it is run in eval mode and left as it was.  batches: as for ``calibrate``; all of them
+    unless max_batches says less.  forward: ``forward(model, batch)`` where a batch is not simply the model's input.
+
+    Levels: ``weights``, the file's codes and steps are the trained ones; ``layers``, every layer fed the trained
+    model's own input gives its codes and outputs; ``codes``, all codes are equal end to end; ``outputs``, the
+    unmodified file gives bit-equal outputs.  Run with the session options the file recommends, and in a plain session.
+
+    Raises: MissingFile, DamagedFile, MissingExtra; UsageError where the file is of another model.
+    """
+    ort = require("onnxruntime", extra="onnx")
+    proto, metadata = load_onnx(path)
+    facts: list[Facts] = metadata["layers"]
+    modules = watched(model)
+    if {fact.layer for fact in facts} != set(modules):
+        odd = sorted({fact.layer for fact in facts} ^ set(modules))
+        raise UsageError(f"{path} is of another model: the layer {odd[0]!r} is only in one of the two")
+    file, options = os.fspath(path), metadata["session"]
+    kinds = {"recommended": options, "plain": {}} if options else {"recommended": {}}
+    sessions = {kind: _Session(OnnxRunner(file, proto, facts, opts), facts, modules) for kind, opts in kinds.items()}
+    counts = {"batches": 0, "samples": 0}
+    with evaluating(model), recording(model) as calls:
+        weights = compare_weights(model, proto, facts)
+        for batch in take(batches, max_batches):
+            calls.clear()
+            run_batch(model, batch, forward)
+            if not calls:
+                raise UsageError("verify: forward(model, batch) did not call the model")
+            for call in list(calls):
+                for session in sessions.values():
+                    session.compare(call, file)
+            counts["batches"] += 1
+            counts["samples"] += _samples(calls)
+    common = {"path": file, "profile": metadata["profile"], "layers": len(modules), **counts}
+    runtime = f"ONNX Runtime {ort.__version__} (CPU)"
+    verdicts = {
+        kind: Verdict(runtime=runtime, session=kinds[kind], checks=(weights, *session.checks()), **common)
+        for kind, session in sessions.items()
+    }
+    best = verdicts["recommended"]
+    return replace(best, plain=verdicts.get("plain", best))
+
+
+def _samples(calls: list[Call]) -> int:
+    first = [*calls[0].inputs, *calls[0].keywords.values()]
+    return sum(c.shape[0] if c.dim() else 1 for c in first[:1])
+
+
+def array(t: Tensor) -> np.ndarray:
+    """A NumPy copy on the CPU."""
+    return np.ascontiguousarray(t.detach().cpu().numpy())
+
+
+class _Session:
+    """Tallies of one session over all batches."""
+
+    def __init__(self, runner: OnnxRunner, facts: list[Facts], modules: dict[str, nn.Module]) -> None:
+        self.runner, self.facts, self.modules = runner, facts, modules
+        self.tallies = [
+            Tally("layers", "input codes, layer by layer"),
+            Tally("layers", "outputs, layer by layer"),
+            Tally("codes", "input codes, end to end"),
+            Tally("outputs", "outputs of the file"),
+        ]
+
+    def checks(self) -> list[Any]:
+        return [tally.check() for tally in self.tallies]
+
+    def compare(self, call: Call, path: str) -> None:
+        """Compare one call of the model at the levels layers, codes and outputs."""
+        layer_codes, layer_outputs, all_codes, outputs = self.tallies
+        inputs, expected = [], []
+        for fact in self.facts:
+            if (fact.layer, fact.call) not in call.layers:
+                raise UsageError(f"{path}: the model called layer {fact.layer!r} less often than the exported one does")
+            x, y = call.layers[fact.layer, fact.call]
+            x = layer_input(self.modules[fact.layer], x)
+            inputs.append(array(x))
+            expected.append((_stored(self.modules[fact.layer], x, fact), array(y)))
+        alone = self.runner.run_layers(inputs)
+        for fact, (codes, y), (want_codes, want) in zip(self.facts, alone, expected, strict=True):
+            if codes is not None and want_codes is not None:
+                layer_codes.add(fact.layer, codes.astype(np.int32), want_codes)
+            layer_outputs.add(fact.layer, y, want)
+        feeds = self._feeds(call, path)
+        codes = self.runner.run_codes(feeds)
+        for fact, (want_codes, _) in zip(self.facts, expected, strict=True):
+            if fact.codes is not None and want_codes is not None:
+                all_codes.add(fact.layer, codes[fact.codes].astype(np.int32), want_codes)
+        got = self.runner.run(feeds)
+        if len(got) != len(call.outputs):
+            raise UsageError(f"{path} has {len(got)} outputs, the model {len(call.outputs)}")
+        for name, y, want in zip(self.runner.outputs, got, call.outputs, strict=True):
+            outputs.add(name, y, array(want))
+
+    def _feeds(self, call: Call, path: str) -> dict[str, np.ndarray]:
+        names = [name for name in self.runner.inputs if name not in call.keywords]
+        feeds = {name: array(t) for name, t in call.keywords.items() if name in self.runner.inputs}
+        if len(names) != len(call.inputs):
+            given = len(call.inputs)
+            raise UsageError(f"{path} takes the inputs {self.runner.inputs}; the model was given {given} tensors")
+        return {**feeds, **dict(zip(names, map(array, call.inputs), strict=True))}
+
+
+def _stored(layer: nn.Module, x: Tensor, fact: Facts) -> np.ndarray | None:
+    """The trained model's codes as the file stores them."""
+    codes = input_codes(layer, x)
+    return None if codes is None else array(codes).astype(np.int32) + fact.offset
+
+
+# ---- weights ----
+
+
+def compare_weights(model: nn.Module, proto: Any, facts: list[Facts]) -> Any:
+    """The level ``weights``: codes, steps and products of steps in the file against the trained ones, bit by bit."""
+    tally = Tally("weights", "weight codes and steps")
+    values = initializers(proto)
+    modules: dict[str, Any] = watched(model)
+    for fact in facts:
+        named = [*fact.weights, *fact.scales, *fact.weight_steps, *([fact.input_step] if fact.input_step else [])]
+        if missing := [name for name in named if name not in values]:
+            raise DamagedFile(f"the file has no initializer {missing[0]!r}, which its layer {fact.layer!r} names")
+        layer = modules[fact.layer]
+        quantizer = layer if isinstance(layer, Quantizer) else layer.input_quantizer
+        step_x = None if quantizer is None else array(quantizer.effective_step())
+        if step_x is not None and fact.input_step:
+            tally.add(fact.layer, values[fact.input_step].reshape(-1), step_x)
+        if isinstance(layer, lsq_nn.QuantizedLayer) and layer.weight_quantizer is not None:
+            _compare_weight(tally, layer, fact, values, step_x)
+    return tally.check()
+
+
+def _compare_weight(tally: Tally, layer: Any, fact: Facts, values: dict[str, np.ndarray], step_x: Any) -> None:
+    codes, step = (array(t) for t in layer.integer_weight()[:2])
+    parts = [values[name].T if fact.transposed else values[name] for name in fact.weights]
+    stored = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+    if stored.size == codes.size and not fact.transposed:
+        stored = stored.reshape(codes.shape)
+    tally.add(fact.layer, stored.astype(np.int32) - fact.weight_offset, codes.astype(np.int32))
+    if fact.weight_steps:
+        tally.add(fact.layer, values[fact.weight_steps[0]].reshape(-1), step)
+    if fact.scales:
+        scales = np.stack([values[name].reshape(-1) for name in fact.scales], axis=1).reshape(-1)
+        tally.add(fact.layer, scales, (step_x * step).reshape(-1))

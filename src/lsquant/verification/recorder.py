@@ -1,0 +1,88 @@
+"""What the trained model computes on a batch: its inputs and outputs, and those of every quantized layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lsquant import nn as lsq_nn
+from lsquant import reference
+from lsquant.quantizer import Quantizer
+
+
+@dataclass
+class Call:
+    """One call of the model.  layers: (name, call number within this call of the model) -> (input, output)."""
+
+    inputs: list[Tensor]
+    keywords: dict[str, Tensor]
+    outputs: list[Tensor] = field(default_factory=list)
+    layers: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """The tensors in a tuple, list, mapping or data class, in order."""
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def watched(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> quantized layer or stand-alone quantizer, each once."""
+    layers: dict[str, Any] = dict(lsq_nn.quantized_layers(model))
+    owned = {id(q) for layer in layers.values() for q in (layer.weight_quantizer, layer.input_quantizer)}
+    alone = {n: m for n, m in model.named_modules() if isinstance(m, Quantizer) and id(m) not in owned}
+    return {**layers, **alone}
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[list[Call]]:
+    """Collect every call of ``model`` while the block runs; empty the list between batches."""
+    calls: list[Call] = []
+    counts: dict[str, int] = {}
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        counts.clear()
+        calls.append(Call(tensors(args), {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        calls[-1].outputs = tensors(output)
+
+    def layer_hook(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            number = counts[name] = counts.get(name, -1) + 1
+            calls[-1].layers[name, number] = (tensors((args, kwargs))[0].detach(), output.detach())
+
+        return hook
+
+    handles = [model.register_forward_pre_hook(enter, with_kwargs=True)]
+    for name, module in watched(model).items():
+        handles.append(module.register_forward_hook(layer_hook(name), with_kwargs=True))
+    handles.append(model.register_forward_hook(leave))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def layer_input(layer: Any, x: Tensor) -> Tensor:
+    """What a layer quantizes: its input, padded where the padding mode is not zeros."""
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        return layer.padded(x)[0]  # type: ignore[operator]
+    return x
+
+
+@torch.no_grad()
+def input_codes(layer: Any, x: Tensor) -> Tensor | None:
+    """The trained model's codes for a layer's input, float32 integers; None where the input is not quantized."""
+    quantizer = layer if isinstance(layer, Quantizer) else layer.input_quantizer
+    if quantizer is None:
+        return None
+    step, q_min, q_max = quantizer.effective_step(), quantizer.q_min, quantizer.q_max
+    return reference.codes(x, step, q_min, q_max, axis=quantizer.axis, offset=quantizer.offset)
