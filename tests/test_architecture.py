@@ -158,7 +158,7 @@ def test_private_names_of_torch():
 
 def test_size():
     sizes = {file: code_lines(file) for file in FILES}
-    core = sum(size for file, size in sizes.items() if LAYERS.get(part(file), 0) <= CORE)
+    core = sum(size for file, size in sizes.items() if LAYERS.get(part(file), CORE + 1) <= CORE)
     tasks = sum(size for file, size in sizes.items() if part(file) == "tasks")
     whole = sum(sizes.values())
     assert core <= 2000, f"the core has {core} lines of code"
