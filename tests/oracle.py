@@ -1,7 +1,7 @@
 """Section 1 of the design in NumPy, as plainly as it can be said: the judge of every engine.
 
-Imports nothing but NumPy and `math`, shares no line with the package. Rules: every division and multiplication of the
-forward pass is rounded to float32, every sum is float64 (sums over integer codes: int64, so exact).
+Imports nothing but NumPy and the standard library, shares no line with the package. Rules: every division and
+multiplication of the forward pass is rounded to float32, every sum is float64 (over integer codes: int64, so exact).
 
 Shapes: `v` is an array of any shape; `step` is 1-D and its layout is given by `axis` and `group_size`: neither = one
 step for the tensor; `axis` = one step per index of that axis; `group_size` = one step per run of `group_size`
@@ -9,6 +9,7 @@ neighbours in row-major order. `z` (the integer zero point), `b` (LSQ+'s offset)
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -23,9 +24,7 @@ def step_index(shape, axis=None, group_size=None):
     index = np.zeros(shape, dtype=np.int64)
     if axis is not None:
         for k in range(shape[axis]):
-            where = [slice(None)] * len(shape)
-            where[axis] = k
-            index[tuple(where)] = k
+            np.moveaxis(index, axis, 0)[k] = k
     elif group_size is not None:
         flat = index.reshape(-1)
         for k in range(flat.size // group_size):
@@ -71,7 +70,7 @@ def quotient(v, step, axis=None, group_size=None):
         return v / spread(np.asarray(step, F32), v.shape, axis, group_size)
 
 
-def codes(v, step, q_min, q_max, z=0, axis=None, group_size=None):
+def codes(v, step, q_min, q_max, z: Any = 0, axis=None, group_size=None):
     """clip(round(v/s) + z, q_min, q_max) as float64 integers; NaN where v is not finite or the step is NaN.
 
     An infinite step gives the code z, and the value (z - z) * inf = NaN.
@@ -82,7 +81,7 @@ def codes(v, step, q_min, q_max, z=0, axis=None, group_size=None):
     return np.where(np.isfinite(v), code, np.nan)
 
 
-def fake_quantize(v, step, q_min, q_max, z=0, axis=None, group_size=None):
+def fake_quantize(v, step, q_min, q_max, z: Any = 0, axis=None, group_size=None):
     """(codes - z) * s, one float32 multiplication."""
     v = np.asarray(v, dtype=F32)
     level = codes(v, step, q_min, q_max, z, axis, group_size) - spread(z, v.shape, axis, group_size)
@@ -93,19 +92,19 @@ def fake_quantize(v, step, q_min, q_max, z=0, axis=None, group_size=None):
 # ---------------------------------------------------------------------- gradients
 
 
-def inside(v, step, q_min, q_max, z=0, axis=None, group_size=None):
+def inside(v, step, q_min, q_max, z: Any = 0, axis=None, group_size=None):
     """q_min - z < v/s < q_max - z, on the raw quotient; equality is outside."""
     q = quotient(v, step, axis, group_size).astype(np.float64)
     z = spread(z, q.shape, axis, group_size)
     return (q > q_min - z) & (q < q_max - z)
 
 
-def element_gradient(upstream, v, step, q_min, q_max, z=0, axis=None, group_size=None):
+def element_gradient(upstream, v, step, q_min, q_max, z: Any = 0, axis=None, group_size=None):
     """d v_hat / d v times upstream."""
     return np.where(inside(v, step, q_min, q_max, z, axis, group_size), np.asarray(upstream, F32), F32(0))
 
 
-def step_terms(v, step, q_min, q_max, z=0, axis=None, group_size=None, lsq_plus=False):
+def step_terms(v, step, q_min, q_max, z: Any = 0, axis=None, group_size=None, lsq_plus=False):
     """d v_hat / d s of every element, float64 (the subtraction round(q) - q is exact in float32 already).
 
     NaN where v is not finite: its v_hat is NaN, and a loss scaler must see it in the gradient.
@@ -120,7 +119,7 @@ def step_terms(v, step, q_min, q_max, z=0, axis=None, group_size=None, lsq_plus=
     return np.where(np.isfinite(v), terms, np.nan)
 
 
-def step_gradient(upstream, v, step, q_min, q_max, g, z=0, axis=None, group_size=None, lsq_plus=False):
+def step_gradient(upstream, v, step, q_min, q_max, g, z: Any = 0, axis=None, group_size=None, lsq_plus=False):
     """(gradient of each step, sum |terms| of each step), both with g; allowed error 256 * 2^-24 * the second."""
     terms = step_terms(v, step, q_min, q_max, z, axis, group_size, lsq_plus) * np.asarray(upstream, np.float64)
     count = len(step)
@@ -237,7 +236,7 @@ def same_padding(kernel, dilation):
     return tuple((total // 2, total - total // 2) for total in totals)
 
 
-def conv2d(q_x, z, s_x, q_w, s_w, bias=None, stride=1, padding=0, dilation=1, groups=1):
+def conv2d(q_x, z, s_x, q_w, s_w, bias=None, stride=1, padding: Any = 0, dilation=1, groups=1):
     """q_x (N, C, H, W), q_w (O, C/groups, kh, kw): integer codes -> (N, O, H', W') float32; padding in code space is z.
 
     `padding`: a number, (vertical, horizontal), "same", or ((top, bottom), (left, right)).
@@ -246,12 +245,15 @@ def conv2d(q_x, z, s_x, q_w, s_w, bias=None, stride=1, padding=0, dilation=1, gr
     q_w = np.asarray(q_w).astype(np.int64)
     (n, _, _, _), (o, c_group, kh, kw) = codes_x.shape, q_w.shape
     (sh, sw), (dh, dw) = pair(stride), pair(dilation)
-    if padding == "same":
-        padding = same_padding((kh, kw), dilation)
+    if isinstance(padding, str):
+        rows_and_columns = same_padding((kh, kw), dilation)
     elif np.ndim(padding) < 2:
-        padding = tuple((p, p) for p in pair(padding))
-    x = np.pad(codes_x, ((0, 0), (0, 0), *padding), constant_values=int(z)) - int(z)
-    bad = np.pad(bad, ((0, 0), (0, 0), *padding))
+        rows_and_columns = tuple((p, p) for p in pair(padding))
+    else:
+        rows_and_columns = padding
+    margin = ((0, 0), (0, 0), *rows_and_columns)
+    x = np.pad(codes_x, margin, constant_values=int(z)) - int(z)
+    bad = np.pad(bad, margin)
     h_out = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
     w_out = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
     acc, nans = np.zeros((n, o, h_out, w_out), np.int64), np.zeros((n, o, h_out, w_out), np.int64)

@@ -131,7 +131,7 @@ def test_an_input_changed_in_place_is_noticed(engine: str) -> None:
 
 @engines
 @pytest.mark.parametrize("layout", [{}, {"axis": 0}, {"axis": 1}, {"group_size": 130}], ids=str)
-def test_gradients_have_the_same_bits_for_any_number_of_threads(engine: str, layout: dict[str, int]) -> None:
+def test_gradients_have_the_same_bits_for_any_number_of_threads(engine: str, layout: dict[str, Any]) -> None:
     b = Case("threads", shape=(64, 130, 31), **layout).build()  # 258,000 elements: PyTorch uses threads from 32,768
     threads = torch.get_num_threads()
     got = []
@@ -192,7 +192,7 @@ def test_opcheck(case: Case) -> None:
 def test_meta_tensors_pass(case: Case) -> None:
     b = case.build()
     x, step = (t.detach().to("meta").requires_grad_() for t in (b.x, b.step))
-    extras = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in b.extras.items()}
+    extras: dict[str, Any] = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in b.extras.items()}
     y = lsquant.fake_quantize(x, step, b.q_min, b.q_max, b.g, **extras)
     assert (y.shape, y.dtype, y.device.type) == (b.x.shape, b.x.dtype, "meta")
     of_x, of_step = torch.autograd.grad(y, (x, step), b.upstream.to("meta"))

@@ -122,12 +122,10 @@ def _samples() -> dict[str, np.ndarray]:
 SAMPLES = _samples()
 
 
-@pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("bits,signed", [(2, True), (2, False), (4, True), (4, False), (8, True)])
+@pytest.mark.parametrize("name", SAMPLES)
 def test_mse_step(name: str, bits: int, signed: bool) -> None:
     v = SAMPLES[name]
-    if name == "negative only" and not signed:
-        pytest.skip("every step is equally bad")
     q_min, q_max = oracle.bounds(bits, signed)
     step = reference.mse_step(torch.tensor(v), q_min, q_max)
     assert step.shape == (1,)
@@ -149,6 +147,19 @@ def test_mse_step_of_every_step(layout: dict[str, int]) -> None:
     for k, step in enumerate(steps.tolist()):
         mine = v[index == k]
         assert oracle.squared_error(mine, step, -2, 1) <= 1.001 * oracle.best_squared_error(mine, -2, 1)[0]
+
+
+@pytest.mark.parametrize("values", [100_000, 300_000])
+def test_mse_step_of_many_values(values: int) -> None:
+    """Too many to keep them all in a summary. Every tenth of the 2,000 steps, then all of them around the best."""
+    rng = np.random.default_rng(7)
+    v = (np.maximum(rng.standard_normal(values), 0) * rng.choice([0.3, 1.0, 5.0], values)).astype(np.float32)
+    step = reference.mse_step(torch.tensor(v), 0, 3).item()
+    grid = np.geomspace(1e-4, 2.0, 2000) * float(v.max())
+    coarse = [oracle.squared_error(v, s, 0, 3) for s in grid[::10]]
+    at = 10 * int(np.argmin(coarse))
+    best = min(oracle.squared_error(v, s, 0, 3) for s in grid[max(0, at - 10) : at + 11])
+    assert oracle.squared_error(v, step, 0, 3) <= 1.001 * best
 
 
 def test_mse_step_of_bfloat16() -> None:

@@ -103,7 +103,7 @@ def test_forward_equals_the_oracle(variety: str) -> None:
     x = (data(6, 30, seed=7) * 2).requires_grad_()
     step = q.step.detach().numpy()
     z: Any = 0
-    if variety == "offset":
+    if q.offset is not None:
         z = oracle.lsq_plus_zero_point(q.offset.detach().numpy(), step, q.q_min, q.q_max)
     before = (x.detach().numpy(), step, q.q_min, q.q_max)
     y = q(x)
@@ -120,7 +120,8 @@ def test_forward_equals_the_oracle(variety: str) -> None:
     codes = q.codes(x)
     assert codes.dtype == (torch.int8 if int(q.signed) == 1 else torch.uint8)
     assert torch.equal(codes.double(), torch.tensor(oracle.codes(*before, z, **layout)))
-    if variety == "offset":
+    if q.offset is not None:
+        assert q.offset.grad is not None
         zero_point = q.zero_point()
         assert zero_point is not None
         assert zero_point.dtype == torch.int32
