@@ -1,0 +1,165 @@
+"""Killed at any point and resumed, a run ends with the same bits as one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lsquant._util.errors import DamagedFile, UsageError
+from lsquant.training import CosineSchedule, fit, load_state, param_groups
+from lsquant.training.state import encode
+
+DRIVER = Path(__file__).with_name("resume_driver.py")
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+
+
+def drive(*arguments: object) -> dict:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, str(DRIVER), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def content(folder: Path) -> tuple[dict, dict, bytes]:
+    """Structure and tensors of the last checkpoint without the time it took, and the log."""
+    state = load_state(folder / "last.safetensors")
+    state["at"].pop("seconds")
+    structure, tensors = encode(state)
+    return structure, tensors, (folder / "log.jsonl").read_bytes()
+
+
+def check(tmp_path: Path, number: int, seed: int) -> None:
+    result = drive(tmp_path, number, seed)
+    assert result["events"] > 50
+    assert list(result["statuses"].values()) == [[-signal.SIGKILL, 0]] * number, result
+    structure, tensors, log = content(tmp_path / "whole")
+    assert len(log.splitlines()) == 4
+    for event in result["statuses"]:
+        message = f"killed at event {event} of {result['events']}"
+        resumed = content(tmp_path / event)
+        assert resumed[0] == structure, message
+        assert resumed[1].keys() == tensors.keys(), message
+        assert all(torch.equal(bits(value), bits(resumed[1][key])) for key, value in tensors.items()), message
+        assert resumed[2] == log, message
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_3_points_resumes_to_the_same_bits(tmp_path, seed):
+    check(tmp_path, 3, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_20_points_resumes_to_the_same_bits(tmp_path, seed):
+    check(tmp_path, 20, seed)
+
+
+# ---- what is not the same run is refused ----
+
+
+def run(folder: Path, model: nn.Module | None = None, **changes):
+    torch.manual_seed(0)
+    model = model or nn.Linear(3, 2)
+    options = {"epochs": 1, "steps_per_epoch": 2, "quiet": True, "resume": True} | changes
+    optimizer = options.pop("optimizer", None) or torch.optim.SGD(param_groups(model, 0.1), momentum=0.9)
+    data = [(torch.ones(4, 3), torch.tensor([0, 1, 0, 1]))] * 2
+    fit(model, lambda epoch: data, optimizer, checkpoint=folder / "c.safetensors", log=folder / "log.jsonl", **options)
+    return model
+
+
+def test_a_complete_run_is_only_loaded(tmp_path):
+    first = run(tmp_path)
+    log = (tmp_path / "log.jsonl").read_bytes()
+    again = run(tmp_path)
+    assert torch.equal(first.weight, again.weight)
+    assert (tmp_path / "log.jsonl").read_bytes() == log
+
+
+def test_without_resume_the_checkpoint_is_not_read(tmp_path):
+    (tmp_path / "c.safetensors").write_bytes(b"anything")
+    run(tmp_path, resume=False)
+    assert load_state(tmp_path / "c.safetensors")["at"]["epoch"] == 1
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path):
+    run(tmp_path)
+    with pytest.raises(UsageError, match=r"c\.safetensors is the checkpoint of another run: epochs 1, not 2"):
+        run(tmp_path, epochs=2)
+    with pytest.raises(UsageError, match="another architecture"):
+        run(tmp_path, nn.Linear(3, 5))
+    model = nn.Linear(3, 2)
+    with pytest.raises(UsageError, match="another optimizer"):
+        run(tmp_path, model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_damaged_checkpoint_and_a_cut_log_are_clear_errors(tmp_path):
+    run(tmp_path)
+    whole = (tmp_path / "c.safetensors").read_bytes()
+    (tmp_path / "c.safetensors").write_bytes(whole[:-7])
+    with pytest.raises(DamagedFile, match=r"c\.safetensors is damaged"):
+        run(tmp_path)
+    (tmp_path / "c.safetensors").write_bytes(whole)
+    (tmp_path / "log.jsonl").write_bytes(b"")
+    with pytest.raises(DamagedFile, match=r"log\.jsonl has 0 bytes"):
+        run(tmp_path)
+
+
+def test_adam_and_other_state_survive(tmp_path):
+    """Adam's moments and counters, and anything given as `extras`."""
+
+    class Counter:
+        def __init__(self):
+            self.seen = 0
+
+        def state_dict(self):
+            return {"seen": self.seen}
+
+        def load_state_dict(self, state_dict):
+            self.seen = state_dict["seen"]
+
+    def train(folder: Path, stop: int | None):
+        torch.manual_seed(0)
+        model, counter = nn.Linear(3, 2), Counter()
+        optimizer = torch.optim.AdamW(param_groups(model, 0.1, 0.01))
+        data = [
+            (torch.randn(4, 3, generator=torch.Generator().manual_seed(i)), torch.tensor([0, 1, 0, 1]))
+            for i in range(3)
+        ]
+
+        def after_step(iteration):
+            counter.seen += 1
+            if iteration == stop:
+                raise KeyboardInterrupt
+
+        fit(
+            model, lambda epoch: data, optimizer, epochs=3, steps_per_epoch=3, schedule=CosineSchedule(9),
+            checkpoint=folder / "c.safetensors", checkpoint_every=2, resume=True, quiet=True,
+            after_step=after_step, extras={"counter": counter},
+        )  # fmt: skip
+        return model, optimizer, counter
+
+    straight = tmp_path / "a"
+    stopped = tmp_path / "b"
+    straight.mkdir(), stopped.mkdir()
+    expected = train(straight, None)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, 6)
+    resumed = train(stopped, None)
+    assert torch.equal(expected[0].weight, resumed[0].weight)
+    assert resumed[2].seen == expected[2].seen == 9
+    for a, b in zip(expected[1].state.values(), resumed[1].state.values(), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in a)
