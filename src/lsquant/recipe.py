@@ -107,12 +107,7 @@ class Recipe:
 
     @classmethod
     def preset(
-        cls,
-        name: str,
-        *,
-        first_last: int | None = 8,
-        skip: Iterable[Any] = (),
-        rules: Iterable[Rule] = (),
+        cls, name: str, *, first_last: int | None = 8, skip: Iterable[Any] = (), rules: Iterable[Rule] = ()
     ) -> Recipe:
         """A recipe by name, any case: ``w4a4``, ``w2a2``, ``w4`` (= ``w4a16``: weights only), ``w4g32`` (groups of 32).
 

@@ -128,14 +128,7 @@ def _linear_backward(
 
 
 def _through(
-    grad: Tensor,
-    x: Tensor,
-    step: Tensor,
-    offset: Tensor | None,
-    q_min: int,
-    q_max: int,
-    scale: float,
-    need_x: bool,
+    grad: Tensor, x: Tensor, step: Tensor, offset: Tensor | None, q_min: int, q_max: int, scale: float, need_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Through the input's quantizer: gradients of x, step and offset; empty where there is none."""
     empty = step.new_empty(0)

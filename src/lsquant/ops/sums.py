@@ -10,12 +10,7 @@ from lsquant.kernels import engine
 
 
 def linear_of_codes(
-    codes_x: Tensor,
-    codes_w: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    bound: int,
-    group_size: int | None = None,
+    codes_x: Tensor, codes_w: Tensor, scale: Tensor, bias: Tensor | None, bound: int, group_size: int | None = None
 ) -> Tensor:
     """``y = fl(fl(acc * scale) + b)`` with ``acc`` the exact sum over integers.
 

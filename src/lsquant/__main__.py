@@ -1,0 +1,7 @@
+"""``python -m lsquant``."""
+
+import sys
+
+from lsquant.cli import main
+
+sys.exit(main())

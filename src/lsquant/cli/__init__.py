@@ -1,0 +1,3 @@
+"""The command line: each command parses and calls the library."""
+
+from lsquant.cli.main import main as main

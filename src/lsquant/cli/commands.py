@@ -1,0 +1,208 @@
+"""The commands.  Each returns (result for --json, text, whether it is as required)."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lsquant._util.environment import environment
+from lsquant._util.errors import DamagedFile, LsquantError, MissingFile, UsageError
+from lsquant._util.files import read_json, write_json
+from lsquant._version import __version__
+from lsquant.diagnostics import collect
+from lsquant.export import export_onnx
+from lsquant.recipe import Recipe
+from lsquant.report.figure import draw_figures
+from lsquant.report.page import Report, with_balance, write_page
+from lsquant.tasks import Run, Settings, get_task, open_run, resume_training, run_training
+from lsquant.training import Log
+from lsquant.verification import verify
+
+Outcome = tuple[dict[str, Any], str, bool]
+Command = Callable[[Namespace], Outcome]
+BATCH = 250
+_NAMES = {"float": "float32", "rounded": "rounded, not trained", "lsq": "trained with learned steps"}
+
+
+def set_up(arguments: Namespace) -> None:
+    """Threads and device."""
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise UsageError(f"--threads {arguments.threads}: at least 1")
+        torch.set_num_threads(arguments.threads)
+    if arguments.device != "cpu":
+        raise UsageError(f"--device {arguments.device}: only cpu is built yet")
+
+
+# ---- train and eval ----
+
+
+def train(a: Namespace) -> Outcome:
+    """Train a task, or go on with a run."""
+    how = {"checkpoint_every": a.checkpoint_every, "quiet": a.quiet}
+    if a.task is None:
+        if not a.resume:
+            raise UsageError("train: name a task (lsquant train digits --bits 2 --out DIR), or --resume a run")
+        metrics = resume_training(a.out, **how)
+    else:
+        settings = Settings(**{name: value for name in _SETTINGS if (value := getattr(a, name)) is not None})
+        init = None if a.init is None else str(a.init)
+        run = Run(Path(a.out), get_task(a.task), _recipe(a), settings, init)
+        metrics = run_training(run, resume=a.resume, overwrite=a.overwrite, **how)
+    return {"run": str(a.out), **metrics}, _table(_results(metrics)), True
+
+
+_SETTINGS = ("seed", "batch_size", "float_epochs", "epochs", "lr", "step_lr", "distill")
+
+
+def _recipe(a: Namespace) -> Recipe:
+    if a.recipe is not None:
+        if a.bits or a.weight_bits or a.activation_bits:
+            raise UsageError("train: give --recipe or bits, not both")
+        if not Path(a.recipe).is_file():
+            raise MissingFile(f"the recipe {a.recipe} does not exist")
+        return Recipe.from_toml(Path(a.recipe).read_text(encoding="utf-8"))
+    weight, activation = a.weight_bits or a.bits, a.activation_bits or a.bits
+    if weight is None or activation is None:
+        raise UsageError("train: give --bits N, or --weight-bits and --activation-bits, or --recipe FILE")
+    return Recipe.preset(f"w{weight}a{activation}")
+
+
+def _results(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """(what, numbers) of a metrics.json; only what is there."""
+    rows = []
+    for key, name in _NAMES.items():
+        if key in metrics:
+            numbers = ", ".join(f"{k} {_measure(k, v)}" for k, v in metrics[key].items())
+            rows.append((name, numbers))
+    return rows
+
+
+def _measure(name: str, value: float) -> str:
+    return f"{value:.2f} %" if name == "accuracy" else f"{value:.4f}"
+
+
+def evaluate(a: Namespace) -> Outcome:
+    """The metric of a run's trained model."""
+    run = open_run(a.path)
+    metrics = run.task.metric(run.model())
+    return metrics, ", ".join(f"{name} {_measure(name, value)}" for name, value in metrics.items()), True
+
+
+# ---- export and verify ----
+
+
+def export(a: Namespace) -> Outcome:
+    """Write RUN/export/PROFILE.onnx."""
+    run = open_run(a.path)
+    path = Path(a.out) if a.out else run.file(f"export/{a.profile}.onnx")
+    if not a.out:
+        path.parent.mkdir(exist_ok=True)
+    export_onnx(run.model(), path, run.task.example_input(), profile=a.profile, opset=a.opset)
+    size = path.stat().st_size
+    return {"file": str(path), "profile": a.profile, "bytes": size}, f"{path}: {size:,} bytes", True
+
+
+def verify_(a: Namespace) -> Outcome:
+    """Compare the file with the model on the whole test set; keeps the verdict beside the file."""
+    run = open_run(a.path)
+    path = Path(a.file) if a.file else run.file(f"export/{a.profile}.onnx")
+    if not path.is_file():
+        raise MissingFile(f"{path} does not exist: lsquant export {a.path} --profile {a.profile} writes it")
+    verdict = verify(run.model(), path, run.task.batches("test", batch_size=BATCH))
+    result = {"required": a.require, **verdict.to_dict(), "text": str(verdict)}
+    if not a.file:
+        write_json(path.with_suffix(".verdict.json"), result)
+    good = verdict.reaches(a.require)
+    return result, str(verdict) + ("" if good else f"\nrequired: {a.require}"), good
+
+
+# ---- report, figure, env ----
+
+
+def report(a: Namespace) -> Outcome:
+    """Write the page of a run from what is there; says what is missing."""
+    run = open_run(a.path)
+    path = Path(a.out) if a.out else run.file("report.html")
+    missing: list[str] = []
+    metrics = _json(run.file("metrics.json"), missing)
+    env = _json(run.file("env.json"), missing)
+    model = run.model()
+    batches = run.task.batches("calibration", batch_size=BATCH, seed=run.settings.seed)
+    facts = with_balance(collect(model, batches), _balances(run))
+    verdicts = [_json(file, missing) for file in sorted(run.file("export").glob("*.verdict.json"))]
+    packed = sum(f.size or 0 for f in facts)
+    floats = sum(4 * f.elements for f in facts if f.kind == "weight")
+    files = [("quantized weights in float32", floats), ("the same packed, with steps", packed)]
+    files += [(str(f.relative_to(run.path)), f.stat().st_size) for f in _files(run)]
+    results = _results(metrics)
+    texts = [str(v.get("text", "")) for v in verdicts if v]
+    how = [_train_command(run)] + [f"lsquant {c} {run.path}" for c in ("export", "verify", "report")]
+    title = f"lsquant: {run.task.name}, {run.path.name}"
+    recipe = run.recipe.to_toml()
+    write_page(Report(title, facts, recipe, results, texts, files, how, env, missing), path)
+    levels = {v["profile"]: v["level"] for v in verdicts if v}
+    text = _table(
+        [*results, *((name, f"{size:,} bytes") for name, size in files)]
+        + [(f"ONNX Runtime, profile {name}", _said(level)) for name, level in levels.items()]
+        + [("report", str(path))]
+    )
+    return {"report": str(path), "metrics": metrics, "verdicts": levels, "files": dict(files)}, text, True
+
+
+def _said(level: str) -> str:
+    return "exact, level outputs" if level == "outputs" else f"level {level}"
+
+
+def _files(run: Run) -> Iterable[Path]:
+    return [run.file("model.safetensors"), *sorted(run.file("export").glob("*.onnx"))]
+
+
+def _train_command(run: Run) -> str:
+    """The command that repeats a run made by a preset; a recipe file otherwise."""
+    changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(Settings(), k)}
+    options = " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in changed.items())
+    return f"lsquant train {run.task.name} --recipe {run.file('recipe.toml')} --out DIR {options}".rstrip()
+
+
+def _json(path: Path, missing: list[str]) -> dict[str, Any]:
+    """The content of a file of the run; a missing or damaged one is noted."""
+    try:
+        return read_json(path)
+    except (MissingFile, DamagedFile) as error:
+        missing.append(str(error))
+        return {}
+
+
+def _balances(run: Run) -> dict[str, float | None]:
+    """R of every quantizer from the last row of the log that has it."""
+    found: dict[str, float | None] = {}
+    try:
+        for row in Log(run.file("log.jsonl")).rows():
+            found.update({name: facts.get("R") for name, facts in row.get("quantizers", {}).items()})
+    except LsquantError:
+        return {}
+    return found
+
+
+def figure(a: Namespace) -> Outcome:
+    """staircase.svg and staircase.png in a folder."""
+    paths = [str(p) for p in draw_figures(a.out, bits=a.bits, signed=a.signed)]
+    return {"files": paths}, "\n".join(paths), True
+
+
+def env(a: Namespace) -> Outcome:
+    """Versions and hardware."""
+    facts = {"lsquant": __version__, **environment()}
+    rows = [(key, value) for key, value in facts.items() if key != "packages"]
+    rows += list(facts["packages"].items())
+    return facts, _table([(k, ", ".join(v) if isinstance(v, list) else str(v)) for k, v in rows]), True
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)

@@ -1,0 +1,110 @@
+"""``lsquant``: parse, call, print; the exit code says how it went."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lsquant._util.errors import LsquantError
+from lsquant._util.files import json_text
+from lsquant._version import __version__
+from lsquant.cli import commands
+from lsquant.export.onnx import PROFILES
+from lsquant.tasks import TASKS
+from lsquant.verification import LEVELS
+
+GOOD, NOT_AS_REQUIRED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets ``run``, a function of the parsed arguments."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    common.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    common.add_argument("--threads", type=int, metavar="N", help="torch's threads")
+    common.add_argument("--device", default="cpu", help="cpu (others are not built yet)")
+    common.add_argument("--seed", type=int, metavar="N", help="seed of every random choice (train; default 0)")
+    top = argparse.ArgumentParser(prog="lsquant", description="Learned Step Size Quantization: train, export, verify.")
+    top.add_argument("--version", action="version", version=f"lsquant {__version__}")
+    subs = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, run: commands.Command, about: str) -> argparse.ArgumentParser:
+        sub = subs.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", parents=[common])
+        sub.set_defaults(run=run)
+        return sub
+
+    _train(add("train", commands.train, "train a task's float network, then at low bits with learned steps"))
+
+    sub = add("eval", commands.evaluate, "measure the trained model of a run on the test data")
+    sub.add_argument("path", metavar="RUN", help="run directory")
+
+    sub = add("export", commands.export, "write the trained integers of a run as an ONNX file")
+    sub.add_argument("path", metavar="RUN", help="run directory")
+    _profile(sub)
+    sub.add_argument("--opset", type=int, metavar="N", help="operator set (default: the lowest that suffices)")
+    sub.add_argument("--out", metavar="FILE", help="default: RUN/export/PROFILE.onnx")
+
+    sub = add("verify", commands.verify_, "compare an exported file with the trained model on the test set")
+    sub.add_argument("path", metavar="RUN", help="run directory")
+    _profile(sub)
+    sub.add_argument("--file", metavar="FILE", help="the ONNX file (default: RUN/export/PROFILE.onnx)")
+    sub.add_argument("--require", choices=LEVELS[1:], default=LEVELS[-1], help="level needed for exit code 0")
+
+    sub = add("report", commands.report, "write an HTML page about a run")
+    sub.add_argument("path", metavar="RUN", help="run directory")
+    sub.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
+
+    sub = add("figure", commands.figure, "draw the staircase and the gradients of its step, as SVG and PNG")
+    sub.add_argument("--out", metavar="DIR", default=".", help="folder (default: here)")
+    sub.add_argument("--bits", type=int, default=2, help="2 to 8 (default 2)")
+    sub.add_argument("--signed", action="store_true", help="signed levels")
+
+    add("env", commands.env, "print versions and hardware, for a bug report")
+    return top
+
+
+def _profile(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--profile", default="exact", help=f"one of {', '.join(PROFILES)} (default exact)")
+
+
+def _train(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("task", nargs="?", metavar="TASK", help=f"one of {', '.join(TASKS)}; left out with --resume")
+    sub.add_argument("--out", required=True, metavar="DIR", help="run directory")
+    sub.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    sub.add_argument("--overwrite", action="store_true", help="replace a run that exists")
+    sub.add_argument("--bits", type=int, metavar="N", help="bits of weights and activations")
+    sub.add_argument("--weight-bits", type=int, metavar="N", help="bits of weights alone")
+    sub.add_argument("--activation-bits", type=int, metavar="N", help="bits of activations alone")
+    sub.add_argument("--recipe", metavar="FILE", help="a recipe in TOML instead of --bits")
+    sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) instead of float training")
+    sub.add_argument("--checkpoint-every", type=int, metavar="N", help="also write a checkpoint every N iterations")
+    sub.add_argument("--distill", action="store_true", default=None, help="train against the float network as well")
+    numbers = {
+        "epochs": "epochs at low bits",
+        "float-epochs": "epochs of the float network",
+        "batch-size": "samples in a training batch",
+    }
+    for name, about in numbers.items():
+        sub.add_argument(f"--{name}", type=int, metavar="N", help=about)
+    for name, about in {
+        "lr": "learning rate at low bits",
+        "step-lr": "learning rate of the steps (default --lr)",
+    }.items():
+        sub.add_argument(f"--{name}", type=float, metavar="X", help=about)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.  Returns 0 good, 1 result not as required, 2 usage, 3 missing or damaged, 130 interrupted."""
+    arguments = parser().parse_args(argv)
+    try:
+        commands.set_up(arguments)
+        result, text, good = arguments.run(arguments)
+    except LsquantError as error:
+        print(f"lsquant: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("lsquant: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    print(json_text(result, indent=2) if arguments.json else text)
+    return GOOD if good else NOT_AS_REQUIRED

@@ -1,0 +1,161 @@
+"""What each quantizer does to its values: clipping, levels used, entropy, signal-to-noise ratio, size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsquant._util.batches import Forward, evaluating, run_batch, take
+from lsquant.nn import QuantizedLayer, quantized_layers
+from lsquant.quantizer import Quantizer
+from lsquant.reference import code_of_quotient, quotient, step_balance, step_view
+
+
+@dataclass(frozen=True)
+class QuantizerFacts:
+    """One quantizer of a layer.
+
+    layer: name; kind: "weight" or "input"; spec: in words; bits; levels: how many codes there are.
+    steps: their number; step, step_min, step_max: median, smallest, largest guarded step; initial_step: median s0.
+    count: N.  elements: values looked at.  clip_low, clip_high: share of them with v/s below ``q_min - z``, above
+    ``q_max - z``.  levels_used: codes that occur; entropy: of the codes, in bits.  sqnr: signal to quantization noise,
+    ``10 log10(sum v^2 / sum (v - v_hat)^2)``, in dB, infinite without noise.  balance: R, the median; None without
+    gradients.  guarded: guarded steps met in training passes.  size: bytes of the packed codes and steps; None for
+    inputs.
+    """
+
+    layer: str
+    kind: str
+    spec: str
+    bits: int
+    levels: int
+    steps: int
+    step: float
+    step_min: float
+    step_max: float
+    initial_step: float
+    count: int
+    elements: int
+    clip_low: float
+    clip_high: float
+    levels_used: int
+    entropy: float
+    sqnr: float
+    balance: float | None
+    guarded: int
+    size: int | None
+
+    @property
+    def name(self) -> str:
+        """As in the state dict: ``layer.weight_quantizer``."""
+        return f"{self.layer}.{self.kind}_quantizer".lstrip(".")
+
+
+class _Tally:
+    """Sums over the values of one quantizer, batch by batch."""
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        self.quantizer = quantizer
+        levels = quantizer.q_max - quantizer.q_min + 1
+        self.codes = torch.zeros(levels, dtype=torch.int64)
+        self.low = self.high = self.elements = 0
+        self.signal = self.noise = 0.0
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        q = self.quantizer
+        v, s = step_view(x.detach(), q.effective_step().detach(), q.axis, q.spec.group_size)
+        zero = q.zero_point()
+        z: Tensor | int = 0 if zero is None else zero.to(torch.float32).reshape(s.shape)
+        vs = quotient(v, s)
+        codes = code_of_quotient(v, vs, z, q.q_min, q.q_max)
+        finite = torch.isfinite(codes)
+        self.codes += torch.bincount((codes[finite] - q.q_min).long().cpu(), minlength=len(self.codes))
+        self.low += int((vs < q.q_min - z).sum())
+        self.high += int((vs > q.q_max - z).sum())
+        self.elements += x.numel()
+        self.signal += float(v.double().square().sum())
+        self.noise += float((v.double() - (codes.double() - z) * s).square().sum())
+
+    def facts(self, layer: str, kind: str, weight: Tensor) -> QuantizerFacts:
+        q, total = self.quantizer, max(self.elements, 1)
+        share = self.codes[self.codes > 0].double() / max(int(self.codes.sum()), 1)
+        step = q.effective_step().detach()
+        packed = None if kind == "input" else -(-weight.numel() * q.spec.bits // 8) + 4 * step.numel()
+        return QuantizerFacts(
+            layer=layer,
+            kind=kind,
+            spec=str(q.spec),
+            bits=q.spec.bits,
+            levels=len(self.codes),
+            steps=step.numel(),
+            step=float(step.median()),
+            step_min=float(step.min()),
+            step_max=float(step.max()),
+            initial_step=float(q.initial_step.median()),
+            count=q.samples_share,
+            elements=self.elements,
+            clip_low=self.low / total,
+            clip_high=self.high / total,
+            levels_used=int((self.codes > 0).sum()),
+            entropy=float(-(share * share.log2()).sum()) + 0.0,
+            sqnr=10.0 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf,
+            balance=balance(q, weight, kind),
+            guarded=int(q.guarded),
+            size=packed,
+        )
+
+
+def balance(quantizer: Quantizer, weight: Tensor, kind: str) -> float | None:
+    """The median of R over the steps, from the gradients that are there now; None without."""
+    if weight.grad is None or quantizer.step.grad is None:
+        return None
+    layout = {"axis": quantizer.axis, "group_size": quantizer.spec.group_size} if kind == "weight" else {}
+    ratio = step_balance(weight, weight.grad, quantizer.effective_step(), quantizer.step.grad, **layout)
+    return float(ratio.median())
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    *,
+    max_batches: int | None = 32,
+    forward: Forward | None = None,
+) -> list[QuantizerFacts]:
+    """Facts of every quantizer of a layer, weights first and then inputs layer by layer, in order of definition.
+
+    batches: as for ``calibrate``; without them only the weights' quantizers are looked at.  The model runs in eval mode
+    with its quantizers on, and is left as it was.  Raises: UsageError for a step that is not set.
+    """
+    tallies: dict[tuple[str, str], tuple[_Tally, Tensor]] = {}
+    hooks = []
+    for name, layer in quantized_layers(model):
+        if layer.weight_quantizer is not None:
+            tally = _Tally(layer.weight_quantizer.require_initialized())
+            tally.add(layer.weight)
+            tallies[name, "weight"] = tally, layer.weight
+        if layer.input_quantizer is not None and batches is not None:
+            tally = _Tally(layer.input_quantizer.require_initialized())
+            tallies[name, "input"] = tally, layer.weight
+            hooks.append(layer.register_forward_pre_hook(_watch(tally), with_kwargs=True))
+    try:
+        if batches is not None:
+            with evaluating(model):
+                for batch in take(batches, max_batches):
+                    run_batch(model, batch, forward)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [tally.facts(name, kind, weight) for (name, kind), (tally, weight) in tallies.items()]
+
+
+def _watch(tally: _Tally) -> Any:
+    def hook(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tally.add(args[0] if args else kwargs["input"])
+
+    return hook
