@@ -20,21 +20,15 @@ _ARGUMENTS = (
 )
 
 
+def _rest(
+    fixed_zero: int, zero_point: Tensor | None, offset: Tensor | None
+) -> tuple[int | Tensor | None, Tensor | None]:
+    return (zero_point if zero_point is not None else fixed_zero or None), offset
+
+
 @custom_op("lsquant::fake_quantize", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
-def _forward(
-    x: Tensor,
-    step: Tensor,
-    q_min: int,
-    q_max: int,
-    gradient_scale: float,
-    axis: int | None,
-    group_size: int | None,
-    fixed_zero: int,
-    zero_point: Tensor | None,
-    offset: Tensor | None,
-) -> Tensor:
-    fixed = zero_point if zero_point is not None else (fixed_zero or None)
-    return laid_out_like(engine().quantize(x, step, q_min, q_max, axis, group_size, fixed, offset), x)
+def _forward(x, step, q_min, q_max, _, axis, group_size, *zero):  # type: ignore[no-untyped-def]
+    return laid_out_like(engine().quantize(x, step, q_min, q_max, axis, group_size, *_rest(*zero)), x)
 
 
 @_forward.register_fake
@@ -47,23 +41,9 @@ def _(x: Tensor, *rest: Any) -> Tensor:
     mutates_args=(),
     schema=f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
 )
-def _backward(
-    grad: Tensor,
-    x: Tensor,
-    step: Tensor,
-    q_min: int,
-    q_max: int,
-    gradient_scale: float,
-    axis: int | None,
-    group_size: int | None,
-    fixed_zero: int,
-    zero_point: Tensor | None,
-    offset: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    fixed = zero_point if zero_point is not None else (fixed_zero or None)
-    grad_x, grad_step, grad_offset = engine().quantize_backward(
-        grad, x, step, q_min, q_max, gradient_scale, axis, group_size, fixed, offset
-    )
+def _backward(grad, x, step, q_min, q_max, scale, axis, group_size, *zero):  # type: ignore[no-untyped-def]
+    kind = (axis, group_size, *_rest(*zero))
+    grad_x, grad_step, grad_offset = engine().quantize_backward(grad, x, step, q_min, q_max, scale, *kind)
     return laid_out_like(grad_x, x), grad_step, step.new_empty(0) if grad_offset is None else grad_offset
 
 
