@@ -107,15 +107,20 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path):
 
 
 def test_a_damaged_checkpoint_and_a_cut_log_are_clear_errors(tmp_path):
-    run(tmp_path)
+    def stop(iteration):
+        if iteration == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, epochs=2, after_step=stop)
     whole = (tmp_path / "c.safetensors").read_bytes()
     (tmp_path / "c.safetensors").write_bytes(whole[:-7])
     with pytest.raises(DamagedFile, match=r"c\.safetensors is damaged"):
-        run(tmp_path)
+        run(tmp_path, epochs=2)
     (tmp_path / "c.safetensors").write_bytes(whole)
     (tmp_path / "log.jsonl").write_bytes(b"")
     with pytest.raises(DamagedFile, match=r"log\.jsonl has 0 bytes"):
-        run(tmp_path)
+        run(tmp_path, epochs=2)
 
 
 def test_adam_and_other_state_survive(tmp_path):

@@ -86,6 +86,18 @@ def test_atomic_write_follows_links_and_needs_the_folder(tmp_path):
         atomic_write_text(tmp_path / "none" / "a.txt", "x")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+def test_permissions_are_those_of_a_new_file_or_of_the_old_one(tmp_path):
+    path = tmp_path / "a.txt"
+    (tmp_path / "plain").write_text("")
+    with atomic_write(path) as temporary:
+        temporary.touch(0o600)
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    path.chmod(0o640)
+    atomic_write_text(path, "x")
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 def test_remove_leftovers(tmp_path):
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / ".c.safetensors.123.tmp").write_text("half")

@@ -50,7 +50,7 @@ class Digits:
     """The task; see the module."""
 
     name = "digits"
-    settings = Settings()
+    settings = Settings(float_epochs=20, epochs=20, lr=0.03, distill=True)
 
     def __init__(self, width: int = 16) -> None:
         self.options: dict[str, Any] = {"width": width}

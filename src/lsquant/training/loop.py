@@ -84,7 +84,8 @@ def fit(
 
     `log`: a JSON-lines file, one row an epoch. `checkpoint`: one file, replaced at the end of every epoch and every
     `checkpoint_every` iterations. `resume=True` goes on from it, if it is there, and cuts the log back to it; a
-    complete run is only loaded. The bits are the same if the machine, the versions and the number of threads are.
+    complete run is only loaded, its log left alone. The bits are the same if the machine, the versions and the number
+    of threads are.
 
     Raises: UsageError if the checkpoint is of another run; DamagedFile; DiskFull (the last checkpoint stays);
     LsquantError if the loss is not finite (the last checkpoint stays).
@@ -97,6 +98,8 @@ def fit(
     if resume and checkpoint is not None and Path(checkpoint).exists():
         state = load_state(checkpoint)
         at = _restore(state, run, model, optimizer, extras, str(checkpoint), quiet)
+        if at.epoch >= epochs:
+            return at
         epoch_rng = state["epoch_rng"]
         rows.cut(at.log_position)
 
