@@ -270,6 +270,11 @@ def test_autocast_changes_nothing(name: str, autocast: torch.dtype) -> None:
     assert_within(of_step, *b.expected_step_gradient())
 
 
+@pytest.mark.parametrize("key", ["AutocastCPU", "AutocastCUDA"])
+def test_the_op_is_registered_for_autocast(key: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("lsquant::fake_quantize", key)
+
+
 def test_autocast_around_a_layer() -> None:
     """A matmul in bf16, then the quantizer: bf16 values, a float32 step gradient."""
     step = torch.tensor([0.1], requires_grad=True)

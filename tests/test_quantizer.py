@@ -180,6 +180,29 @@ def test_use_before_initialisation_names_the_remedy(use: str, signed: bool | Non
         {"forward": q, "codes": q.codes, "effective_step": lambda x: q.effective_step()}[use](data(3))
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_has_no_integer_code(bad: float) -> None:
+    """A cast to int8 would hide it."""
+    q = ready()
+    x = data(6, 30)
+    x[2, 3] = bad
+    with pytest.raises(ValueError, match="NaN"):
+        q.codes(x)
+    y = q(x)
+    assert torch.equal(y.isnan(), ~x.isfinite())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_seen(bad: float) -> None:
+    """The guard lets it through, so that the loss becomes NaN and a loss scaler skips the update."""
+    q = ready()
+    with torch.no_grad():
+        q.step.fill_(bad)
+    assert bool(q(data(6, 30)).isnan().all())
+    with pytest.raises(ValueError, match="NaN"):
+        q.codes(data(6, 30))
+
+
 def test_a_count_is_required_for_use() -> None:
     def use() -> None:
         q = Quantizer(QuantSpec(4))
