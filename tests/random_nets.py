@@ -54,31 +54,39 @@ def random_batchnorm(r: random.Random, channels: int) -> nn.BatchNorm2d:
 
 
 class Net(nn.Module):
-    """Blocks, a pooling, and one or two linear layers, over images or over sequences."""
+    """Blocks, a pooling and one or two linear layers, over images or over sequences; more often a single layer."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         r = random.Random(seed)
         torch.manual_seed(seed)
+        kind = r.choice(["block", "linear", "net"])
         channels, height, width = r.randint(1, 6), r.randint(5, 9), r.randint(5, 9)
         self.shape = (channels, height, width)
-        blocks = []
+        self.blocks, self.pool, self.flat, self.fc, self.head = (
+            nn.Sequential(),
+            nn.Identity(),
+            False,
+            nn.Identity(),
+            nn.Identity(),
+        )
         x = torch.zeros(1, channels, height, width)
-        for _ in range(r.randint(0, 3)):
+        for _ in range({"block": 1, "linear": 0, "net": r.randint(1, 3)}[kind]):
             if min(x.shape[2:]) < 3:
                 break
-            block = Block(r, *x.shape[1:]).eval()
-            x = block(x)
-            blocks.append(block)
-        self.blocks = nn.Sequential(*blocks)
-        pools = [nn.AdaptiveAvgPool2d((1, 2)), nn.AvgPool2d(2, 2, 1), nn.MaxPool2d(2, 1), nn.Identity(), nn.Identity()]
-        self.pool = r.choice(pools) if 1 < min(x.shape[2:]) < 6 else nn.Identity()
-        x = self.pool(x)
+            self.blocks.append(Block(r, *x.shape[1:]).eval())
+            x = self.blocks[-1](x)
+        if kind == "block":
+            return
+        if kind == "net" and 1 < min(x.shape[2:]) < 6:
+            pools = [nn.AdaptiveAvgPool2d((1, 2)), nn.AvgPool2d(2, 2, 1), nn.MaxPool2d(2, 1), nn.Identity()]
+            self.pool = r.choice(pools)
+            x = self.pool(x)
         self.flat = r.random() < 0.7
-        features = x[0].numel() if self.flat else x.shape[-1]
         out = r.randint(1, 9)
-        self.fc = nn.Linear(features, out, bias=r.random() < 0.7)
-        self.head = nn.Linear(out, r.randint(1, 5)) if r.random() < 0.5 else nn.Identity()
+        self.fc = nn.Linear(x[0].numel() if self.flat else x.shape[-1], out, bias=r.random() < 0.7)
+        if kind == "net" and r.random() < 0.5:
+            self.head = nn.Linear(out, r.randint(1, 5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.pool(self.blocks(x))

@@ -95,7 +95,7 @@ def _first_lines(error: BaseException) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep torch's notes on missing packages and its own deprecations away from the user."""
-    names = ("torch.onnx", "torch.export", "torch._dynamo", "torch._guards", "onnxscript")
+    names = ("torch.onnx", "torch.__trace", "torch.export", "torch._dynamo", "torch._guards", "onnxscript")
     levels = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
     try:
         for logger, _ in levels:

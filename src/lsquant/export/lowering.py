@@ -80,13 +80,13 @@ class Facts:
 def lower(graph: Graph, layer: Any, facts: Facts, rank: int, profile: str) -> None:
     """Write the nodes of one call of a frozen layer from ``facts.input`` to ``facts.output``; fills in ``facts``.
 
-    rank: dimensions of the input.  Raises: UsageError where the profile has no form for the layer.
+    rank: dimensions of the input and of the output.  Raises: UsageError where the profile has no form for the layer.
     """
     name = facts.layer or "model"
     graph.prefix = name if facts.call == 0 else f"{name}#{facts.call + 1}"
     if isinstance(layer, FrozenQuantizer):
         codes = quantize_in_float_range(graph, layer, facts, name)
-        dequantize(graph, codes, layer, name, facts.output)
+        dequantize(graph, codes, layer, name, facts.output, rank, standard=profile == "qdq")
     elif profile == "exact" and layer.scale is not None:
         _exact(graph, layer, facts, name)
     else:
@@ -242,10 +242,24 @@ def quantize_in_float_range(graph: Graph, source: FrozenQuantizer, facts: Facts,
     return q
 
 
-def dequantize(graph: Graph, codes: str, source: FrozenQuantizer, name: str, output: str) -> str:
-    """``(code - z) * s`` back in float32."""
-    axis: dict[str, Any] = {"axis": source.axis} if source.step.numel() > 1 else {}
-    return graph.node("DequantizeLinear", [codes, f"{name}.input_step", f"{name}.input_zero_point"], output, **axis)
+def dequantize(
+    graph: Graph, codes: str, source: FrozenQuantizer, name: str, output: str, rank: int, standard: bool
+) -> str:
+    """``(code - z) * s`` back in float32: DequantizeLinear, or else Cast, Sub, Mul.
+
+    The second form is for a quantized input beside a float weight: ONNX Runtime takes DequantizeLinear before a float
+    weight, and QuantizeLinear after it, as the leave to quantize that weight by itself.
+    """
+    if standard:
+        axis: dict[str, Any] = {"axis": source.axis} if source.step.numel() > 1 else {}
+        return graph.node("DequantizeLinear", [codes, f"{name}.input_step", f"{name}.input_zero_point"], output, **axis)
+    value = graph.node("Cast", [codes], f"{graph.prefix}/float_codes", to=FLOAT)
+    trailing = [1] * (0 if source.axis is None else rank - 1 - source.axis % rank)
+    if source.zero_point is not None:
+        zero = array(source.zero_point).astype(np.float32).reshape(-1, *trailing)
+        value = graph.node("Sub", [value, graph.constant(f"{name}.zero", zero)], f"{graph.prefix}/centred")
+    step = graph.constant(f"{name}.step", array(source.step).reshape(-1, *trailing))
+    return graph.node("Mul", [value, step], output)
 
 
 # ---- qdq ----
@@ -255,21 +269,16 @@ def _qdq(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, rank: int) 
     x = facts.input
     if layer.input is not None:
         codes = quantize_in_float_range(graph, layer.input, facts, name)
-        x = dequantize(graph, codes, layer.input, name, f"{graph.prefix}/dequantized")
+        standard = layer.codes is not None
+        x = dequantize(graph, codes, layer.input, name, f"{graph.prefix}/dequantized", rank, standard)
+    product = f"{graph.prefix}/product"
     if isinstance(layer, IntegerConv2d):
-        inputs = [x, _weight(graph, layer, facts, name, transposed=False)]
-        if layer.bias is not None:
-            inputs.append(graph.constant(f"{name}.bias", array(layer.bias)))
-        graph.node("Conv", inputs, facts.output, **_geometry(layer))
+        graph.node("Conv", [x, _weight(graph, layer, facts, name, transposed=False)], product, **_geometry(layer))
     elif rank == 2:
-        inputs = [x, _weight(graph, layer, facts, name, transposed=False)]
-        if layer.bias is not None:
-            inputs.append(graph.constant(f"{name}.bias", array(layer.bias)))
-        graph.node("Gemm", inputs, facts.output, transB=1)
+        graph.node("Gemm", [x, _weight(graph, layer, facts, name, transposed=False)], product, transB=1)
     else:
-        weight = _weight(graph, layer, facts, name, transposed=True)
-        y = graph.node("MatMul", [x, weight], f"{graph.prefix}/product")
-        _add_bias(graph, layer, facts, name, y)
+        graph.node("MatMul", [x, _weight(graph, layer, facts, name, transposed=True)], product)
+    _add_bias(graph, layer, facts, name, product)
 
 
 def _weight(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, transposed: bool) -> str:

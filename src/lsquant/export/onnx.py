@@ -27,7 +27,7 @@ FORMAT = 1
 
 LOWEST_OPSET = 13  # QuantizeLinear and DequantizeLinear with an axis
 PROFILES = {"exact": True, "qdq": True, "fast": False, "small": False}  # name -> built
-SESSION: dict[str, dict[str, str]] = {"exact": {}, "qdq": {}}
+SESSION: dict[str, dict[str, str]] = {"exact": {}, "qdq": {"session.x64quantprecision": "1"}}
 """Recommended session configuration entries of each profile (see docs/deployment.md for the measurements)."""
 
 

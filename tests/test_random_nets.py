@@ -1,0 +1,132 @@
+"""Random layers and networks: trained model = integer model = ONNX profile ``exact`` in ONNX Runtime, no bit differs.
+
+Many seeds share one graph, each with its own input and output, because exporting is slow.  Run one seed alone with
+``trained_net(seed)`` of random_nets.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from random_nets import Side, trained_net
+from torch import nn
+
+import lsquant
+import lsquant.nn as lsq_nn
+from lsquant.export.onnx import onnx_model
+from lsquant.integer import IntegerLayer, integer_model
+from lsquant.verification.recorder import layer_input, recording
+from lsquant.verification.verdict import different
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+PER_GRAPH = 25
+
+
+def check_equal(first: int, path: Path) -> None:
+    side = Side([trained_net(seed) for seed in range(first, first + PER_GRAPH)])
+    model = onnx_model(side, (side.example(first, 3),), dynamic_batch=False)
+    onnx.save(model, path)
+    batches = [(side.example(first + k, 3),) for k in (1, 2)]
+    verdict = lsquant.verify(side, path, batches, forward=lambda m, batch: m(batch[0]))
+    assert verdict.exact, f"seeds {first} to {first + PER_GRAPH - 1}:\n{verdict}"
+    assert verdict.plain is not None
+    assert verdict.plain.exact, f"seeds {first} to {first + PER_GRAPH - 1}:\n{verdict.plain}"
+    assert all(check.compared > 0 for check in verdict.checks)
+    integer = integer_model(side)
+    with torch.no_grad():
+        for (inputs,) in batches:
+            for seed, y, want in zip(range(first, first + PER_GRAPH), integer(inputs), side(inputs), strict=True):
+                assert not different(y.numpy(), want.numpy()).any(), f"integer model, seed {seed}"
+
+
+@pytest.mark.parametrize("first", range(0, 100, PER_GRAPH))
+def test_trained_equals_onnx(first: int, tmp_path: Path) -> None:
+    check_equal(first, tmp_path / "side.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(100, 1100, PER_GRAPH))
+def test_trained_equals_onnx_more(first: int, tmp_path: Path) -> None:
+    check_equal(first, tmp_path / "side.onnx")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_trained_layers_equal_the_oracle(seed: int) -> None:
+    """Codes and outputs of every layer, against loops in NumPy that share no code with the package."""
+    net = trained_net(seed)
+    (x,) = Side([net]).example(seed, 2)
+    with torch.no_grad(), recording(net) as calls:
+        net(x)
+    for (name, _), (given, y) in calls[0].layers.items():
+        layer: Any = net.get_submodule(name)
+        want = by_oracle(layer, layer_input(layer, given).numpy())
+        assert not different(y.numpy(), want).any(), f"seed {seed}, layer {name}"
+
+
+def by_oracle(layer: Any, x: np.ndarray) -> np.ndarray:
+    source, weights = layer.input_quantizer, layer.weight_quantizer
+    s_x, s_w = (oracle.guard(q.step.detach().numpy(), q.initial_step.numpy()) for q in (source, weights))
+    lo, hi = oracle.bounds(source.spec.bits, source.q_min < 0, source.spec.narrow)
+    z = 0 if source.offset is None else int(oracle.lsq_plus_zero_point(source.offset.detach().numpy(), s_x, lo, hi)[0])
+    w, bias = layer.weight.detach().numpy(), None if layer.bias is None else layer.bias.detach().numpy()
+    size = weights.spec.group_size
+    axis = 0 if weights.spec.granularity == "channel" else None
+    q_w = oracle.codes(w, s_w, *oracle.bounds(weights.spec.bits, True, weights.spec.narrow), axis=axis, group_size=size)
+    q_x = oracle.codes(x, s_x, lo, hi, z)
+    if isinstance(layer, nn.Conv2d):
+        padding = layer.padding if layer.padding_mode == "zeros" else 0
+        return oracle.conv2d(q_x, z, s_x[0], q_w, s_w, bias, layer.stride, padding, layer.dilation, layer.groups)
+    if size is not None:
+        return oracle.linear_groups(q_x, z, s_x[0], q_w, s_w, size, bias)
+    return oracle.linear(q_x, z, s_x[0], q_w, s_w, bias)
+
+
+def test_the_seeds_cover_what_they_should() -> None:
+    """The first 100 networks contain every kind of layer and quantizer that the exact profile promises."""
+    seen: set[Any] = set()
+    for seed in range(100):
+        net = trained_net(seed)
+        for _, layer in lsq_nn.quantized_layers(net):
+            w, x = layer.weight_quantizer, layer.input_quantizer
+            assert w is not None
+            assert x is not None
+            seen |= {("w", w.spec.bits), ("x", x.spec.bits), (type(layer).__name__, w.spec.granularity)}
+            seen |= {("signed", x.q_min < 0), ("offset", x.spec.offset), ("narrow", x.spec.narrow, w.spec.narrow)}
+            seen.add(("guarded", bool((w.step < 0).any())))
+            if isinstance(layer, nn.Conv2d):
+                seen |= {("depthwise", layer.groups == layer.in_channels > 1), ("grouped", layer.groups > 1)}
+                seen |= {("mode", layer.padding_mode), ("same", layer.padding == "same"), ("dilation", layer.dilation)}
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                seen.add(("gamma", bool((module.weight < 0).any()), bool((module.weight > 0).any())))
+            seen.add(type(module).__name__)
+    wanted: set[Any] = {(kind, bits) for kind in "wx" for bits in range(2, 9)}
+    wanted |= {("QuantLinear", g) for g in ("tensor", "channel", "group")}
+    wanted |= {("QuantConv2d", g) for g in ("tensor", "channel")}
+    wanted |= {
+        (kind, yes) for kind in ("signed", "offset", "depthwise", "grouped", "same", "guarded") for yes in (True, False)
+    }
+    wanted |= {("narrow", x, w) for x in (True, False) for w in (True, False)}
+    wanted |= {("mode", mode) for mode in ("zeros", "reflect", "replicate", "circular")}
+    wanted |= {("gamma", True, True), "ExactAvgPool2d", "ExactAdaptiveAvgPool2d", "MaxPool2d", "ReLU", "LeakyReLU"}
+    assert wanted <= seen, wanted - seen
+
+
+def test_integer_model_holds_no_float_weight() -> None:
+    net = trained_net(3)
+    frozen = integer_model(net)
+    assert not list(frozen.parameters())
+    for name, module in frozen.named_modules():
+        assert not isinstance(module, lsq_nn.QuantizedLayer), name
+        if isinstance(module, IntegerLayer):
+            assert module.weight is None
+            assert module.codes is not None
+            assert module.codes.dtype == torch.int8
+    assert net.training is False
