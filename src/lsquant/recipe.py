@@ -188,14 +188,15 @@ class Recipe:
         def entry(value: Any) -> Any:
             return QuantSpec.from_dict(value) if isinstance(value, dict) else None if value == "float" else value
 
-        def rule(table: dict[str, Any]) -> Rule:
-            if "which" not in table or set(table) - {"which", "weight", "activation"}:
-                raise UsageError(f"recipe: a rule has 'which' and 'weight' and/or 'activation', not {sorted(table)}")
+        def rule(table: Any) -> Rule:
+            if not isinstance(table, dict) or "which" not in table or set(table) - {"which", "weight", "activation"}:
+                raise UsageError(f"recipe: a rule has 'which' and 'weight' and/or 'activation', not {table!r}")
             return Rule(table["which"], **{k: entry(v) for k, v in table.items() if k != "which"})
 
-        return cls(
-            entry(values.get("weight")),
-            entry(values.get("activation")),
-            [rule(t) for t in values.get("rules", [])],
-            [rule(t) for t in values.get("preset_rules", [])],
-        )
+        def rules(name: str) -> list[Rule]:
+            if not isinstance(tables := values.get(name, []), list):
+                raise UsageError(f"recipe: {name} is a list of rules, written [[{name}]], not {tables!r}")
+            return [rule(t) for t in tables]
+
+        halves = (entry(values.get("weight")), entry(values.get("activation")))
+        return cls(*halves, rules("rules"), rules("preset_rules"))
