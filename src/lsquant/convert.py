@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,9 +128,11 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
         positions.setdefault(order[-1], []).append("last")
     _check_rules(recipe, model, layers, positions)
     plan = _plan(recipe, layers, positions)
+    assumed = {rule.which for rule in recipe.all_rules()} if example_inputs is None else ()
     for layer, (weight, activation) in plan.items():
         _apply(layer, layers[layer][0], weight, activation, steps)
-        layer.assumed_position = tuple(positions.get(layer, ())) if example_inputs is None else ()  # type: ignore[assignment]
+        if isinstance(layer, QuantizedLayer):
+            layer.assumed_position = tuple(p for p in positions.get(layer, ()) if p in assumed)  # type: ignore[assignment]
     _share_tied(plan, layers)
     both = any(w is not None and a is not None for w, a in plan.values())
     rows = [_row(layer, layers[layer][0], *plan.get(layer, (None, None)), recipe) for layer in layers]
@@ -309,13 +312,9 @@ def resolved_recipe(model: nn.Module) -> Recipe:
         weight, activation = layer.weight_quantizer, layer.input_quantizer
         rules.append(
             Rule(
-                "re:" + _escape(name),
+                "re:" + re.escape(name),
                 None if weight is None else weight.requested,
                 None if activation is None else activation.requested,
             )
         )
     return Recipe(None, None, rules)
-
-
-def _escape(name: str) -> str:
-    return name.replace(".", r"\.")

@@ -1,0 +1,332 @@
+"""prepare and revert in place: what is kept, what is shared, what is said about layers that stay float."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import lsquant
+from lsquant import QuantSpec, Recipe, Rule
+from lsquant._util.errors import UsageError
+from lsquant.nn import ExactBatchNorm2d, QuantConv2d, QuantLinear, quantized_layers, quantizers
+
+W4A4 = Recipe(4, 4)
+KEYS = {"step", "initial_step", "signed", "count", "initialized"}
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    )
+
+
+def images(batch: int = 3) -> torch.Tensor:
+    return torch.randn(batch, 2, 4, 4)
+
+
+def ready(model: nn.Module, recipe: Recipe, batch: torch.Tensor) -> nn.Module:
+    lsquant.prepare(model, recipe)
+    lsquant.calibrate(model, [batch])
+    return model
+
+
+class Backwards(nn.Module):
+    """Executed in another order than it is defined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.middle, self.stem = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.middle(self.stem(x)))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x).relu())
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def assert_same_state(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    now = model.state_dict()
+    assert list(now) == list(before)
+    assert all(torch.equal(now[name], before[name]) for name in before)
+
+
+def bits(model: nn.Module) -> dict[str, tuple[int | None, int | None]]:
+    return {
+        name: tuple(q and q.spec.bits for q in (layer.weight_quantizer, layer.input_quantizer))  # type: ignore[misc]
+        for name, layer in quantized_layers(model)
+    }
+
+
+# ---- in place ----
+
+
+def test_parameters_buffers_and_references_are_kept():
+    model = net()
+    conv, parameters, before = model[0], dict(model.named_parameters()), state(model)
+    lsquant.prepare(model, W4A4)
+    assert model[0] is conv
+    assert type(conv) is QuantConv2d
+    assert type(model[1]) is ExactBatchNorm2d
+    assert type(model[5]) is QuantLinear
+    assert isinstance(conv, nn.Conv2d)
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in parameters.items())
+    assert {n.rpartition(".")[2] for n in after.keys() - parameters.keys()} == {"step"}
+    assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
+
+
+def test_the_keys_of_the_state_dict():
+    model = net()
+    floats = set(model.state_dict())
+    lsquant.prepare(model, Recipe(4, QuantSpec(4, offset=True), [Rule("5", activation=None)]))
+    expected = {f"{n}.weight_quantizer.{key}" for n in "05" for key in KEYS}
+    expected |= {f"0.input_quantizer.{key}" for key in KEYS | {"offset"}}
+    assert set(model.state_dict()) - floats == expected
+    assert floats < set(model.state_dict())
+
+
+def test_hooks_and_attributes_survive():
+    model, calls = net(), []
+    model[5].register_forward_hook(lambda *_: calls.append("hook"))
+    model[5].colour = "blue"
+    ready(model, W4A4, images())
+    calls.clear()
+    model(images())
+    assert calls == ["hook"]
+    assert model[5].colour == "blue"
+
+
+def test_the_root_may_be_the_layer():
+    layer = nn.Linear(4, 2)
+    lsquant.prepare(layer, W4A4)
+    assert type(layer) is QuantLinear
+    assert set(layer.state_dict()) == {"weight", "bias"} | {
+        f"{kind}_quantizer.{key}" for kind in ("weight", "input") for key in KEYS
+    }
+    assert [name for name, _ in quantizers(layer)] == ["weight_quantizer", "input_quantizer"]
+    lsquant.calibrate(layer, [torch.randn(3, 4)])
+    assert lsquant.resolved_recipe(layer).resolve([""], layer) == (QuantSpec(4, signed=True), QuantSpec(4))
+
+
+def test_a_module_used_twice_has_one_pair_of_quantizers():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    changes = lsquant.prepare(model, Recipe(4, 4, [Rule("2", weight=3)]))  # its second name
+    assert [c.name for c in changes] == ["0"]
+    assert bits(model) == {"0": (3, 4)}
+    assert model[0] is model[2] is shared
+    lsquant.calibrate(model, [torch.randn(5, 4)])
+    assert shared.input_quantizer.spec.signed is True
+
+
+def test_tied_weights_share_a_quantizer():
+    model = ready(Tied(), W4A4, torch.randn(3, 4))
+    assert model.one.weight_quantizer is model.two.weight_quantizer
+    assert model.one.input_quantizer is not model.two.input_quantizer
+    assert len(list(quantizers(model))) == 3
+    for steps, ratio in (("rescale", 7.0), ("recalibrate", None)):
+        step = model.one.weight_quantizer.step
+        old = step.detach().clone()
+        lsquant.prepare(model, Recipe(2 if ratio else 4, 4), steps=steps)
+        assert model.one.weight_quantizer is model.two.weight_quantizer
+        assert model.one.weight_quantizer.step is step
+        if ratio:
+            assert step.item() == pytest.approx(old.item() * ratio, rel=1e-6)
+        else:
+            assert step.item() == pytest.approx(2 * model.one.weight.abs().mean().item() / 7**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("rule", [Rule("two", weight=8), Rule("two", weight=None)])
+def test_conflicting_rules_for_tied_weights_name_both_layers(rule):
+    model = Tied()
+    with pytest.raises(UsageError, match=r"'one' and 'two' share one weight"):
+        lsquant.prepare(model, Recipe(4, 4, [rule]))
+    assert type(model.one) is type(model.two) is nn.Linear
+    lsquant.prepare(model, Recipe(4, 4, [Rule("two", activation=8)]))  # inputs may differ
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies(how):
+    model = ready(net(), W4A4, images()).eval()
+    if how == "deepcopy":
+        other = copy.deepcopy(model)
+    elif how == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    x = images()
+    expected = model(x)
+    assert torch.equal(other(x), expected)
+    assert_same_state(other, state(model))
+    with torch.no_grad():
+        other[5].weight_quantizer.step.mul_(2.0)
+    assert not torch.equal(other(x), expected)
+    assert torch.equal(model(x), expected)
+
+
+def test_modes_are_kept():
+    model = net()
+    model[5].eval()
+    lsquant.prepare(model, W4A4)
+    assert model.training
+    assert not model[5].training
+    assert not model[5].weight_quantizer.training
+    assert model[0].weight_quantizer.training
+
+
+# ---- Changes ----
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantized = nn.Linear(4, 5)
+        self.skipped = nn.Linear(5, 4)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.lstm = nn.LSTM(4, 3)
+        self.mine = MyLinear(4, 4)
+        self.words = nn.Embedding(7, 4)
+        self.norm = nn.LayerNorm(4)
+        self.pool = nn.AvgPool2d(2, ceil_mode=True)
+
+
+def test_changes_say_what_stays_float_and_why():
+    changes = lsquant.prepare(Mixed(), Recipe(4, 8, [Rule("skipped", None, None)]))
+    rows = {c.name: c for c in changes}
+    assert (rows["quantized"].weight, rows["quantized"].activation) == (
+        "4 bit, signed, per tensor", "8 bit, sign undecided, per tensor",
+    )  # fmt: skip
+    assert {name: c.kind for name, c in rows.items()} == {
+        "quantized": "Linear", "skipped": "Linear", "attention": "MultiheadAttention",
+        "attention.out_proj": "NonDynamicallyQuantizableLinear", "lstm": "LSTM", "mine": "MyLinear",
+        "words": "Embedding", "pool": "AvgPool2d",
+    }  # fmt: skip
+    reasons = {
+        "quantized": "", "skipped": "the recipe leaves it", "attention": "without calling a layer",
+        "attention.out_proj": "subclass of Linear", "lstm": "without calling a layer",
+        "mine": "a subclass of Linear may compute otherwise", "words": "Embedding is not supported yet",
+        "pool": "ceil_mode",
+    }  # fmt: skip
+    for name, reason in reasons.items():
+        assert reason in rows[name].reason
+        assert bool(reason) == bool(rows[name].reason)
+        assert (rows[name].weight == "float") == (name != "quantized")
+    assert [c.name for c in changes.quantized] == ["quantized"]
+    weights = {"skipped": 20, "attention": 48 + 12, "attention.out_proj": 16 + 4, "mine": 20, "words": 28}
+    assert {name: rows[name].weights for name in ("quantized", "skipped")} == {"quantized": 20, "skipped": 20}
+    total = 20 + sum(weights.values()) + sum(p.numel() for p in Mixed().lstm.parameters())
+    assert changes.weight_share == pytest.approx(20 / total, abs=0.01)
+
+
+def test_changes_print_as_a_table():
+    changes = lsquant.prepare(net(), Recipe(4, 4, [Rule("0", weight=None)]))
+    lines = str(changes).splitlines()
+    assert lines[0].split() == ["layer", "type", "weight", "input", "weights", "note"]
+    assert [line.split()[:2] for line in lines[1:-1]] == [["0", "Conv2d"], ["5", "Linear"]]
+    assert changes.weight_share == 48 / (48 + 72)
+    assert lines[-1] == "2 layers quantized, 40.0% of the weights"
+
+
+def test_using_changes_as_a_model_is_an_error():
+    changes = lsquant.prepare(net(), W4A4)
+    for use in (
+        lambda: changes(images()),
+        lambda: changes.parameters(),
+        lambda: changes.eval(),
+        lambda: changes.state_dict(),
+        lambda: changes.to("cpu"),
+    ):
+        with pytest.raises(UsageError, match="prepare works in place"):
+            use()
+    assert not hasattr(changes, "no_such_thing")
+    assert len(copy.deepcopy(changes)) == len(pickle.loads(pickle.dumps(changes))) == 2
+
+
+# ---- errors leave the model unchanged ----
+
+
+@pytest.mark.parametrize(
+    "recipe, says",
+    [
+        (Recipe(4, 4, [Rule("conv", 8)]), r"'conv' matches no layer; near names: .*0"),
+        (Recipe(4, 4, [Rule(nn.LSTM, 8)]), r"LSTM.*matches no layer"),
+        (Recipe(4, 4, [Rule("re:6", None, None)]), r"'re:6' matches no layer"),
+        (Recipe(QuantSpec(4, granularity="group", group_size=9), 4), r"layer '5': group_size=9 .*16 weights"),
+        (Recipe(QuantSpec(4, granularity="group", group_size=16), 4), r"layer '0': group_size=16 .*18 weights"),
+    ],
+)
+def test_a_failed_prepare_changes_nothing(recipe, says):
+    model = net()
+    before, types = state(model), [type(m) for m in model.modules()]
+    with pytest.raises(UsageError, match=says):
+        lsquant.prepare(model, recipe)
+    assert_same_state(model, before)
+    assert [type(m) for m in model.modules()] == types
+    lsquant.prepare(model, Recipe(3, 3))
+    before = state(model)
+    with pytest.raises(UsageError, match=says):
+        lsquant.prepare(model, recipe)
+    assert_same_state(model, before)
+    assert bits(model) == {"0": (3, 3), "5": (3, 3)}
+
+
+def test_near_names_are_listed():
+    model = nn.ModuleDict({"encoder": nn.Linear(2, 2), "decoder": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+    with pytest.raises(UsageError, match=r"'encodr' matches no layer; near names: encoder, decoder"):
+        lsquant.prepare(model, Recipe(4, 4, [Rule("encodr", 8)]))
+
+
+def test_a_skip_of_something_that_stays_float_anyway_is_no_error():
+    model = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 2))
+    lsquant.prepare(model, Recipe.preset("w4", skip=["0", nn.Embedding], first_last=None))
+    assert bits(model) == {"1": (4, None)}
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ((nn.ReLU(), W4A4), "ReLU has no layer that can be quantized"),
+        ((net().state_dict(), W4A4), "OrderedDict, not an nn.Module"),
+        ((net(), "w4a4"), "Recipe.preset"),
+        ((net(), W4A4, None, "keep"), "steps='keep'"),
+    ],
+)
+def test_wrong_arguments(arguments, says):
+    *positional, last = arguments
+    with pytest.raises(UsageError, match=says):
+        if last == "keep":
+            lsquant.prepare(*positional, steps=last)
+        else:
+            lsquant.prepare(*arguments)
+
+
+def test_example_inputs_that_do_not_fit_change_nothing():
+    model = net()
+    with pytest.raises(RuntimeError):
+        lsquant.prepare(model, W4A4, example_inputs=torch.randn(1, 5, 4, 4))
+    assert type(model[0]) is nn.Conv2d
+    assert not model[0]._forward_pre_hooks
+    assert model.training
