@@ -2,7 +2,7 @@
 
 import copy
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -79,6 +79,7 @@ def test_gradient_scale_is_that_of_one_sample() -> None:
 @pytest.mark.parametrize("negative", [True, False])
 def test_the_sign_is_decided_by_the_data(negative: bool) -> None:
     x = data(100).abs()
+    x[5] = 0.0  # zero is not negative
     if negative:
         x[37] = -1e-6
     q = ready(4, x=x)
@@ -142,6 +143,17 @@ def test_every_integer_as_int8_or_uint8(bits: int, signed: bool, narrow: bool) -
     assert torch.equal(codes.long(), k.clamp(q.q_min, q.q_max))
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_values_are_given_the_step_of_least_squared_error(signed: bool) -> None:
+    """On activations after ReLU the paper's rule is far from it."""
+    x = data(400, unsigned=not signed)
+    q = ready(4, x=x)
+    best, _ = oracle.best_squared_error(x.numpy(), q.q_min, q.q_max)
+    assert oracle.squared_error(x.numpy(), q.step.item(), q.q_min, q.q_max) <= 1.001 * best
+    paper = oracle.initial_step(x.numpy(), q.q_max)[0]
+    assert oracle.squared_error(x.numpy(), paper, q.q_min, q.q_max) > 1.05 * best
+
+
 BAD_DATA = {
     "NaN": torch.tensor([1.0, math.nan, 2.0]),
     "Inf": torch.tensor([1.0, math.inf]),
@@ -151,12 +163,13 @@ BAD_DATA = {
 }
 
 
+@pytest.mark.parametrize("method", ["mse", "paper"])
 @pytest.mark.parametrize("what", BAD_DATA)
-def test_bad_data_is_refused_and_costs_nothing(what: str) -> None:
+def test_bad_data_is_refused_and_costs_nothing(what: str, method: Literal["mse", "paper"]) -> None:
     for q in (Quantizer(QuantSpec(4), count=3), ready()):
         before = copy.deepcopy(q.state_dict())
         with pytest.raises(ValueError):  # noqa: PT011 five causes, five messages
-            q.initialize(BAD_DATA[what])
+            q.initialize(BAD_DATA[what], method)
         assert all(torch.equal(now, before[name]) for name, now in q.state_dict().items())
         assert q.is_initialized is bool(before["initialized"])
 
