@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from random_nets import Side, trained_net
 from torch import nn
 
 import lsquant
 import lsquant.nn as lsq_nn
+import oracle
 from lsquant.export.onnx import onnx_model
 from lsquant.integer import IntegerLayer, integer_model
 from lsquant.verification.recorder import layer_input, recording
 from lsquant.verification.verdict import different
+from random_nets import Side, trained_net
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
