@@ -60,7 +60,7 @@ def convolution_of_codes(
             y.add_(bias.to(torch.float32))
         spans = zip(codes_x.shape[2:], codes_w.shape[2:], stride, padding, dilation, strict=True)
         size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spans]
-        return y.transpose(1, 2).reshape(codes_x.shape[0], -1, *size)
+        return y.transpose(1, 2).reshape(codes_x.shape[0], codes_w.shape[0], *size)
     y = engine().convolution_sums(
         codes_x, codes_w, bound, stride, padding, dilation, transposed, output_padding, groups
     )
