@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import lsquant
+import lsquant.nn as lsq_nn
 from lsquant import QuantSpec, Recipe, Rule
 from lsquant._util.errors import DiskFull, MissingExtra, MissingFile, UsageError
 from lsquant.export.onnx import initializers, load_onnx, onnx_model
@@ -80,7 +81,7 @@ def test_names_and_types_of_the_exact_profile() -> None:
     assert {"conv2/Clip", "conv2/Add_bias", "fc/MatMulInteger", "pool/Div"} <= set(nodes)
     assert not set(nodes.values()) & {"Conv", "Gemm", "MatMul", "DequantizeLinear", "BatchNormalization"}
     values = initializers(proto)
-    codes = {name: layer.integer_weight()[0].numpy() for name, layer in lsquant.nn.quantized_layers(model)}
+    codes = {name: layer.integer_weight()[0].numpy() for name, layer in lsq_nn.quantized_layers(model)}
     assert values["conv1.weight"].dtype == np.int8
     assert (values["conv1.weight"] == codes["conv1"]).all()
     assert values["fc.weight"].dtype == np.uint8  # 8 bits: code + 128, transposed
@@ -302,7 +303,7 @@ def test_exact_holds_at_extreme_codes_in_a_plain_session(tmp_path: Path) -> None
             layer.weight.copy_(1 - 2.0 * (torch.rand_like(layer.weight) < 0.03))  # type: ignore[operator, arg-type]
     ready(model, Recipe(QuantSpec(8, granularity="channel"), 8), x)
     with torch.no_grad():
-        for _, layer in lsquant.nn.quantized_layers(model):
+        for _, layer in lsq_nn.quantized_layers(model):
             layer.weight_quantizer.step.fill_(1 / 127)  # type: ignore[union-attr]
             layer.input_quantizer.step.mul_(0.5)  # type: ignore[union-attr]
     path = lsquant.export_onnx(model, tmp_path / "m.onnx", x)
@@ -445,11 +446,9 @@ def test_a_missing_package_names_the_extra(name: str, tmp_path: Path, monkeypatc
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setattr(builtins, "__import__", without)
     monkeypatch.setattr("importlib.import_module", lambda module: without(module) and sys.modules[module])
-    call = (
-        (lambda: lsquant.onnx_session(path)) if name == "onnxruntime" else lambda: lsquant.export_onnx(model, path, x)
-    )
+    reading = name == "onnxruntime"
     with pytest.raises(MissingExtra, match=r"lsquant\[onnx\]"):
-        call()
+        lsquant.onnx_session(path) if reading else lsquant.export_onnx(model, path, x)
 
 
 # ---- sessions ----

@@ -82,7 +82,8 @@ def by_oracle(layer: Any, x: np.ndarray) -> np.ndarray:
     q_x = oracle.codes(x, s_x, lo, hi, z)
     if isinstance(layer, nn.Conv2d):
         padding = layer.padding if layer.padding_mode == "zeros" else 0
-        return oracle.conv2d(q_x, z, s_x[0], q_w, s_w, bias, layer.stride, padding, layer.dilation, layer.groups)
+        geometry: Any = (layer.stride, padding, layer.dilation, layer.groups)
+        return oracle.conv2d(q_x, z, s_x[0], q_w, s_w, bias, *geometry)
     if size is not None:
         return oracle.linear_groups(q_x, z, s_x[0], q_w, s_w, size, bias)
     return oracle.linear(q_x, z, s_x[0], q_w, s_w, bias)

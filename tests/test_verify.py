@@ -212,7 +212,7 @@ def test_table_and_dict(trained: Any, exported: Path) -> None:
 
 def test_missing_file(trained: Any, tmp_path: Path) -> None:
     with pytest.raises(MissingFile, match=r"nothing\.onnx does not exist"):
-        lsquant.verify(*trained[:1], tmp_path / "nothing.onnx", [trained[1]])
+        lsquant.verify(trained[0], tmp_path / "nothing.onnx", [trained[1]])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.7, 0.95, 0.999])

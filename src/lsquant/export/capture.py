@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lsquant._util.errors import UsageError
 from lsquant.integer import FrozenQuantizer, IntegerLayer
@@ -67,7 +66,7 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _at_least_two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batch of one is repeated: torch.export would take a size of 1 for a constant."""
-    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tensors = tensors_in((args, kwargs))
     if not tensors:
         raise UsageError("export_onnx: example_inputs holds no tensor; give a batch as the model's forward takes it")
     if wrong := [t.dtype for t in tensors if t.is_floating_point() and t.dtype != torch.float32]:
@@ -75,14 +74,32 @@ def _at_least_two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     batched = [t for t in tensors if t.dim()]
     if not batched or any(t.shape[0] != 1 for t in batched):
         return args, kwargs
-    double = lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() else t  # noqa: E731
-    return pytree.tree_map(double, args), pytree.tree_map(double, kwargs)
+    return map_tensors((args, kwargs), lambda t: torch.cat([t, t]) if t.dim() else t)
 
 
 def _dynamic_batch(frozen: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     batch = torch.export.Dim("batch")
     bound = inspect.signature(frozen.forward).bind(*args, **kwargs).arguments
-    return pytree.tree_map(lambda t: {0: batch} if isinstance(t, Tensor) and t.dim() else None, dict(bound))
+    return map_tensors(dict(bound), lambda t: {0: batch} if t.dim() else None, lambda other: None)
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any], otherwise: Callable[[Any], Any] = lambda v: v) -> Any:
+    """Tuples, lists and mappings rebuilt with every tensor changed, in order."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        parts = [map_tensors(v, change, otherwise) for v in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(v, change, otherwise) for key, v in value.items()}
+    return otherwise(value)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in tuples, lists and mappings, in order."""
+    found: list[Tensor] = []
+    map_tensors(value, found.append)
+    return found
 
 
 def _first_lines(error: BaseException) -> str:

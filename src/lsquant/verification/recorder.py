@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lsquant import nn as lsq_nn
 from lsquant import reference
+from lsquant.export.capture import tensors_in
 from lsquant.quantizer import Quantizer
 
 
@@ -24,11 +24,6 @@ class Call:
     keywords: dict[str, Tensor]
     outputs: list[Tensor] = field(default_factory=list)
     layers: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
-def tensors(values: Any) -> list[Tensor]:
-    """The tensors in a tuple, list, mapping or data class, in order."""
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def watched(model: nn.Module) -> dict[str, nn.Module]:
@@ -47,15 +42,15 @@ def recording(model: nn.Module) -> Iterator[list[Call]]:
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         counts.clear()
-        calls.append(Call(tensors(args), {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}))
+        calls.append(Call(tensors_in(args), {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        calls[-1].outputs = tensors(output)
+        calls[-1].outputs = tensors_in(output)
 
     def layer_hook(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             number = counts[name] = counts.get(name, -1) + 1
-            calls[-1].layers[name, number] = (tensors((args, kwargs))[0].detach(), output.detach())
+            calls[-1].layers[name, number] = (tensors_in((args, kwargs))[0].detach(), output.detach())
 
         return hook
 
