@@ -40,7 +40,7 @@ class Quantizer(nn.Module):
         super().__init__()
         if len(shape) != 1 or shape[0] < 1:
             raise UsageError(f"Quantizer: shape={tuple(shape)}; a step is 1-D, (1,) or one per channel or group")
-        if count is not None and count < 1:
+        if count is not None and (type(count) is not int or count < 1):
             raise UsageError(f"Quantizer: count={count}; N is the number of elements of one sample that share a step")
         if spec.granularity == "channel" and axis is None:
             raise UsageError("Quantizer: granularity='channel' needs axis=, the channel dimension")
@@ -92,7 +92,8 @@ class Quantizer(nn.Module):
         return reference.gradient_scale(self._count, self.q_max)
 
     def effective_step(self) -> Tensor:
-        """The guarded step ``s_min where s < s_min, else s``, differentiable with slope 1."""
+        """The guarded step ``s_min where s < s_min, else s``, differentiable with slope 1; raises while none is set."""
+        self.require_initialized()
         return reference.guard(self.step, self.initial_step)
 
     def zero_point(self) -> Tensor | None:
@@ -104,7 +105,6 @@ class Quantizer(nn.Module):
 
     def grid(self) -> ops.Grid:
         """Step, bounds, g and offset as the ops take them; counts guarded steps when training."""
-        self.require_initialized()
         step = self.effective_step()
         if self.training and torch.is_grad_enabled():
             self.guarded += (self.step.detach() < reference.GUARD_FACTOR * self.initial_step).sum()
@@ -125,10 +125,10 @@ class Quantizer(nn.Module):
 
         Raises: UsageError before initialisation and for NaN or infinite values, which no integer can say.
         """
-        step, q_min, q_max = self.require_initialized().effective_step(), self.q_min, self.q_max
+        step, q_min, q_max = self.effective_step(), self.q_min, self.q_max
         kind = {"axis": self.axis, "group_size": self.spec.group_size, "offset": self.offset}
         found = reference.codes(x.detach(), step, q_min, q_max, **kind)
-        if bool(torch.isnan(found).any()):
+        if bool(torch.isnan(found).any()) or not bool(torch.isfinite(step).all()):
             raise UsageError(f"{self._who()}: the input or the step has NaN or infinite values, which have no code")
         return found.to(torch.int8 if q_min < 0 else torch.uint8)
 

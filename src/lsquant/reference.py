@@ -52,6 +52,8 @@ def step_view(x: Tensor, step: Tensor, axis: int | None, group_size: int | None)
     the row-major flattened x, a run never crossing a row of dimension 0.
     Raises: UsageError naming both shapes.
     """
+    if step.dtype != torch.float32:
+        raise UsageError(f"step must be float32, got {step.dtype}; steps stay float32 under .to(dtype)")
     if step.dim() != 1:
         raise UsageError(f"step must be 1-D, one value per tensor, channel or group; got shape {tuple(step.shape)}")
     if group_size is not None:

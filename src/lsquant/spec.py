@@ -51,7 +51,7 @@ class QuantSpec:
                 f"QuantSpec: granularity={self.granularity!r} with group_size={self.group_size!r}; "
                 "group_size goes with granularity='group' and only with it"
             )
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise UsageError(f"QuantSpec: group_size={self.group_size!r}; it must be a positive integer")
         if self.step_dtype != "float32":
             raise UsageError(f"QuantSpec: step_dtype={self.step_dtype!r} is not built yet; use 'float32'")
