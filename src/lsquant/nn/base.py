@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,15 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     float_type: type[nn.Module]
+    takes_codes = True  # whether the input can be quantized
+
+    def rows(self) -> Tensor:
+        """The weight with output channels first, as steps per channel and groups see it; differentiable."""
+        return self.weight
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of ``rows`` for any tensor of that shape."""
+        return rows
 
     def attach(self, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None) -> None:
         """Give the layer its quantizers; a weight step that is not set is set from the weight, if it can be."""
@@ -33,7 +42,7 @@ class QuantizedLayer(nn.Module):
         if quantizer is None or (quantizer.is_initialized and not again) or self.weight.is_meta:
             return
         if bool(torch.isfinite(self.weight).all()) and bool(self.weight.any()):
-            quantizer.initialize(self.weight, "paper")
+            quantizer.initialize(self.rows(), "paper")
         else:
             quantizer.forget()
 
@@ -49,7 +58,7 @@ class QuantizedLayer(nn.Module):
     def float_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Input and weight, each fake-quantized where it has a quantizer: for layers quantized in one of the two."""
         xq, wq = self.input_quantizer, self.weight_quantizer
-        return x if xq is None else xq(x), self.weight if wq is None else wq(self.weight)
+        return x if xq is None else xq(x), self.weight if wq is None else self.from_rows(wq(self.rows()))
 
     @torch.no_grad()
     def integer_weight(self) -> tuple[Tensor, Tensor, None]:
@@ -61,11 +70,11 @@ class QuantizedLayer(nn.Module):
         quantizer = self.weight_quantizer
         if quantizer is None:
             raise UsageError("integer_weight: this layer's weight is not quantized")
-        return quantizer.codes(self.weight), quantizer.effective_step().detach().clone(), None
+        return self.from_rows(quantizer.codes(self.rows())), quantizer.effective_step().detach().clone(), None
 
     def input_features(self, x: Tensor) -> int:
-        """N of an activation step: features of one sample."""
-        raise NotImplementedError
+        """N of an activation step: features of one sample; here the last dimension."""
+        return x.shape[-1]
 
     @staticmethod
     def unsupported(layer: nn.Module) -> str:
@@ -82,20 +91,19 @@ class QuantizedLayer(nn.Module):
             self.initialize_weight_step(again=True)
 
 
-def weight_steps(layer: nn.Module, granularity: str, group_size: int | None, name: str) -> tuple[int, int]:
-    """(number of steps, elements that share one) of a weight whose dimension 0 is the output channel.
+def weight_steps(shape: torch.Size, granularity: str, group_size: int | None, name: str) -> tuple[int, int]:
+    """(number of steps, elements that share one) of a weight of this shape, output channels first.
 
     Raises: UsageError naming the layer when groups do not fit.
     """
-    weight = cast(Tensor, layer.weight)
+    total, row = shape.numel(), shape.numel() // shape[0]
     if granularity == "tensor":
-        return 1, weight.numel()
-    row = weight.numel() // weight.shape[0]
+        return 1, total
     if granularity == "channel":
-        return weight.shape[0], row
+        return shape[0], row
     if not group_size or row % group_size:
         raise UsageError(
             f"layer {name!r}: group_size={group_size} does not divide its {row} weights per output channel "
-            f"(weight {tuple(weight.shape)}); choose a divisor, or give this layer another rule"
+            f"(weight {tuple(shape)}); choose a divisor, or give this layer another rule"
         )
-    return weight.numel() // group_size, group_size
+    return total // group_size, group_size

@@ -1,13 +1,15 @@
-"""Quantized Linear and Conv2d."""
+"""Quantized Linear, convolutions and transposed convolutions of one to three dimensions."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsquant import ops
+from lsquant._util.errors import UsageError
 from lsquant.nn.base import QuantizedLayer
 
 
@@ -26,8 +28,6 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         group_size = self.weight_quantizer.spec.group_size if self.weight_quantizer is not None else None
         return ops.linear(input, self.weight, self.bias, *grids, group_size)
 
-    def input_features(self, x: Tensor) -> int:
-        return x.shape[-1]
 
 
 class _QuantConv(QuantizedLayer):
@@ -39,7 +39,6 @@ class _QuantConv(QuantizedLayer):
     dilation: tuple[int, ...]
     padding_mode: str
     groups: int
-    function: Any
 
     def padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
         """The input, padded where the op cannot do it, and the zero padding that is left to the op."""
@@ -57,27 +56,27 @@ class _QuantConv(QuantizedLayer):
     def forward(self, input: Tensor) -> Tensor:
         batched = input.dim() == self.weight.dim()
         x, padding = self.padded(input if batched else input.unsqueeze(0))
-        grids = self.grids()
-        if grids is None:
-            y = self.function(*self.float_operands(x), self.bias, self.stride, padding, self.dilation, self.groups)
-        else:
-            group_size = self.weight_quantizer.spec.group_size if self.weight_quantizer is not None else None
-            y = ops.convolution(
-                x,
-                self.weight,
-                self.bias,
-                *grids,
-                stride=list(self.stride),
-                padding=padding,
-                dilation=list(self.dilation),
-                groups=self.groups,
-                group_size=group_size,
-            )
+        y = self.convolve(x, padding, False, (0,) * len(padding))
         return y if batched else y.squeeze(0)
+
+    def convolve(self, x: Tensor, padding: Sequence[int], transposed: bool, output_padding: Sequence[int]) -> Tensor:
+        """Over exact integer sums, or in floating point where only one side is quantized."""
+        grids = self.grids()
+        conv = (self.stride, padding, self.dilation, transposed, output_padding, self.groups)
+        if grids is None:
+            return torch.convolution(*self.float_operands(x), self.bias, *conv)
+        group_size = self.weight_quantizer.spec.group_size if self.weight_quantizer is not None else None
+        return ops.convolution(x, self.rows(), self.bias, *grids, *conv, group_size=group_size)
 
     def input_features(self, x: Tensor) -> int:
         shape = x.shape[1:] if x.dim() == self.weight.dim() else x.shape
         return shape.numel()
+
+
+class QuantConv1d(_QuantConv, nn.Conv1d):
+    """``nn.Conv1d`` with learned steps; see QuantConv2d.  x: (batch, in_channels, length) or without batch."""
+
+    float_type = nn.Conv1d
 
 
 class QuantConv2d(_QuantConv, nn.Conv2d):
@@ -87,4 +86,60 @@ class QuantConv2d(_QuantConv, nn.Conv2d):
     """
 
     float_type = nn.Conv2d
-    function = staticmethod(F.conv2d)
+
+
+class QuantConv3d(_QuantConv, nn.Conv3d):
+    """``nn.Conv3d`` with learned steps; see QuantConv2d.  x: (batch, in_channels, *three) or without batch."""
+
+    float_type = nn.Conv3d
+
+
+class _QuantConvTranspose(_QuantConv):
+    """Transposed convolutions: their weight is (in, out / groups, *kernel), so rows are rearranged from it."""
+
+    output_padding: tuple[int, ...]
+
+    def rows(self) -> Tensor:
+        return self.from_rows(self.weight)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        return ops.arranged(rows, (None, None, None, True, None, self.groups))
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        batched = input.dim() == self.weight.dim()
+        x = input if batched else input.unsqueeze(0)
+        y = self.convolve(x, self._pads(), True, self._extra(x, output_size))
+        return y if batched else y.squeeze(0)
+
+    def _pads(self) -> tuple[int, ...]:
+        return tuple(int(p) for p in self.padding)
+
+    def _extra(self, x: Tensor, output_size: list[int] | None) -> Sequence[int]:
+        """``output_padding``, or what reaches the wanted output size.  Raises UsageError for a size out of reach."""
+        if output_size is None:
+            return self.output_padding
+        wanted = list(output_size)[-(x.dim() - 2) :]
+        geometry = zip(x.shape[2:], self.stride, self._pads(), self.dilation, self.kernel_size, strict=True)
+        least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in geometry]
+        extra = [w - n for w, n in zip(wanted, least, strict=True)]
+        if any(not 0 <= e < s for e, s in zip(extra, self.stride, strict=True)):
+            raise UsageError(f"output_size={wanted} is out of reach, the smallest is {least}, stride {self.stride}")
+        return extra
+
+
+class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` with learned steps; a channel is an output channel."""
+
+    float_type = nn.ConvTranspose1d
+
+
+class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` with learned steps; a channel is an output channel."""
+
+    float_type = nn.ConvTranspose2d
+
+
+class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` with learned steps; a channel is an output channel."""
+
+    float_type = nn.ConvTranspose3d

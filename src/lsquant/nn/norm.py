@@ -8,13 +8,11 @@ from torch import Tensor, nn
 from lsquant import ops
 
 
-class ExactBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d``; in eval mode ``fl(fl(x * alpha) + beta)`` with float32 alpha and beta, two roundings.
+class ExactBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm; in eval mode ``fl(fl(x * alpha) + beta)`` with float32 alpha and beta, two roundings.
 
     PyTorch's own eval kernel uses a fused multiply-add, which ONNX Runtime does not.  Training mode is unchanged.
     """
-
-    float_type = nn.BatchNorm2d
 
     def affine_constants(self) -> tuple[Tensor, Tensor]:
         """``alpha = gamma / sqrt(var + eps)``, ``beta - mean * alpha``, both (C,) float32; differentiable."""
@@ -34,3 +32,21 @@ class ExactBatchNorm2d(nn.BatchNorm2d):
     @staticmethod
     def unsupported(layer: nn.Module) -> str:
         return "" if getattr(layer, "track_running_stats", True) else "it keeps no running statistics"
+
+
+class ExactBatchNorm1d(ExactBatchNorm, nn.BatchNorm1d):
+    """``nn.BatchNorm1d`` with an exact eval mode.  x: (batch, C) or (batch, C, length)."""
+
+    float_type = nn.BatchNorm1d
+
+
+class ExactBatchNorm2d(ExactBatchNorm, nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` with an exact eval mode.  x: (batch, C, height, width)."""
+
+    float_type = nn.BatchNorm2d
+
+
+class ExactBatchNorm3d(ExactBatchNorm, nn.BatchNorm3d):
+    """``nn.BatchNorm3d`` with an exact eval mode.  x: (batch, C, *three)."""
+
+    float_type = nn.BatchNorm3d

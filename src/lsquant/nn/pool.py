@@ -62,19 +62,24 @@ def _box_counts(per_dim: list[list[int]], device: torch.device) -> Tensor | int:
     return torch.Size([sizes[0] for sizes in per_dim]).numel() if same else counts
 
 
-class ExactAvgPool2d(nn.AvgPool2d):
-    """``nn.AvgPool2d`` with a fixed order of additions in eval mode.  x: (..., height, width)."""
+class _AvgPool(nn.Module):
+    """Average pooling over the last ``dims`` dimensions with a fixed order of additions in eval mode."""
 
-    float_type = nn.AvgPool2d
+    dims: int
+    kernel_size: int | tuple[int, ...]
+    stride: int | tuple[int, ...]
+    padding: int | tuple[int, ...]
+    count_include_pad: bool
+    divisor_override: int | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
             return super().forward(input)
-        kernel, padding = _tuple(self.kernel_size, 2), _tuple(self.padding, 2)
-        stride = _tuple(self.stride, 2)
+        n = self.dims
+        kernel, padding, stride = (_tuple(v, n) for v in (self.kernel_size, self.padding, self.stride))
         x = F.pad(input, [p for p in reversed(padding) for _ in range(2)]) if any(padding) else input
         windows, counts = [], []
-        for k, s, p, size in zip(kernel, stride, padding, input.shape[-2:], strict=True):
+        for k, s, p, size in zip(kernel, stride, padding, input.shape[-n:], strict=True):
             starts = range(0, size + 2 * p - k + 1, s)
             windows.append([(i, i + k) for i in starts])
             counts.append([k if self.count_include_pad else min(i + k, size + p) - max(i, p) for i in starts])
@@ -85,17 +90,18 @@ class ExactAvgPool2d(nn.AvgPool2d):
         return "ceil_mode=True has no exact form here" if getattr(layer, "ceil_mode", False) else ""
 
 
-class ExactAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
-    """``nn.AdaptiveAvgPool2d`` with a fixed order of additions in eval mode.  x: (..., height, width)."""
+class _AdaptiveAvgPool(nn.Module):
+    """Adaptive average pooling over the last ``dims`` dimensions with a fixed order of additions in eval mode."""
 
-    float_type = nn.AdaptiveAvgPool2d
+    dims: int
+    output_size: int | tuple[int | None, ...] | None
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
             return super().forward(input)
-        wanted = (self.output_size,) * 2 if not isinstance(self.output_size, tuple) else self.output_size
+        wanted = self.output_size if isinstance(self.output_size, tuple) else (self.output_size,) * self.dims
         windows = []
-        for size, out in zip(input.shape[-2:], wanted, strict=True):
+        for size, out in zip(input.shape[-self.dims :], wanted, strict=True):
             n = size if out is None else int(out)
             windows.append([(i * size // n, -(-(i + 1) * size // n)) for i in range(n)])
         counts = _box_counts([[end - start for start, end in one] for one in windows], input.device)
@@ -104,3 +110,39 @@ class ExactAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     @staticmethod
     def unsupported(layer: nn.Module) -> str:
         return ""
+
+
+class ExactAvgPool1d(_AvgPool, nn.AvgPool1d):
+    """``nn.AvgPool1d`` with a fixed order of additions in eval mode."""
+
+    float_type, dims = nn.AvgPool1d, 1
+
+
+class ExactAvgPool2d(_AvgPool, nn.AvgPool2d):
+    """``nn.AvgPool2d`` with a fixed order of additions in eval mode.  x: (..., height, width)."""
+
+    float_type, dims = nn.AvgPool2d, 2
+
+
+class ExactAvgPool3d(_AvgPool, nn.AvgPool3d):
+    """``nn.AvgPool3d`` with a fixed order of additions in eval mode."""
+
+    float_type, dims = nn.AvgPool3d, 3
+
+
+class ExactAdaptiveAvgPool1d(_AdaptiveAvgPool, nn.AdaptiveAvgPool1d):
+    """``nn.AdaptiveAvgPool1d`` with a fixed order of additions in eval mode."""
+
+    float_type, dims = nn.AdaptiveAvgPool1d, 1
+
+
+class ExactAdaptiveAvgPool2d(_AdaptiveAvgPool, nn.AdaptiveAvgPool2d):
+    """``nn.AdaptiveAvgPool2d`` with a fixed order of additions in eval mode.  x: (..., height, width)."""
+
+    float_type, dims = nn.AdaptiveAvgPool2d, 2
+
+
+class ExactAdaptiveAvgPool3d(_AdaptiveAvgPool, nn.AdaptiveAvgPool3d):
+    """``nn.AdaptiveAvgPool3d`` with a fixed order of additions in eval mode."""
+
+    float_type, dims = nn.AdaptiveAvgPool3d, 3

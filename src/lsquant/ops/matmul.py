@@ -17,7 +17,7 @@ from lsquant._util.errors import UsageError
 from lsquant.kernels import engine
 from lsquant.ops import registration
 from lsquant.ops.registration import custom_op, laid_out_like, memory_format
-from lsquant.ops.sums import convolution_of_codes, linear_of_codes
+from lsquant.ops.sums import arranged, convolution_of_codes, linear_of_codes
 
 
 class Grid(NamedTuple):
@@ -53,7 +53,7 @@ def _forward(x_args: Sequence[Any], w_args: Sequence[Any], bias: Tensor | None, 
     qx = _centred(x, x_step, x_offset, x_min, x_max)
     qw = reference.codes(weight, w_step, w_min, w_max, axis=_axis(w_step, group_size), group_size=group_size)
     # the largest possible sum |q_x - z||q_w|: when z is learned, |q_x - z| is at most the whole range
-    terms = group_size or weight[0].numel() if not (conv and conv[3]) else weight[:, 0].numel() // conv[5]
+    terms = group_size or weight[0].numel()
     top_x = x_max - x_min if x_offset is not None else max(abs(x_min), abs(x_max))
     bound = terms * top_x * max(abs(w_min), abs(w_max))
     if conv:
@@ -76,7 +76,9 @@ def _backward(grad: Tensor, x_args: Sequence[Any], w_args: Sequence[Any], group_
         w_hat = engine().quantize(weight.float(), w_step, w_min, w_max, *w_layout)
     if conv:
         mask = [need_x, True, False]
-        grad_x, grad_w, _ = torch.ops.aten.convolution_backward(up, x_hat, w_hat, None, *conv, mask)
+        kernel = arranged(w_hat, conv)
+        grad_x, grad_w, _ = torch.ops.aten.convolution_backward(up, x_hat, kernel, None, *conv, mask)
+        grad_w = arranged(grad_w, conv)
         grad_bias = up.sum([0, *range(2, up.dim())])
     else:
         rows = up.reshape(-1, weight.shape[0])
@@ -136,7 +138,7 @@ def _(*a: Any) -> Tensor:
 @_convolution.register_fake
 def _(*a: Any) -> Tensor:
     x, weight = (t.to("meta", torch.float32) for t in (a[0], a[6]))
-    shape = torch.convolution(x, weight, None, *a[13:19]).shape
+    shape = torch.convolution(x, arranged(weight, a[13:19]), None, *a[13:19]).shape
     return torch.empty(shape, dtype=a[19] or a[0].dtype, device=a[0].device, memory_format=memory_format(a[0]))
 
 
@@ -190,14 +192,15 @@ def linear(
 
 
 def convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, x_grid: Grid, w_grid: Grid, *,
-    stride: list[int], padding: list[int], dilation: list[int], groups: int, group_size: int | None = None,
+    x: Tensor, rows: Tensor, bias: Tensor | None, x_grid: Grid, w_grid: Grid, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int, *,
+    group_size: int | None = None,
 ) -> Tensor:  # fmt: skip
     """A quantized N-d convolution: ``y = fl(fl(acc * fl(s_x s_w)) + b)`` with exact integer sums; padding is z.
 
-    x: (batch, in, *spatial); weight: (out, in / groups, *kernel); bias: (out,) or None.  w_grid.step: (1,), (out,)
-    or, with group_size, one per run of the flattened (in / groups * kernel) weights.
+    x: (batch, in, *spatial); rows: (out, in / groups, *kernel), also when transposed; bias: (out,) or None.
+    w_grid.step: (1,), (out,) or, with group_size, one per run of the flattened (in / groups * kernel) weights.
     Returns (batch, out, *spatial) in x's dtype (autocast's under autocast) and memory format.
     """
-    conv = (stride, padding, dilation, False, [0] * len(stride), groups)
-    return _convolution(*_flat(x_grid, x, w_grid, weight), bias, group_size, *conv, None)
+    conv = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
+    return _convolution(*_flat(x_grid, x, w_grid, rows), bias, group_size, *conv, None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,29 +33,29 @@ def linear_of_codes(
     return y if bias is None else y.add_(bias.to(torch.float32))
 
 
+def arranged(rows: Tensor, conv: Sequence[Any]) -> Tensor:
+    """A convolution's weight from rows (out, in / groups, *kernel), or rows from it: the same exchange within groups.
+
+    conv: stride, padding, dilation, transposed, output_padding, groups.
+    """
+    _, _, _, transposed, _, groups = conv
+    return rows.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1) if transposed else rows
+
+
 def convolution_of_codes(
-    codes_x: Tensor,
-    codes_w: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    bound: int,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    transposed: bool,
-    output_padding: list[int],
-    groups: int,
+    codes_x: Tensor, codes_w: Tensor, scale: Tensor, bias: Tensor | None, bound: int, stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
     group_size: int | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """As ``linear_of_codes`` for an N-d convolution.  codes_x: (batch, channels, *spatial); scale: (1,) or (out,).
 
-    With group_size (2-d, not transposed) windows are unfolded into rows and multiplied as a linear layer's, one conv
-    group after the other; scale is (out * in / groups * kernel / group_size,).
+    codes_w: rows (out, in / groups, *kernel), also when transposed.  With group_size (2-d, not transposed) windows are
+    unfolded into rows and multiplied as a linear layer's, one conv group after the other; scale is then
+    (out * in / groups * kernel / group_size,).
     """
     if group_size is not None:
-        rows = F.unfold(codes_x, tuple(codes_w.shape[2:]), tuple(dilation), tuple(padding), tuple(stride)).transpose(
-            1, 2
-        )
+        windows = (tuple(codes_w.shape[2:]), tuple(dilation), tuple(padding), tuple(stride))
+        rows = F.unfold(codes_x, *windows).transpose(1, 2)
         scales = scale.reshape(codes_w.shape[0], -1).chunk(groups)
         parts = zip(rows.chunk(groups, -1), codes_w.flatten(1).chunk(groups), scales, strict=True)
         y = torch.cat([linear_of_codes(qx, qw, m, None, bound, group_size) for qx, qw, m in parts], -1)
@@ -61,9 +64,8 @@ def convolution_of_codes(
         spans = zip(codes_x.shape[2:], codes_w.shape[2:], stride, padding, dilation, strict=True)
         size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spans]
         return y.transpose(1, 2).reshape(codes_x.shape[0], codes_w.shape[0], *size)
-    y = engine().convolution_sums(
-        codes_x, codes_w, bound, stride, padding, dilation, transposed, output_padding, groups
-    )
+    conv = (stride, padding, dilation, transposed, output_padding, groups)
+    y = engine().convolution_sums(codes_x, arranged(codes_w, conv), bound, *conv)
     shape = [-1] + [1] * (y.dim() - 2)
     y.mul_(scale.reshape(shape))
     return y if bias is None else y.add_(bias.to(torch.float32).reshape(shape))

@@ -1,0 +1,30 @@
+"""Quantized counterpart of transformers' Conv1D, a linear layer whose weight is (in, out).  Imported only when met."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D  # type: ignore[import-not-found, unused-ignore]
+
+from lsquant import ops
+from lsquant.nn.base import QuantizedLayer
+
+
+class QuantConv1D(QuantizedLayer, Conv1D):
+    """transformers' ``Conv1D`` with learned steps; a channel is an output column.  x: (..., in) to (..., out)."""
+
+    float_type = Conv1D
+
+    def rows(self) -> Tensor:
+        return self.weight.t()
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        return rows.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        grids = self.grids()
+        if grids is None:
+            values, weight = self.float_operands(x)
+            return F.linear(values, weight.t(), self.bias)
+        group_size = self.weight_quantizer.spec.group_size if self.weight_quantizer is not None else None
+        return ops.linear(x, self.rows(), self.bias, *grids, group_size)
