@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lsquant._util.batches import Forward, evaluating, run_batch, take
 from lsquant._util.errors import UsageError
-from lsquant.convert import disabled
+from lsquant.convert import disabled, multiplies
 from lsquant.mse import ValueSummary
-from lsquant.nn import MATMUL_TYPES, QuantizedLayer, quantized_layers, quantizers
+from lsquant.nn import QuantizedLayer, quantized_layers, quantizers
 from lsquant.quantizer import Method, Quantizer
 
 
@@ -70,7 +70,7 @@ def calibrate(
             observers[quantizer] = seen = _Observer(name, quantizer)
             hooks.append(quantizer.register_forward_pre_hook(_watch(seen)))
     for module in model.modules():
-        if type(module) in MATMUL_TYPES or isinstance(module, QuantizedLayer):
+        if multiplies(module):
             hooks.append(module.register_forward_pre_hook(lambda m, _: order.setdefault(m)))
     try:
         with disabled(model), evaluating(model):

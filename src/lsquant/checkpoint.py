@@ -21,7 +21,7 @@ from lsquant._util.errors import DamagedFile, MissingFile, UsageError
 from lsquant._util.files import atomic_write
 from lsquant._version import __version__ as VERSION
 from lsquant.convert import prepare, resolved_recipe, revert
-from lsquant.nn import FLOAT_TYPES, quantized_layers
+from lsquant.nn import float_type, quantized_layers
 from lsquant.recipe import Recipe
 
 FORMAT = "1"
@@ -95,7 +95,7 @@ def load(model: nn.Module, path: Path_) -> nn.Module:
     except (KeyError, ValueError, AttributeError) as error:
         raise DamagedFile(f"{path}: its lsquant metadata is damaged: {error}") from error
     _check_architecture(model, tensors, path)
-    was_float = not any(type(m) in FLOAT_TYPES for m in model.modules())
+    was_float = not any(float_type(m) for m in model.modules())
     try:
         prepare(model, recipe)
         model.load_state_dict(tensors)

@@ -20,13 +20,15 @@ from lsquant._util.batches import evaluating, run_batch
 from lsquant._util.errors import UsageError
 from lsquant.nn import (
     EXACT_TYPES,
-    FLOAT_TYPES,
-    MATMUL_TYPES,
+    QUANTIZED_TYPES,
+    STEPPED_TYPES,
     QuantizedLayer,
+    float_type,
     quantized_layers,
+    quantized_type,
     quantizers,
     weight_steps,
-)
+)  # fmt: skip
 from lsquant.quantizer import Quantizer
 from lsquant.recipe import Recipe, Rule
 from lsquant.spec import QuantSpec
@@ -77,19 +79,26 @@ class Changes(tuple[Change, ...]):
         raise UsageError(f"prepare works in place: call .{name} on the model you passed, not on what prepare returned")
 
 
-def _matmul_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Layers that multiply, float or prepared, in order of definition, with all their names."""
+def _layers(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Layers that can be quantized, float or prepared, in order of definition, with all their names."""
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) in MATMUL_TYPES or isinstance(module, QuantizedLayer):
+        if quantized_type(module) is not None:
             found.setdefault(module, []).append(name)
     return found
+
+
+def multiplies(module: nn.Module) -> bool:
+    """Whether this is a layer that can be the first or the last one of a recipe: it multiplies its input."""
+    kind = quantized_type(module)
+    return kind is not None and kind.takes_codes
 
 
 def execution_order(model: nn.Module, batch: Any) -> list[nn.Module]:
     """The layers that multiply in the order in which one batch first reaches them."""
     seen: dict[nn.Module, None] = {}
-    hooks = [m.register_forward_pre_hook(lambda m, _: seen.setdefault(m)) for m in _matmul_layers(model)]
+    layers = [m for m in _layers(model) if multiplies(m)]
+    hooks = [m.register_forward_pre_hook(lambda m, _: seen.setdefault(m)) for m in layers]
     try:
         with disabled(model), evaluating(model):
             run_batch(model, batch)
@@ -113,15 +122,17 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
         raise UsageError(f"prepare: the model is a {type(model).__name__}, not an nn.Module")
     if not isinstance(recipe, Recipe):
         raise UsageError(f"prepare: recipe is {recipe!r}; give lsquant.Recipe(...) or lsquant.Recipe.preset('w4a4')")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise UsageError(f"prepare: prepare the model before it is wrapped in {type(model).__name__}")
     if steps not in ("rescale", "recalibrate"):
         raise UsageError(f"prepare: steps={steps!r}; use 'rescale' or 'recalibrate'")
-    layers = _matmul_layers(model)
+    layers = _layers(model)
     if not layers:
         raise UsageError(
             f"prepare: {type(model).__name__} has no layer that can be quantized "
-            f"({', '.join(t.__name__ for t in MATMUL_TYPES)})"
+            f"({', '.join(t.__name__ for t in QUANTIZED_TYPES)})"
         )
-    order = list(layers) if example_inputs is None else execution_order(model, example_inputs)
+    order = [m for m in layers if multiplies(m)] if example_inputs is None else execution_order(model, example_inputs)
     positions: dict[nn.Module, list[str]] = {}
     if order:
         positions.setdefault(order[0], []).append("first")
@@ -139,7 +150,9 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
     for name, module in list(model.named_modules()):
         if both and type(module) in EXACT_TYPES and not EXACT_TYPES[type(module)].unsupported(module):
             module.__class__ = EXACT_TYPES[type(module)]
-        elif type(module) not in MATMUL_TYPES and (reason := _stays_float(module)):
+        elif type(module) in STEPPED_TYPES:
+            module.__class__ = STEPPED_TYPES[type(module)]
+        elif module not in layers and (reason := _stays_float(module)):
             weights = sum(p.numel() for p in module.parameters(recurse=False))
             rows.append(Change(name, type(module).__name__, "float", "float", weights, reason))
     return Changes(rows)
@@ -149,18 +162,29 @@ def _plan(
     recipe: Recipe, layers: dict[nn.Module, list[str]], positions: dict[nn.Module, list[str]]
 ) -> dict[nn.Module, tuple[QuantSpec | None, QuantSpec | None]]:
     """What each layer becomes; raises before anything is changed."""
-    plan = {}
-    by_weight: dict[int, tuple[str, QuantSpec | None]] = {}
-    for layer, names in layers.items():
-        weight, activation = recipe.resolve(names, layer, positions.get(layer, ()))
-        tied, spec = by_weight.setdefault(id(layer.weight), (names[0], weight))
-        if spec != weight:
+    wanted = {m: recipe.resolve(names, m, positions.get(m, ())) for m, names in layers.items()}
+    # of layers that share a weight the one whose bits were asked for most explicitly decides
+    by_weight: dict[int, nn.Module] = {}
+    for layer, (weight, _, strength) in wanted.items():
+        other = by_weight.setdefault(id(layer.weight), layer)
+        spec, _, strongest = wanted[other]
+        if spec != weight and strength == strongest:
             raise UsageError(
-                f"layers {tied!r} and {names[0]!r} share one weight, but the recipe asks for {spec or 'float'} and "
-                f"{weight or 'float'}; give both the same rule"
+                f"layers {layers[other][0]!r} and {layers[layer][0]!r} share one weight, but the recipe asks for "
+                f"{spec or 'float'} and {weight or 'float'}; give both the same rule"
             )
+        if strength > strongest:
+            by_weight[id(layer.weight)] = layer
+    plan = {}
+    for layer, names in layers.items():
+        kind = quantized_type(layer)
+        assert kind is not None
+        weight = wanted[by_weight[id(layer.weight)]][0]
+        activation = wanted[layer][1] if kind.takes_codes else None
         if weight is not None:
-            weight_steps(layer, weight.granularity, weight.group_size, names[0])
+            if weight.granularity == "group" and not kind.takes_groups:
+                raise UsageError(f"layer {names[0]!r}: {kind.__name__} has no group-wise steps; use 'channel' for it")
+            weight_steps(kind.rearranged(layer, layer.weight).shape, weight.granularity, weight.group_size, names[0])  # type: ignore[arg-type]
         if (weight is not None or activation is not None) and not _reason(layer):
             plan[layer] = (weight, activation)
         elif isinstance(layer, QuantizedLayer):
@@ -169,8 +193,8 @@ def _plan(
 
 
 def _reason(layer: nn.Module) -> str:
-    quantized = MATMUL_TYPES.get(type(layer))
-    return quantized.unsupported(layer) if quantized else ""
+    kind = quantized_type(layer)
+    return kind.unsupported(layer) if kind else ""
 
 
 def _check_rules(
@@ -194,11 +218,14 @@ def _apply(layer: nn.Module, name: str, weight: QuantSpec | None, activation: Qu
     old: list[Quantizer | None] = [None, None]
     if isinstance(layer, QuantizedLayer):
         old = [layer.weight_quantizer, layer.input_quantizer]
-        layer.__class__ = FLOAT_TYPES[type(layer)]
     weight_quantizer = input_quantizer = None
     device = next(layer.parameters(recurse=False)).device
+    kind = quantized_type(layer)
+    assert kind is not None
     if weight is not None:
-        count, share = weight_steps(layer, weight.granularity, weight.group_size, name)
+        count, share = weight_steps(
+            kind.rearranged(layer, layer.weight).shape, weight.granularity, weight.group_size, name
+        )  # type: ignore[arg-type]
         weight_quantizer = _reuse(old[0], weight, count, steps) or Quantizer(
             weight, (count,), axis=0 if weight.granularity == "channel" else None, count=share
         ).to(device)
@@ -207,7 +234,7 @@ def _apply(layer: nn.Module, name: str, weight: QuantSpec | None, activation: Qu
         features = getattr(layer, "in_features", None)
         input_quantizer = _reuse(old[1], activation, 1, steps) or Quantizer(activation, count=features).to(device)
         input_quantizer.name = f"{name}.input_quantizer".lstrip(".")
-    layer.__class__ = MATMUL_TYPES[type(layer)]
+    layer.__class__ = kind
     layer.attach(weight_quantizer, input_quantizer)  # type: ignore[operator]
     for quantizer in (weight_quantizer, input_quantizer):
         if quantizer is not None:
@@ -241,7 +268,7 @@ def _stays_float(module: nn.Module) -> str:
         return ""
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
         return f"{type(module).__name__} uses its weights without calling a layer: not quantized"
-    if isinstance(module, tuple(MATMUL_TYPES)):
+    if isinstance(module, tuple(QUANTIZED_TYPES)):
         return f"a subclass of {type(module).__mro__[1].__name__} may compute otherwise: not quantized"
     if type(module) in EXACT_TYPES and (reason := EXACT_TYPES[type(module)].unsupported(module)):
         return f"not bit-exact in runtimes: {reason}"
@@ -252,7 +279,7 @@ def _stays_float(module: nn.Module) -> str:
 
 
 def _row(layer: nn.Module, name: str, weight: QuantSpec | None, activation: QuantSpec | None, recipe: Recipe) -> Change:
-    kind = FLOAT_TYPES.get(type(layer), type(layer)).__name__
+    kind = (float_type(layer) or type(layer)).__name__
     reason = _reason(layer) or ("" if weight or activation else "the recipe leaves it in floating point")
     return Change(name, kind, str(weight or "float"), str(activation or "float"), layer.weight.numel(), reason)  # type: ignore[union-attr, operator]
 
@@ -263,8 +290,7 @@ def revert(model: nn.Module) -> nn.Module:
     The weights are the trained float weights, not their quantized values.  Returns the model.
     """
     for module in list(model.modules()):
-        if type(module) in FLOAT_TYPES:
-            _revert_layer(module)
+        _revert_layer(module)
     return model
 
 
@@ -272,8 +298,8 @@ def _revert_layer(module: nn.Module) -> None:
     if isinstance(module, QuantizedLayer):
         module.detach_quantizers()
         vars(module).pop("assumed_position", None)
-    if type(module) in FLOAT_TYPES:
-        module.__class__ = FLOAT_TYPES[type(module)]
+    if (kind := float_type(module)) is not None:
+        module.__class__ = kind  # type: ignore[assignment]
 
 
 @contextmanager

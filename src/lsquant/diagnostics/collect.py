@@ -82,13 +82,13 @@ class _Tally:
         self.signal += float(v.double().square().sum())
         self.noise += float((v.double() - (codes.double() - z) * s).square().sum())
 
-    def facts(self, layer: str, kind: str, weight: Tensor) -> QuantizerFacts:
+    def facts(self, name: str, kind: str, layer: QuantizedLayer) -> QuantizerFacts:
         q, total = self.quantizer, max(self.elements, 1)
         share = self.codes[self.codes > 0].double() / max(int(self.codes.sum()), 1)
         step = q.effective_step().detach()
-        packed = None if kind == "input" else -(-weight.numel() * q.spec.bits // 8) + 4 * step.numel()
+        packed = None if kind == "input" else -(-layer.weight.numel() * q.spec.bits // 8) + 4 * step.numel()
         return QuantizerFacts(
-            layer=layer,
+            layer=name,
             kind=kind,
             spec=str(q.spec),
             bits=q.spec.bits,
@@ -105,18 +105,20 @@ class _Tally:
             levels_used=int((self.codes > 0).sum()),
             entropy=float(-(share * share.log2()).sum()) + 0.0,
             sqnr=10.0 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf,
-            balance=balance(q, weight, kind),
+            balance=balance(layer, kind),
             guarded=int(q.guarded),
             size=packed,
         )
 
 
-def balance(quantizer: Quantizer, weight: Tensor, kind: str) -> float | None:
+def balance(layer: QuantizedLayer, kind: str) -> float | None:
     """The median of R over the steps, from the gradients that are there now; None without."""
-    if weight.grad is None or quantizer.step.grad is None:
+    quantizer = layer.weight_quantizer if kind == "weight" else layer.input_quantizer
+    if quantizer is None or layer.weight.grad is None or quantizer.step.grad is None:
         return None
     layout = {"axis": quantizer.axis, "group_size": quantizer.spec.group_size} if kind == "weight" else {}
-    ratio = step_balance(weight, weight.grad, quantizer.effective_step(), quantizer.step.grad, **layout)
+    weight, grad = layer.rows(), layer.rearranged(layer.weight.grad)
+    ratio = step_balance(weight, grad, quantizer.effective_step(), quantizer.step.grad, **layout)
     return float(ratio.median())
 
 
@@ -132,16 +134,16 @@ def collect(
     batches: as for ``calibrate``; without them only the weights' quantizers are looked at.  The model runs in eval mode
     with its quantizers on, and is left as it was.  Raises: UsageError for a step that is not set.
     """
-    tallies: dict[tuple[str, str], tuple[_Tally, Tensor]] = {}
+    tallies: dict[tuple[str, str], tuple[_Tally, QuantizedLayer]] = {}
     hooks = []
     for name, layer in quantized_layers(model):
         if layer.weight_quantizer is not None:
             tally = _Tally(layer.weight_quantizer.require_initialized())
-            tally.add(layer.weight)
-            tallies[name, "weight"] = tally, layer.weight
+            tally.add(layer.rows())
+            tallies[name, "weight"] = tally, layer
         if layer.input_quantizer is not None and batches is not None:
             tally = _Tally(layer.input_quantizer.require_initialized())
-            tallies[name, "input"] = tally, layer.weight
+            tallies[name, "input"] = tally, layer
             hooks.append(layer.register_forward_pre_hook(_watch(tally), with_kwargs=True))
     try:
         if batches is not None:
@@ -151,7 +153,7 @@ def collect(
     finally:
         for hook in hooks:
             hook.remove()
-    return [tally.facts(name, kind, weight) for (name, kind), (tally, weight) in tallies.items()]
+    return [tally.facts(name, kind, layer) for (name, kind), (tally, layer) in tallies.items()]
 
 
 def _watch(tally: _Tally) -> Any:

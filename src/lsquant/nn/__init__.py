@@ -2,32 +2,68 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 from torch import nn as _nn
 
+from lsquant.nn import norm as _norm
+from lsquant.nn import pool as _pool
 from lsquant.nn.base import QuantizedLayer as QuantizedLayer
 from lsquant.nn.base import weight_steps as weight_steps
+from lsquant.nn.embedding import QuantEmbedding as QuantEmbedding
+from lsquant.nn.encoder import SteppedEncoder, SteppedEncoderLayer
+from lsquant.nn.matmul import QuantConv1d as QuantConv1d
 from lsquant.nn.matmul import QuantConv2d as QuantConv2d
+from lsquant.nn.matmul import QuantConv3d as QuantConv3d
+from lsquant.nn.matmul import QuantConvTranspose1d as QuantConvTranspose1d
+from lsquant.nn.matmul import QuantConvTranspose2d as QuantConvTranspose2d
+from lsquant.nn.matmul import QuantConvTranspose3d as QuantConvTranspose3d
 from lsquant.nn.matmul import QuantLinear as QuantLinear
+from lsquant.nn.norm import ExactBatchNorm as ExactBatchNorm
 from lsquant.nn.norm import ExactBatchNorm2d as ExactBatchNorm2d
 from lsquant.nn.pool import ExactAdaptiveAvgPool2d as ExactAdaptiveAvgPool2d
 from lsquant.nn.pool import ExactAvgPool2d as ExactAvgPool2d
 from lsquant.quantizer import Quantizer
 
-MATMUL_TYPES: dict[type, type[QuantizedLayer]] = {_nn.Linear: QuantLinear, _nn.Conv2d: QuantConv2d}
-"""Float type -> quantized type of the layers that multiply.  Exact types: a user's subclass may compute otherwise."""
+_QUANTIZED = (
+    QuantLinear, QuantConv1d, QuantConv2d, QuantConv3d, QuantConvTranspose1d, QuantConvTranspose2d,
+    QuantConvTranspose3d, QuantEmbedding,
+)  # fmt: skip
+_EXACT = (
+    _norm.ExactBatchNorm1d, ExactBatchNorm2d, _norm.ExactBatchNorm3d, _pool.ExactAvgPool1d, ExactAvgPool2d,
+    _pool.ExactAvgPool3d, _pool.ExactAdaptiveAvgPool1d, ExactAdaptiveAvgPool2d, _pool.ExactAdaptiveAvgPool3d,
+)  # fmt: skip
 
-EXACT_TYPES: dict[type, Any] = {
-    _nn.BatchNorm2d: ExactBatchNorm2d,
-    _nn.AvgPool2d: ExactAvgPool2d,
-    _nn.AdaptiveAvgPool2d: ExactAdaptiveAvgPool2d,
-}
+QUANTIZED_TYPES: dict[type, type[QuantizedLayer]] = {cls.float_type: cls for cls in _QUANTIZED}
+"""Float type -> quantized type.  Exact types: a user's subclass may compute otherwise."""
+
+EXACT_TYPES: dict[type, Any] = {cls.float_type: cls for cls in _EXACT}
 """Float type -> the same layer with an eval mode that runtimes can repeat bit for bit."""
 
-FLOAT_TYPES: dict[type, type] = {v: k for k, v in (MATMUL_TYPES | EXACT_TYPES).items()}
+STEPPED_TYPES: dict[type, Any] = {cls.float_type: cls for cls in (SteppedEncoderLayer, SteppedEncoder)}
+"""Float type -> the same module without a fast path that goes round its layers."""
+
+FOREIGN_TYPES = {"transformers.pytorch_utils.Conv1D": "lsquant.nn.transformers_conv1d:QuantConv1D"}
+"""Float types of other packages by name -> module and class, imported only when such a layer is met."""
+
+
+def quantized_type(layer: _nn.Module) -> type[QuantizedLayer] | None:
+    """The quantized type of a layer, float or quantized; None for a layer that cannot be quantized."""
+    if isinstance(layer, QuantizedLayer):
+        return type(layer)
+    kind = type(layer)
+    if (place := FOREIGN_TYPES.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
+        module, name = place.split(":")
+        return getattr(importlib.import_module(module), name)
+    return QUANTIZED_TYPES.get(kind)
+
+
+def float_type(module: _nn.Module) -> type[_nn.Module] | None:
+    """The float type that ``revert`` gives a converted module back; None for a module that was not converted."""
+    return getattr(module, "float_type", None) if type(module).__module__.startswith("lsquant.") else None
 
 
 def quantized_layers(model: _nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:

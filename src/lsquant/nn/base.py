@@ -21,14 +21,15 @@ class QuantizedLayer(nn.Module):
     input_quantizer: Quantizer | None
     float_type: type[nn.Module]
     takes_codes = True  # whether the input can be quantized
+    takes_groups = True  # whether the weight can have a step per group
+
+    def rearranged(self, t: Tensor) -> Tensor:
+        """From the weight's own layout to rows, output channels first, and back: its own inverse, differentiable."""
+        return t
 
     def rows(self) -> Tensor:
-        """The weight with output channels first, as steps per channel and groups see it; differentiable."""
-        return self.weight
-
-    def from_rows(self, rows: Tensor) -> Tensor:
-        """The inverse of ``rows`` for any tensor of that shape."""
-        return rows
+        """The weight with output channels first, as steps per channel and groups see it."""
+        return self.rearranged(self.weight)
 
     def attach(self, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None) -> None:
         """Give the layer its quantizers; a weight step that is not set is set from the weight, if it can be."""
@@ -58,7 +59,7 @@ class QuantizedLayer(nn.Module):
     def float_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Input and weight, each fake-quantized where it has a quantizer: for layers quantized in one of the two."""
         xq, wq = self.input_quantizer, self.weight_quantizer
-        return x if xq is None else xq(x), self.weight if wq is None else self.from_rows(wq(self.rows()))
+        return x if xq is None else xq(x), self.weight if wq is None else self.rearranged(wq(self.rows()))
 
     @torch.no_grad()
     def integer_weight(self) -> tuple[Tensor, Tensor, None]:
@@ -70,7 +71,7 @@ class QuantizedLayer(nn.Module):
         quantizer = self.weight_quantizer
         if quantizer is None:
             raise UsageError("integer_weight: this layer's weight is not quantized")
-        return self.from_rows(quantizer.codes(self.rows())), quantizer.effective_step().detach().clone(), None
+        return self.rearranged(quantizer.codes(self.rows())), quantizer.effective_step().detach().clone(), None
 
     def input_features(self, x: Tensor) -> int:
         """N of an activation step: features of one sample; here the last dimension."""

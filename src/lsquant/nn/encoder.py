@@ -1,4 +1,4 @@
-"""Torch's transformer encoder layer without its eval-mode fast path, which computes with the float weights directly."""
+"""Torch's transformer encoder without its eval-mode fast path, which computes with the float weights directly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class SteppedEncoderLayer(nn.TransformerEncoderLayer):
-    """``nn.TransformerEncoderLayer`` that always calls its layers, so that quantized ones are used in eval mode, too."""
+    """``nn.TransformerEncoderLayer`` that always calls its layers, so that quantized ones are used in eval mode."""
 
     float_type = nn.TransformerEncoderLayer
 
@@ -19,8 +19,19 @@ class SteppedEncoderLayer(nn.TransformerEncoderLayer):
 
     @activation_relu_or_gelu.setter
     def activation_relu_or_gelu(self, value: Any) -> None:
-        pass
+        vars(self)["activation_relu_or_gelu"] = value
 
-    @staticmethod
-    def unsupported(layer: nn.Module) -> str:
-        return ""
+
+class SteppedEncoder(nn.TransformerEncoder):
+    """``nn.TransformerEncoder`` that makes no nested tensors, which belong to the fast path."""
+
+    float_type = nn.TransformerEncoder
+
+    @property
+    def use_nested_tensor(self) -> bool:
+        """Always False."""
+        return False
+
+    @use_nested_tensor.setter
+    def use_nested_tensor(self, value: Any) -> None:
+        vars(self)["use_nested_tensor"] = value

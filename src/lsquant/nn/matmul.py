@@ -29,9 +29,10 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         return ops.linear(input, self.weight, self.bias, *grids, group_size)
 
 
-
 class _QuantConv(QuantizedLayer):
     """The forward pass of all convolutions."""
+
+    takes_groups = False
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -86,6 +87,7 @@ class QuantConv2d(_QuantConv, nn.Conv2d):
     """
 
     float_type = nn.Conv2d
+    takes_groups = True
 
 
 class QuantConv3d(_QuantConv, nn.Conv3d):
@@ -99,11 +101,8 @@ class _QuantConvTranspose(_QuantConv):
 
     output_padding: tuple[int, ...]
 
-    def rows(self) -> Tensor:
-        return self.from_rows(self.weight)
-
-    def from_rows(self, rows: Tensor) -> Tensor:
-        return ops.arranged(rows, (None, None, None, True, None, self.groups))
+    def rearranged(self, t: Tensor) -> Tensor:
+        return ops.arranged(t, (None, None, None, True, None, self.groups))
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         batched = input.dim() == self.weight.dim()

@@ -15,11 +15,8 @@ class QuantConv1D(QuantizedLayer, Conv1D):
 
     float_type = Conv1D
 
-    def rows(self) -> Tensor:
-        return self.weight.t()
-
-    def from_rows(self, rows: Tensor) -> Tensor:
-        return rows.t()
+    def rearranged(self, t: Tensor) -> Tensor:
+        return t.t()
 
     def forward(self, x: Tensor) -> Tensor:
         grids = self.grids()
