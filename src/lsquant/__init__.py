@@ -10,6 +10,10 @@ from lsquant.convert import disabled as disabled
 from lsquant.convert import prepare as prepare
 from lsquant.convert import resolved_recipe as resolved_recipe
 from lsquant.convert import revert as revert
+from lsquant.diagnostics import Finding as Finding
+from lsquant.diagnostics import Sensitivity as Sensitivity
+from lsquant.diagnostics import check as check
+from lsquant.diagnostics import sensitivity as sensitivity
 from lsquant.export import export_onnx as export_onnx
 from lsquant.export import onnx_session as onnx_session
 from lsquant.nn import integer_weights as integer_weights

@@ -152,7 +152,7 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
             module.__class__ = EXACT_TYPES[type(module)]
         elif type(module) in STEPPED_TYPES:
             module.__class__ = STEPPED_TYPES[type(module)]
-        elif module not in layers and (reason := _stays_float(module)):
+        elif module not in layers and (reason := stays_float(module)):
             weights = sum(p.numel() for p in module.parameters(recurse=False))
             rows.append(Change(name, type(module).__name__, "float", "float", weights, reason))
     return Changes(rows)
@@ -262,7 +262,7 @@ def _share_tied(plan: dict[nn.Module, Any], layers: dict[nn.Module, list[str]]) 
             layer.weight_quantizer = owners.setdefault(id(layer.weight), quantizer)
 
 
-def _stays_float(module: nn.Module) -> str:
+def stays_float(module: nn.Module) -> str:
     """Why a module that multiplies is not touched; empty for everything else."""
     if isinstance(module, (QuantizedLayer, Quantizer)):
         return ""

@@ -56,7 +56,7 @@ class QuantizerFacts:
         return f"{self.layer}.{self.kind}_quantizer".lstrip(".")
 
 
-class _Tally:
+class Tally:
     """Sums over the values of one quantizer, batch by batch."""
 
     def __init__(self, quantizer: Quantizer) -> None:
@@ -134,15 +134,15 @@ def collect(
     batches: as for ``calibrate``; without them only the weights' quantizers are looked at.  The model runs in eval mode
     with its quantizers on, and is left as it was.  Raises: UsageError for a step that is not set.
     """
-    tallies: dict[tuple[str, str], tuple[_Tally, QuantizedLayer]] = {}
+    tallies: dict[tuple[str, str], tuple[Tally, QuantizedLayer]] = {}
     hooks = []
     for name, layer in quantized_layers(model):
         if layer.weight_quantizer is not None:
-            tally = _Tally(layer.weight_quantizer.require_initialized())
+            tally = Tally(layer.weight_quantizer.require_initialized())
             tally.add(layer.rows())
             tallies[name, "weight"] = tally, layer
         if layer.input_quantizer is not None and batches is not None:
-            tally = _Tally(layer.input_quantizer.require_initialized())
+            tally = Tally(layer.input_quantizer.require_initialized())
             tallies[name, "input"] = tally, layer
             hooks.append(layer.register_forward_pre_hook(_watch(tally), with_kwargs=True))
     try:
@@ -156,7 +156,7 @@ def collect(
     return [tally.facts(name, kind, layer) for (name, kind), (tally, layer) in tallies.items()]
 
 
-def _watch(tally: _Tally) -> Any:
+def _watch(tally: Tally) -> Any:
     def hook(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tally.add(args[0] if args else kwargs["input"])
 

@@ -1,0 +1,83 @@
+"""``sensitivity``: which quantizer costs most, by switching one off at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lsquant._util.batches import Forward, evaluating, run_batch, take
+from lsquant._util.errors import UsageError
+from lsquant.nn import quantizers
+
+Metric = Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One quantizer.  spec: in words.  base: the metric with all on; without: with this one off; gain: the change for
+    the better."""
+
+    name: str
+    spec: str
+    base: float
+    without: float
+    gain: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.base:.6g}, without it {self.without:.6g} (gain {self.gain:+.4g}); {self.spec}"
+
+
+def sensitivity(
+    model: nn.Module,
+    batches: Iterable[Any],
+    metric: Metric,
+    *,
+    max_batches: int | None = 8,
+    forward: Forward | None = None,
+    higher_is_better: bool = True,
+) -> list[Sensitivity]:
+    """What each quantizer costs: the metric with it alone switched off, against all on; the largest gain first.
+
+    batches: as for ``calibrate``; the first max_batches are kept in memory and run once per quantizer and once more.
+    metric: ``metric(output, batch)`` gives a number; the mean over batches counts, every batch alike, so give batches
+    of equal size.  higher_is_better=False: for a loss.  Quantizers that are off already stay off and are left out.
+    The model runs in eval mode without gradients, and is left as it was.
+    Raises: UsageError without quantizers or batches, and for a metric that gives no number, or NaN with all on.
+    """
+    on = [(name, q) for name, q in quantizers(model) if q.enabled]
+    if not on:
+        raise UsageError(
+            "sensitivity: the model has no quantizer that is on; call lsquant.prepare(model, recipe) first"
+        )
+    kept = list(take(batches, max_batches))
+
+    def measure() -> float:
+        return math.fsum(_number(metric(run_batch(model, batch, forward), batch)) for batch in kept) / len(kept)
+
+    found = []
+    with evaluating(model):
+        base = measure()
+        if math.isnan(base):
+            raise UsageError("sensitivity: the metric is NaN with all quantizers on; look at lsquant.check(model)")
+        for name, quantizer in on:
+            quantizer.enabled = False
+            try:
+                without = measure()
+            finally:
+                quantizer.enabled = True
+            gain = without - base if higher_is_better else base - without
+            found.append(Sensitivity(name, str(quantizer.spec), base, without, gain))
+    return sorted(found, key=lambda s: math.inf if math.isnan(s.gain) else -s.gain)
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"sensitivity: metric(output, batch) gave a {type(value).__name__}, not a number: {error}"
+        ) from error
