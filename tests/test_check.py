@@ -185,7 +185,7 @@ def test_step_not_finite(cnn, bad):
     model, optimizer, data = cnn
     with torch.no_grad():
         model.conv.weight_quantizer.step.fill_(bad)
-    assert ("step_not_finite", "conv.weight_quantizer") in codes(check(model, optimizer, data))
+    assert codes(check(model, optimizer, data)) == {("step_not_finite", "conv.weight_quantizer")}
 
 
 def test_step_below_guard(cnn):
@@ -399,6 +399,25 @@ def test_signed_in_vain():
     lsquant.prepare(model, Recipe(weight=4, activation=4, rules=[Rule("conv", 4, QuantSpec(4, signed=True))]))
     lsquant.calibrate(model, data)
     assert codes(check(model, batches=data)) == {("signed_in_vain", "conv.input_quantizer")}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(cnn, bad):
+    model, optimizer, data = cnn
+    data[0][0][0, 0, 0, 0] = bad
+    found = check(model, optimizer, data)
+    assert codes(found) >= {("values_not_finite", "stem.input_quantizer")}
+    assert {f.code for f in found} == {"values_not_finite"}
+
+
+def test_weights_that_are_not_finite(cnn):
+    model, optimizer, data = cnn
+    with torch.no_grad():
+        model.conv.weight[0, 0, 0, 0] = float("nan")
+    assert codes(check(model, optimizer, data)) == {
+        ("values_not_finite", "conv.weight_quantizer"),
+        ("values_not_finite", "head.input_quantizer"),
+    }
 
 
 def test_few_values_say_nothing():

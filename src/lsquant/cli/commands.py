@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from lsquant._util.environment import environment
 from lsquant._util.errors import DamagedFile, LsquantError, MissingFile, UsageError
 from lsquant._util.files import read_json, write_json
 from lsquant._version import __version__
-from lsquant.diagnostics import collect
+from lsquant.cli import own
+from lsquant.diagnostics import check, collect
 from lsquant.export import export_onnx
 from lsquant.recipe import Recipe
 from lsquant.report.figure import draw_figures
@@ -49,9 +51,10 @@ def train(a: Namespace) -> Outcome:
             raise UsageError("train: name a task (lsquant train digits --bits 2 --out DIR), or --resume a run")
         metrics = resume_training(a.out, **how)
     else:
-        settings = Settings(**{name: value for name in _SETTINGS if (value := getattr(a, name)) is not None})
+        task = get_task(a.task)
+        settings = replace(task.settings, **{n: value for n in _SETTINGS if (value := getattr(a, n)) is not None})
         init = None if a.init is None else str(a.init)
-        run = Run(Path(a.out), get_task(a.task), _recipe(a), settings, init)
+        run = Run(Path(a.out), task, _recipe(a), settings, init)
         metrics = run_training(run, resume=a.resume, overwrite=a.overwrite, **how)
     return {"run": str(a.out), **metrics}, _table(_results(metrics)), True
 
@@ -62,13 +65,13 @@ _SETTINGS = ("seed", "batch_size", "float_epochs", "epochs", "lr", "step_lr", "d
 def _recipe(a: Namespace) -> Recipe:
     if a.recipe is not None:
         if a.bits or a.weight_bits or a.activation_bits:
-            raise UsageError("train: give --recipe or bits, not both")
+            raise UsageError("give --recipe or bits, not both")
         if not Path(a.recipe).is_file():
             raise MissingFile(f"the recipe {a.recipe} does not exist")
         return Recipe.from_toml(Path(a.recipe).read_text(encoding="utf-8"))
     weight, activation = a.weight_bits or a.bits, a.activation_bits or a.bits
     if weight is None or activation is None:
-        raise UsageError("train: give --bits N, or --weight-bits and --activation-bits, or --recipe FILE")
+        raise UsageError("give --bits N, or --weight-bits and --activation-bits, or --recipe FILE")
     return Recipe.preset(f"w{weight}a{activation}")
 
 
@@ -86,9 +89,22 @@ def _measure(name: str, value: float) -> str:
     return f"{value:.2f} %" if name == "accuracy" else f"{value:.4f}"
 
 
+def calibrate(a: Namespace) -> Outcome:
+    """Quantize the user's own model without training."""
+    return own.calibrate(a, _recipe(a))
+
+
+def _run(a: Namespace) -> Run:
+    """The run that RUN names; a file is told what it lacks."""
+    if Path(a.path).is_file():
+        lacks = "has no measure of its own" if a.run is evaluate else "needs --model package.module:build and --data"
+        raise UsageError(f"{a.path} is a file, not a run directory, and {lacks}")
+    return open_run(a.path)
+
+
 def evaluate(a: Namespace) -> Outcome:
     """The metric of a run's trained model."""
-    run = open_run(a.path)
+    run = _run(a)
     metrics = run.task.metric(run.model())
     return metrics, ", ".join(f"{name} {_measure(name, value)}" for name, value in metrics.items()), True
 
@@ -98,7 +114,9 @@ def evaluate(a: Namespace) -> Outcome:
 
 def export(a: Namespace) -> Outcome:
     """Write RUN/export/PROFILE.onnx."""
-    run = open_run(a.path)
+    if own.is_own(a):
+        return own.export(a)
+    run = _run(a)
     path = Path(a.out) if a.out else run.file(f"export/{a.profile}.onnx")
     if not a.out:
         path.parent.mkdir(exist_ok=True)
@@ -109,7 +127,9 @@ def export(a: Namespace) -> Outcome:
 
 def verify_(a: Namespace) -> Outcome:
     """Compare the file with the model on the whole test set; keeps the verdict beside the file."""
-    run = open_run(a.path)
+    if own.is_own(a):
+        return own.verify_(a)
+    run = _run(a)
     path = Path(a.file) if a.file else run.file(f"export/{a.profile}.onnx")
     if not path.is_file():
         raise MissingFile(f"{path} does not exist: lsquant export {a.path} --profile {a.profile} writes it")
@@ -121,12 +141,26 @@ def verify_(a: Namespace) -> Outcome:
     return result, str(verdict) + ("" if good else f"\nrequired: {a.require}"), good
 
 
-# ---- report, figure, env ----
+# ---- check, report, figure, env ----
+
+
+def check_(a: Namespace) -> Outcome:
+    """What is wrong with a trained model; not good when a finding is an error."""
+    limit = 8 if a.max_batches is None else a.max_batches
+    if own.is_own(a):
+        return own.findings(
+            check(own.trained(a), batches=None if a.data is None else own.batches(a), max_batches=limit)
+        )
+    run = _run(a)
+    batches = run.task.batches("calibration", batch_size=BATCH, seed=run.settings.seed)
+    return own.findings(check(run.model(), batches=batches, max_batches=limit))
 
 
 def report(a: Namespace) -> Outcome:
     """Write the page of a run from what is there; says what is missing."""
-    run = open_run(a.path)
+    if own.is_own(a):
+        return own.report(a)
+    run = _run(a)
     path = Path(a.out) if a.out else run.file("report.html")
     missing: list[str] = []
     metrics = _json(run.file("metrics.json"), missing)
@@ -166,7 +200,7 @@ def _train_command(run: Run) -> str:
     """The command that repeats a run made by a preset; a recipe file otherwise."""
     changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(Settings(), k)}
     options = " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in changed.items())
-    return f"lsquant train {run.task.name} --recipe {run.file('recipe.toml')} --out DIR {options}".rstrip()
+    return f"lsquant train {run.config()['task']} --recipe {run.file('recipe.toml')} --out DIR {options}".rstrip()
 
 
 def _json(path: Path, missing: list[str]) -> dict[str, Any]:

@@ -39,21 +39,31 @@ def parser() -> argparse.ArgumentParser:
     sub = add("eval", commands.evaluate, "measure the trained model of a run on the test data")
     sub.add_argument("path", metavar="RUN", help="run directory")
 
-    sub = add("export", commands.export, "write the trained integers of a run as an ONNX file")
-    sub.add_argument("path", metavar="RUN", help="run directory")
+    sub = add("calibrate", commands.calibrate, "quantize a model of your own without training and save it")
+    _own(sub)
+    sub.add_argument("--out", required=True, metavar="FILE", help="the file to write, as lsquant.save does")
+    sub.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    _bits(sub)
+    sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) for the model")
+
+    sub = add("export", commands.export, "write the trained integers of a run or FILE as an ONNX file")
+    _subject(sub)
     _profile(sub)
     sub.add_argument("--opset", type=int, metavar="N", help="operator set (default: the lowest that suffices)")
-    sub.add_argument("--out", metavar="FILE", help="default: RUN/export/PROFILE.onnx")
+    sub.add_argument("--out", metavar="FILE", help="default: RUN/export/PROFILE.onnx, or beside FILE")
 
     sub = add("verify", commands.verify_, "compare an exported file with the trained model on the test set")
-    sub.add_argument("path", metavar="RUN", help="run directory")
+    _subject(sub)
     _profile(sub)
-    sub.add_argument("--file", metavar="FILE", help="the ONNX file (default: RUN/export/PROFILE.onnx)")
+    sub.add_argument("--file", metavar="FILE", help="the ONNX file (default: where export writes it)")
     sub.add_argument("--require", choices=LEVELS[1:], default=LEVELS[-1], help="level needed for exit code 0")
 
-    sub = add("report", commands.report, "write an HTML page about a run")
-    sub.add_argument("path", metavar="RUN", help="run directory")
-    sub.add_argument("--out", metavar="FILE", help="default: RUN/report.html")
+    sub = add("check", commands.check_, "say what is wrong with a trained model; exit code 1 if it is an error")
+    _subject(sub)
+
+    sub = add("report", commands.report, "write an HTML page about a run or FILE")
+    _subject(sub)
+    sub.add_argument("--out", metavar="FILE", help="default: RUN/report.html, or beside FILE")
 
     sub = add("figure", commands.figure, "draw the staircase and the gradients of its step, as SVG and PNG")
     sub.add_argument("--out", metavar="DIR", default=".", help="folder (default: here)")
@@ -68,15 +78,31 @@ def _profile(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--profile", default="exact", help=f"one of {', '.join(PROFILES)} (default exact)")
 
 
-def _train(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("task", nargs="?", metavar="TASK", help=f"one of {', '.join(TASKS)}; left out with --resume")
-    sub.add_argument("--out", required=True, metavar="DIR", help="run directory")
-    sub.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    sub.add_argument("--overwrite", action="store_true", help="replace a run that exists")
+def _subject(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("path", metavar="RUN", help="run directory, or with --model a FILE of lsquant.save or calibrate")
+    _own(sub)
+
+
+def _own(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--model", metavar="PLACE:NAME", help="package.module:build or FILE.py:build, gives a float model")
+    sub.add_argument("--data", metavar="PLACE:NAME", help="package.module:batches or FILE.py:batches, gives batches")
+    sub.add_argument("--max-batches", type=int, metavar="N", help="look at no more than N batches of --data")
+
+
+def _bits(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--bits", type=int, metavar="N", help="bits of weights and activations")
     sub.add_argument("--weight-bits", type=int, metavar="N", help="bits of weights alone")
     sub.add_argument("--activation-bits", type=int, metavar="N", help="bits of activations alone")
     sub.add_argument("--recipe", metavar="FILE", help="a recipe in TOML instead of --bits")
+
+
+def _train(sub: argparse.ArgumentParser) -> None:
+    known = f"one of {', '.join(TASKS)}, or FILE.py:task of your own; left out with --resume"
+    sub.add_argument("task", nargs="?", metavar="TASK", help=known)
+    sub.add_argument("--out", required=True, metavar="DIR", help="run directory")
+    sub.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    sub.add_argument("--overwrite", action="store_true", help="replace a run that exists")
+    _bits(sub)
     sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) instead of float training")
     sub.add_argument("--checkpoint-every", type=int, metavar="N", help="also write a checkpoint every N iterations")
     sub.add_argument("--distill", action="store_true", default=None, help="train against the float network as well")

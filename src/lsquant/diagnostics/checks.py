@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ CODES: dict[str, tuple[Severity, str]] = {
     "weight_missing": ("warning", "build the optimizer from lsquant.param_groups(model, lr)"),
     "step_decayed": ("warning", "use lsquant.param_groups(model, lr, weight_decay), which never decays steps"),
     "step_frozen": ("warning", "let it learn: requires_grad_(True) and a learning rate above 0"),
+    "values_not_finite": ("error", "look at the data, and at the first layer that has this finding"),
     "clipped": ("warning", "calibrate again on data like these; give the layer more bits, or see lsquant.sensitivity"),
     "unused_levels": ("warning", "the step is too large: calibrate again on data like these"),
     "signed_in_vain": ("warning", "leave signed=None in the recipe and calibrate again, or give signed=False"),
@@ -127,9 +129,8 @@ def _ties(model: nn.Module) -> Iterator[Finding]:
     for name, layer in quantized_layers(model):
         first, other = owners.setdefault(id(layer.weight), (name, layer))
         if layer.weight_quantizer is not other.weight_quantizer:
-            yield _finding(
-                "tied_twice", name, f"it shares its weight with {first!r}, but not the quantizer", tied=first
-            )
+            text = f"it shares its weight with {first!r}, but not the quantizer"
+            yield _finding("tied_twice", name, text, tied=first)
 
 
 def _floats(model: nn.Module) -> Iterator[Finding]:
@@ -146,13 +147,13 @@ def _floats(model: nn.Module) -> Iterator[Finding]:
             yield _finding("stays_float", name, text, severity, weights=size, share=size / total)
 
 
+_Block = nn.TransformerEncoderLayer
+
+
 def _fast_paths(model: nn.Module) -> Iterator[Finding]:
     """prepare takes the fast path from torch's own encoder layer; a subclass keeps it."""
     for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.TransformerEncoderLayer)
-            and type(module).forward is nn.TransformerEncoderLayer.forward
-        ):
+        if isinstance(module, _Block) and type(module).forward is _Block.forward:
             inner = [n for n, _ in quantized_layers(module)]
             if inner and module.activation_relu_or_gelu and module.self_attn.batch_first:
                 text = f"its fast path in eval mode uses the float weights of {', '.join(inner)} without calling them"
@@ -262,7 +263,7 @@ def _batches(
 
     for name, layer in layers.items():
         weight = layer.weight_quantizer
-        if weight in tallies and weight not in owners and bool(torch.isfinite(layer.weight).all()):
+        if weight in tallies and weight not in owners:
             tallies[weight].add(layer.rows())
             owners[weight] = layer
         watch(name, layer, layer.input_quantizer)
@@ -270,16 +271,17 @@ def _batches(
     for q, name in names.items():
         if q not in owned:
             watch(name, q, q)
-    unset = [q for _, q in quantizers(model) if q.enabled and not q.is_initialized]
+    ill = [q for q in names if q.enabled and q not in tallies]  # they would stop the run, or make it all NaN
     bypass = _Bypass({_address(m.weight): n for n, m in layers.items() if m.weight_quantizer is not None}, inside)
+    bypass.weights.pop(0, None)  # of a weight without storage
     try:
-        for q in unset:
+        for q in ill:
             q.enabled = False
         with evaluating(model), bypass:
             for batch in take(batches, max_batches):
                 run_batch(model, batch, forward)
     finally:
-        for q in unset:
+        for q in ill:
             q.enabled = True
         for hook in hooks:
             hook.remove()
@@ -296,20 +298,22 @@ def _batches(
 
 def _judge(name: str, q: Quantizer, tally: _Values, owner: QuantizedLayer | None) -> Iterator[Finding]:
     """Clipped values and unused levels of one quantizer.  owner: the layer, for a weight."""
-    bits, used = q.spec.bits, torch.nonzero(tally.codes).flatten() + q.q_min
+    bits, step = q.spec.bits, float(q.step.detach().median())
+    used = torch.nonzero(tally.codes).flatten() + q.q_min
+    if not math.isfinite(tally.signal + tally.noise):
+        yield _finding("values_not_finite", name, "some of its values are NaN or infinite")
+        return
     others = max(tally.elements - tally.zeros, 1)
     low, high = tally.low / others, tally.high / others
     if low + high > max(0.2, 2.0 ** (1 - bits)):
         text = f"{low + high:.0%} of its values other than 0 lie beyond the outermost of its {len(tally.codes)} levels"
-        yield _finding(
-            "clipped", name, text, clip_low=low, clip_high=high, bits=bits, step=float(q.step.detach().median())
-        )
+        yield _finding("clipped", name, text, clip_low=low, clip_high=high, bits=bits, step=step)
     # without loss at these bits (10 log10(4^bits) dB and better): few levels are enough, as for 8-bit pixels
     if tally.elements < ENOUGH * len(tally.codes) or not len(used) or tally.noise * 4.0**bits < tally.signal:
         return
     first, last = int(used[0]), int(used[-1])
     span = f"its codes go from {first} to {last} only, of {q.q_min} to {q.q_max}"
-    evidence = {"lowest": first, "highest": last, "levels": len(tally.codes), "step": float(q.step.detach().median())}
+    evidence = {"lowest": first, "highest": last, "levels": len(tally.codes), "step": step}
     if q.offset is not None:
         reach = (last - first + 1) / len(tally.codes)
     else:

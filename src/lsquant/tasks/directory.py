@@ -63,7 +63,7 @@ class Run:
             "kind": KIND,
             "format": FORMAT,
             "lsquant": __version__,
-            "task": self.task.name,
+            "task": getattr(self.task, "source", self.task.name),
             "init": self.init,
             "options": self.task.options,
             "settings": self.settings.to_dict(),

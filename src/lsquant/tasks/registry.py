@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
 
 from lsquant._util.errors import UsageError
 from lsquant.tasks.digits import Digits
+from lsquant.tasks.loading import call, load_object
 from lsquant.tasks.protocol import Task
 
 TASKS: dict[str, Callable[..., Task]] = {"digits": Digits}
 
 
 def get_task(name: str, **options: Any) -> Task:
-    """The task `name`, made with `options`. Raises: UsageError listing the names, or the task's own for an option."""
+    """The task `name`, made with `options`; or a user's own, `FILE.py:task`, made by its file.
+
+    Raises: UsageError listing the names, or the task's own for an option.
+    """
+    if ":" in name:
+        return _own_task(name)
     if name not in TASKS:
         near = get_close_matches(name, TASKS, 1)
         raise UsageError(
-            f"there is no task {name!r}{f': did you mean {near[0]!r}?' if near else ''}; tasks: {', '.join(TASKS)}"
+            f"there is no task {name!r}{f': did you mean {near[0]!r}?' if near else ''}; tasks: {', '.join(TASKS)}, "
+            "or your own as FILE.py:task"
         )
     try:
         return TASKS[name](**options)
     except TypeError as error:
         raise UsageError(f"task {name!r}: {error}") from error
+
+
+def _own_task(where: str) -> Task:
+    """A task object, or what a class or function without arguments gives.  It remembers where it came from."""
+    members = {*Task.__annotations__, *(name for name in vars(Task) if not name.startswith("_"))}
+    found = load_object(where)
+    if isinstance(found, type) or inspect.isroutine(found):
+        found = call(found, where)
+    if missing := sorted(name for name in members if not hasattr(found, name)):
+        raise UsageError(f"{where!r} is a {type(found).__name__} and no task: it lacks {', '.join(missing)}")
+    found.source = where
+    return found

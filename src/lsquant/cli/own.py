@@ -1,0 +1,134 @@
+"""The commands on the user's own model: a file of ``lsquant.save``, ``--model`` and ``--data``."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lsquant import calibration, checkpoint
+from lsquant._util.batches import model_inputs, take
+from lsquant._util.errors import MissingFile, UsageError
+from lsquant._util.files import write_json
+from lsquant._util.progress import message
+from lsquant._util.seeds import seed_everything
+from lsquant.convert import prepare
+from lsquant.diagnostics import Finding
+from lsquant.diagnostics.checks import SEVERITIES
+from lsquant.export import export_onnx
+from lsquant.recipe import Recipe
+from lsquant.report.page import write_report
+from lsquant.tasks import is_run, load_float
+from lsquant.tasks.loading import call, load_object
+from lsquant.verification import verify
+
+Outcome = tuple[dict[str, Any], str, bool]
+SHOWN = 3  # findings of one code that are shown in full
+
+
+def is_own(a: Namespace) -> bool:
+    """Whether a command is about the user's own model rather than a run."""
+    return a.model is not None or a.data is not None
+
+
+def build(a: Namespace) -> nn.Module:
+    """What the function of --model returns; random weights are drawn from --seed."""
+    if a.model is None:
+        raise UsageError("--data goes with --model package.module:build, a function that returns the float model")
+    function = load_object(a.model)
+    if isinstance(function, nn.Module):
+        raise UsageError(f"{a.model!r} is a model, not a function that returns one")
+    seed_everything(a.seed or 0)
+    model = call(function, a.model)
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{a.model!r} returned a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def batches(a: Namespace) -> Iterable[Any]:
+    """What the function of --data returns, called anew each time."""
+    if a.data is None:
+        raise UsageError("this needs --data package.module:batches, a function that returns an iterable of batches")
+    found = call(load_object(a.data), a.data)
+    if not isinstance(found, Iterable):
+        raise UsageError(f"{a.data!r} returned a {type(found).__name__}, not an iterable of batches")
+    return found
+
+
+def trained(a: Namespace) -> nn.Module:
+    """The model of --model with the recipe, weights and steps of FILE, in eval mode."""
+    if is_run(a.path):
+        raise UsageError(f"{a.path} is a run directory and brings its own model and data: leave out --model and --data")
+    return checkpoint.load(build(a), a.path).eval()
+
+
+def calibrate(a: Namespace, recipe: Recipe) -> Outcome:
+    """Prepare and calibrate the user's model and write lsquant.save's file."""
+    path = Path(a.out)
+    if path.exists() and not a.overwrite:
+        raise UsageError(f"{path} exists: --overwrite replaces it")
+    model = build(a)
+    if a.init is not None:
+        load_float(model, a.init)
+    changes = prepare(model, recipe, next(iter(take(batches(a), 1))))
+    limit = 32 if a.max_batches is None else a.max_batches
+    message(f"calibrating on at most {limit} batches of {a.data}", a.quiet)
+    calibration.calibrate(model, batches(a), max_batches=limit)
+    checkpoint.save(model.eval(), path)
+    size = path.stat().st_size
+    result = {"file": str(path), "bytes": size, "weight_share": changes.weight_share}
+    return {**result, "layers": [asdict(c) for c in changes]}, f"{changes}\n{path}: {size:,} bytes", True
+
+
+def export(a: Namespace) -> Outcome:
+    """Write FILE's integers as ONNX, beside it unless --out says where."""
+    model = trained(a)
+    path = Path(a.out) if a.out else Path(a.path).with_suffix(f".{a.profile}.onnx")
+    args, kwargs = model_inputs(next(iter(take(batches(a), 1))))
+    export_onnx(model, path, kwargs or args, profile=a.profile, opset=a.opset)
+    size = path.stat().st_size
+    return {"file": str(path), "profile": a.profile, "bytes": size}, f"{path}: {size:,} bytes", True
+
+
+def verify_(a: Namespace) -> Outcome:
+    """Compare the exported file with FILE's model on the batches of --data."""
+    model = trained(a)
+    path = Path(a.file) if a.file else Path(a.path).with_suffix(f".{a.profile}.onnx")
+    if not path.is_file():
+        raise MissingFile(f"{path} does not exist: lsquant export {a.path} --profile {a.profile} ... writes it")
+    verdict = verify(model, path, batches(a), max_batches=a.max_batches)
+    result = {"required": a.require, **verdict.to_dict(), "text": str(verdict)}
+    if not a.file:
+        write_json(path.with_suffix(".verdict.json"), result)
+    good = verdict.reaches(a.require)
+    return result, str(verdict) + ("" if good else f"\nrequired: {a.require}"), good
+
+
+def report(a: Namespace) -> Outcome:
+    """Write the page about FILE's quantizers."""
+    model = trained(a)
+    path = Path(a.out) if a.out else Path(a.path).with_suffix(".html")
+    data = None if a.data is None else batches(a)
+    write_report(model, path, data, max_batches=a.max_batches or 32, title=f"lsquant: {Path(a.path).name}")
+    return {"report": str(path)}, str(path), True
+
+
+def findings(found: list[Finding]) -> Outcome:
+    """The result of ``check``: not good when one is an error.  Of many alike a few are shown, --json has all."""
+    counts = {f"{severity}s": sum(f.severity == severity for f in found) for severity in SEVERITIES}
+    lines = []
+    for code, number in Counter(f.code for f in found).items():
+        alike = [f for f in found if f.code == code]
+        lines += [str(f) for f in islice(alike, SHOWN)]
+        if number > SHOWN:
+            lines.append(f"    and {number - SHOWN} more [{code}]: {', '.join(f.where for f in alike[SHOWN:])}")
+    lines.append(
+        ", ".join(f"{n} {name if n != 1 else name[:-1]}" for name, n in counts.items()) if found else "no findings"
+    )
+    return {"findings": [asdict(f) for f in found], **counts}, "\n".join(lines), not counts["errors"]
