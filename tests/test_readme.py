@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+NEEDS = re.compile(r"<!-- needs: ([\w, ]+) -->\n$")  # right before a block: packages without which it is left out
 SHELL = {"sh", "bash", "shell", "console"}
 PLACEHOLDERS = {"DIR": "out", "RUN": "runs/x", "FILE": "model.onnx"}
 
@@ -19,6 +22,17 @@ def blocks(page: Path, languages: set[str]) -> list[tuple[int, str]]:
     """(line, text) of the fenced blocks of a page in one of the languages."""
     text = page.read_text()
     return [(text.count("\n", 0, m.start()) + 2, m[2]) for m in FENCE.finditer(text) if m[1] in languages]
+
+
+def needs(page: Path, line: int) -> list[str]:
+    """The packages that the block beginning at a line asks for and that are not installed."""
+    found = NEEDS.search(above(page, line))
+    return [name for name in re.findall(r"\w+", found[1]) if find_spec(name) is None] if found else []
+
+
+def above(page: Path, line: int) -> str:
+    """The text above the fence of the block whose first line is given."""
+    return "".join(page.read_text().splitlines(keepends=True)[: line - 2])
 
 
 def commands(text: str) -> list[list[str]]:
@@ -32,13 +46,26 @@ def ids(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated.*:DeprecationWarning")  # torch.compile's own affair
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, {"python"})], ids=ids)
 def test_python_blocks_run(page, in_tmp):
-    """The blocks of a page share one namespace, in order, in an empty working directory."""
+    """The blocks of a page share one namespace, in order, in an empty working directory.
+
+    Blocks that need a package that is missing are left out; the test then runs the others and says "skipped".
+    """
     space: dict = {"__name__": "__main__"}
+    left_out = []
     for line, text in blocks(page, {"python"}):
-        # the line numbers of a traceback are those of the page
-        exec(compile("\n" * (line - 1) + text, str(page), "exec"), space)
+        if missing := needs(page, line):
+            left_out.append(f"line {line} without {', '.join(missing)}")
+            continue
+        with warnings.catch_warnings():
+            if NEEDS.search(above(page, line)):
+                warnings.simplefilter("ignore")  # other packages' own affairs
+            # the line numbers of a traceback are those of the page
+            exec(compile("\n" * (line - 1) + text, str(page), "exec"), space)
+    if left_out:
+        pytest.skip(f"all other blocks ran; left out: {'; '.join(left_out)}")
 
 
 SHOWN = [(p, line, c) for p in PAGES for line, text in blocks(p, SHELL) for c in commands(text)]
