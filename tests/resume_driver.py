@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 import lsquant
 from lsquant._util import files
-from lsquant._util.seeds import generator, seed_everything
 from lsquant.training import CosineSchedule, fit, param_groups
 from lsquant.training import log as log_module
+from lsquant.training.seeds import generator, seed_everything
 
 EPOCHS, STEPS = 4, 5
 

@@ -71,7 +71,7 @@ def test_killed_at_20_points_resumes_to_the_same_bits(tmp_path, seed):
 # ---- what is not the same run is refused ----
 
 
-def run(folder: Path, model: nn.Module | None = None, **changes):
+def run(folder: Path, model: nn.Linear | None = None, **changes) -> nn.Linear:
     torch.manual_seed(0)
     model = model or nn.Linear(3, 2)
     options = {"epochs": 1, "steps_per_epoch": 2, "quiet": True, "resume": True} | changes
@@ -159,7 +159,8 @@ def test_adam_and_other_state_survive(tmp_path):
 
     straight = tmp_path / "a"
     stopped = tmp_path / "b"
-    straight.mkdir(), stopped.mkdir()
+    straight.mkdir()
+    stopped.mkdir()
     expected = train(straight, None)
     with pytest.raises(KeyboardInterrupt):
         train(stopped, 6)
