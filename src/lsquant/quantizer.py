@@ -225,6 +225,13 @@ class Quantizer(nn.Module):
         self.count.fill_(count)
         self._count = count
 
+    @torch.no_grad()
+    def adopt(self, other: Quantizer) -> None:
+        """Take N, sign, step and offset from an initialised quantizer of the same specification."""
+        self.set_count(other.samples_share)
+        self._set(other.spec, other.step.detach().clone(), other.offset)
+        self.filled_steps = other.filled_steps
+
     def forget(self) -> None:
         """Mark the step as not set; the parameter object stays."""
         self.initialized.fill_(False)
