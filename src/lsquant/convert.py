@@ -139,6 +139,8 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
     for name, module in list(model.named_modules()):
         if both and type(module) in EXACT_TYPES and not EXACT_TYPES[type(module)].unsupported(module):
             module.__class__ = EXACT_TYPES[type(module)]
+        elif not both and type(module) in EXACT_TYPES.values():
+            module.__class__ = FLOAT_TYPES[type(module)]
         elif type(module) not in MATMUL_TYPES and (reason := _stays_float(module)):
             weights = sum(p.numel() for p in module.parameters(recurse=False))
             rows.append(Change(name, type(module).__name__, "float", "float", weights, reason))
