@@ -174,6 +174,9 @@ class IntegerConv2d(IntegerLayer):
         """The zero padding that remains to be done by the convolution itself."""
         return self.padding if self.padding_mode == "zeros" else (0, 0, 0, 0)
 
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if input.dim() == 4 else super().forward(input.unsqueeze(0)).squeeze(0)
+
     def before(self, x: Tensor) -> Tensor:
         if self.padding_mode == "zeros":
             return x
