@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lsquant._util.errors import DamagedFile, UsageError
@@ -66,6 +67,26 @@ def test_killed_at_3_points_resumes_to_the_same_bits(tmp_path, seed):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_killed_at_20_points_resumes_to_the_same_bits(tmp_path, seed):
     check(tmp_path, 20, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_run_of_digits_killed_20_times_from_outside_ends_with_the_same_bits(tmp_path, seed):
+    """Killed at random times, in whatever phase that is, until it gets through; float and low-bit phases."""
+    pytest.importorskip("sklearn")
+    result = drive(tmp_path, 20, seed, "digits")
+    assert result["kills"] >= 20
+    assert result["runs"] >= 1
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    log = (tmp_path / "whole" / "log.jsonl").read_bytes()
+    metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    for number in range(result["runs"]):
+        folder = tmp_path / str(number)
+        again = load_file(folder / "model.safetensors")
+        assert again.keys() == tensors.keys()
+        assert all(torch.equal(bits(value), bits(again[key])) for key, value in tensors.items())
+        assert (folder / "log.jsonl").read_bytes() == log
+        assert json.loads((folder / "metrics.json").read_text()) | {"seconds": 0} == metrics | {"seconds": 0}
 
 
 # ---- what is not the same run is refused ----
