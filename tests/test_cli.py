@@ -81,8 +81,8 @@ def test_train(line):
         assert f"test_loss {metrics[key]['test_loss']:.4f}" in train.out
     assert metrics["float"]["accuracy"] > 20  # it learns; guessing gives 10
     assert len(train.out.splitlines()) == 3
-    assert re.search(r"float.*34/34", train.err)  # progress goes to stderr: two epochs of 17 batches
-    assert re.search(r"lsq.*17/17", train.err)
+    assert re.search(r"float 2/2 .* 17/17", train.err)  # progress goes to stderr
+    assert re.search(r"lsq 1/1 .* 17/17", train.err)
     run_ = open_run(path)
     assert run_.recipe == lsquant.Recipe.preset("w2a2")
     assert (run_.settings.float_epochs, run_.settings.epochs, run_.settings.batch_size) == (2, 1, 80)
