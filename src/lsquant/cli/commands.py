@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lsquant.export import export_onnx
 from lsquant.recipe import Recipe
 from lsquant.report.figure import draw_figures
 from lsquant.report.page import Report, with_balance, write_page
-from lsquant.tasks import Run, Settings, get_task, open_run, resume_training, run_training
+from lsquant.tasks import Run, get_task, open_run, resume_training, run_training
 from lsquant.training import Log
 from lsquant.verification import verify
 
@@ -49,14 +50,15 @@ def train(a: Namespace) -> Outcome:
             raise UsageError("train: name a task (lsquant train digits --bits 2 --out DIR), or --resume a run")
         metrics = resume_training(a.out, **how)
     else:
-        settings = Settings(**{name: value for name in _SETTINGS if (value := getattr(a, name)) is not None})
+        task = get_task(a.task)
+        settings = replace(task.settings, **{n: value for n in _SETTINGS if (value := getattr(a, n)) is not None})
         init = None if a.init is None else str(a.init)
-        run = Run(Path(a.out), get_task(a.task), _recipe(a), settings, init)
+        run = Run(Path(a.out), task, _recipe(a), settings, init)
         metrics = run_training(run, resume=a.resume, overwrite=a.overwrite, **how)
     return {"run": str(a.out), **metrics}, _table(_results(metrics)), True
 
 
-_SETTINGS = ("seed", "batch_size", "float_epochs", "epochs", "lr", "step_lr", "distill")
+_SETTINGS = ("seed", "batch_size", "float_epochs", "epochs", "lr", "step_lr", "distill", "threads")
 
 
 def _recipe(a: Namespace) -> Recipe:
@@ -164,8 +166,9 @@ def _files(run: Run) -> Iterable[Path]:
 
 def _train_command(run: Run) -> str:
     """The command that repeats a run made by a preset; a recipe file otherwise."""
-    changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(Settings(), k)}
-    options = " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in changed.items())
+    changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(run.task.settings, k)}
+    names = {k: f"--{'no-' if v is False else ''}{k.replace('_', '-')}" for k, v in changed.items()}
+    options = " ".join(names[k] + ("" if isinstance(v, bool) else f" {v}") for k, v in changed.items())
     return f"lsquant train {run.task.name} --recipe {run.file('recipe.toml')} --out DIR {options}".rstrip()
 
 
