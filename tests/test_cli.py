@@ -141,8 +141,8 @@ def test_report(line):
     assert told["verdicts"]["exact"] == "outputs"
     assert told["files"]["model.safetensors"] == (path / "model.safetensors").stat().st_size
     weights = told["files"]["quantized weights in float32"]
-    assert weights == 4 * (9 * 16 + 2 * 9 * 16 * 16 + 9 * 16 * 32 + 320)
-    packed = 9 * 16 + 2 * 9 * 16 * 16 // 4 + 9 * 16 * 32 // 4 + 320 + 5 * 4  # 8 bits first and last, a step each
+    assert weights == 4 * (9 * 24 + 2 * 9 * 24 * 24 + 9 * 24 * 48 + 480)
+    packed = 9 * 24 + 2 * 9 * 24 * 24 // 4 + 9 * 24 * 48 // 4 + 480 + 5 * 4  # 8 bits first and last, a step each
     assert told["files"]["the same packed, with steps"] == packed
 
 
