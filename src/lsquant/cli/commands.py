@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from lsquant._util.environment import environment
 from lsquant._util.errors import DamagedFile, LsquantError, MissingFile, UsageError
 from lsquant._util.files import read_json, write_json
 from lsquant._version import __version__
 from lsquant.diagnostics import collect
+from lsquant.diagnostics.environment import environment
 from lsquant.export import export_onnx
 from lsquant.recipe import Recipe
 from lsquant.report.figure import draw_figures

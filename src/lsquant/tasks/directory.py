@@ -23,11 +23,11 @@ from typing import Any
 from torch import nn
 
 from lsquant import checkpoint
-from lsquant._util.environment import environment
 from lsquant._util.errors import DamagedFile, MissingFile, UsageError
 from lsquant._util.files import atomic_write_text, remove_leftovers, write_json
 from lsquant._util.toml import to_toml
 from lsquant._version import __version__
+from lsquant.diagnostics.environment import environment
 from lsquant.recipe import Recipe
 from lsquant.tasks.protocol import Settings, Task
 from lsquant.tasks.registry import get_task

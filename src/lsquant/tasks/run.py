@@ -15,11 +15,11 @@ from torch import nn
 from lsquant import checkpoint
 from lsquant._util.errors import DamagedFile, MissingFile, UsageError
 from lsquant._util.files import read_json, write_json
-from lsquant._util.progress import message
 from lsquant.calibration import calibrate
 from lsquant.convert import prepare
 from lsquant.tasks.directory import FORMAT, Run, open_run, start_run
 from lsquant.training import CosineSchedule, Fitted, Log, clip_rates, fit, load_state, param_groups, save_state
+from lsquant.training.progress import message
 from lsquant.training.seeds import seed_everything
 from lsquant.training.state import load_model_state, model_state
 
