@@ -112,23 +112,23 @@ def assert_good(q: Quantizer, values: torch.Tensor) -> None:
 
 
 DATA = {
-    "normal": lambda: torch.randn(6, 250),
-    "after relu": lambda: torch.randn(6, 250).relu(),
-    "heavy tails": lambda: torch.randn(6, 250) ** 3,
-    "one outlier": lambda: torch.cat([torch.rand(1499), torch.tensor([80.0])]).reshape(6, 250),
-    "few values": lambda: torch.randint(0, 3, (6, 250)).float(),
-    "tiny": lambda: torch.randn(6, 250) * 1e-20,
+    "normal": lambda: torch.randn(6, 120),
+    "after relu": lambda: torch.randn(6, 120).relu(),
+    "heavy tails": lambda: torch.randn(6, 120) ** 3,
+    "one outlier": lambda: torch.cat([torch.rand(719), torch.tensor([80.0])]).reshape(6, 120),
+    "few values": lambda: torch.randint(0, 3, (6, 120)).float(),
+    "tiny": lambda: torch.randn(6, 120) * 1e-20,
 }
 
 
-@pytest.mark.parametrize("limit", [None, 700])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("limit", [None, 300])
+@pytest.mark.parametrize("bits", [2, 8])
 @pytest.mark.parametrize("data", DATA)
 def test_the_step_is_within_a_thousandth_of_the_best(data, bits, limit, monkeypatch):
     """In several batches; with a small limit the values are kept in bins from the third one on."""
     if limit:
         monkeypatch.setattr(mse, "RAW_LIMIT", limit)
-    layer, x = nn.Linear(250, 2), DATA[data]()
+    layer, x = nn.Linear(120, 2), DATA[data]()
     lsquant.prepare(layer, Recipe(4, bits))
     lsquant.calibrate(layer, x.split(2))
     assert_good(layer.input_quantizer, x)
