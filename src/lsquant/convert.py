@@ -129,7 +129,7 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
     _check_rules(recipe, model, layers, positions)
     plan = _plan(recipe, layers, positions)
     assumed = {rule.which for rule in recipe.all_rules()} if example_inputs is None else ()
-    for layer, (weight, activation) in plan.items():
+    for layer, (weight, activation) in reversed(plan.items()):  # a shared quantizer bears the first layer's name
         _apply(layer, layers[layer][0], weight, activation, steps)
         if isinstance(layer, QuantizedLayer):
             layer.assumed_position = tuple(p for p in positions.get(layer, ()) if p in assumed)  # type: ignore[assignment]
