@@ -80,7 +80,7 @@ def test_every_field(name):
     lsquant.calibrate(model, batches)
     with torch.no_grad():
         for _, q in quantizers(model):
-            q.step.mul_(0.8)  # so that there is clipping
+            q.step.mul_(0.4)  # so that there is clipping
     model.train()
     facts = collect(model, batches)
     assert [(f.layer, f.kind) for f in facts] == [("0", "weight"), ("0", "input"), ("3", "weight"), ("3", "input")]

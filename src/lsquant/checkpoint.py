@@ -66,7 +66,7 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
     listed = [(name, str(t.dtype), tuple(t.shape)) for name, t in sorted(tensors.items())]
     digest.update(repr((known, listed)).encode())
     for name, _, _ in listed:
-        digest.update(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
