@@ -21,18 +21,17 @@ class _Observer:
 
     def __init__(self, name: str, quantizer: Quantizer) -> None:
         self.name, self.quantizer = name, quantizer
-        self.summary, self.sum, self.features = ValueSummary(), 0.0, 0
+        self.summaries, self.features = [ValueSummary() for _ in range(quantizer.step.numel())], 0
 
     def take(self, x: Tensor, features: int) -> None:
         if not x.numel():
             raise UsageError(f"calibrate: {self.name!r} got an empty batch of shape {tuple(x.shape)}")
         try:
-            self.summary.add(x)
+            self.quantizer.summarize(x, self.summaries)
         except UsageError as error:
             raise UsageError(
                 f"calibrate: at {self.name!r} {error}; clean the data, or look at the layer before"
             ) from error
-        self.sum += float(x.detach().double().abs().sum())
         self.features = self.features or features
 
     def initialized(self, method: Method) -> Quantizer:
@@ -40,7 +39,7 @@ class _Observer:
         ready = copy.deepcopy(self.quantizer)
         if not ready.samples_share:
             ready.set_count(self.features)
-        ready.initialize_from(self.summary, method, self.sum / self.summary.total)
+        ready.initialize_from(self.summaries, method)
         return ready
 
 
@@ -140,12 +139,12 @@ def _check_order(model: nn.Module, order: list[nn.Module]) -> None:
 
 def _check_seen(model: nn.Module, observers: dict[Quantizer, _Observer]) -> None:
     for seen in observers.values():
-        if not seen.summary.total:
+        if not seen.summaries[0].total:
             raise UsageError(
                 f"calibrate: layer {seen.name!r} was not reached by any batch, its step would be left unset; give "
                 "batches that reach it, or leave it in floating point (skip=)"
             )
-        if seen.summary.low == seen.summary.high == 0.0:
+        if all(s.low == s.high == 0.0 for s in seen.summaries):
             raise UsageError(
                 f"calibrate: all input values of layer {seen.name!r} are zero, no step can be set; check the data and "
                 "the layers before, or leave it in floating point (skip=)"
