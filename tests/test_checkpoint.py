@@ -321,3 +321,17 @@ def test_a_full_disk_keeps_the_old_file(saved, tmp_path, monkeypatch):
     assert path.read_bytes() == saved[1].read_bytes()
     assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
     assert_equal(everything(model), before)
+
+
+def test_a_buffer_that_is_a_view_of_a_weight_is_saved(tmp_path):
+    def build():
+        return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+    model, fresh = build(), build()
+    model.register_buffer("part", model[0].weight.data[:2])
+    fresh.register_buffer("part", torch.zeros(2, 4))
+    lsquant.prepare(model, lsquant.Recipe.preset("w4a4"))
+    lsquant.calibrate(model, [torch.randn(5, 4)])
+    lsquant.save(model, tmp_path / "m.safetensors")
+    lsquant.load(fresh, tmp_path / "m.safetensors")
+    assert torch.equal(fresh.part, model.part)

@@ -45,8 +45,9 @@ def save(model: nn.Module, path: Path_, metadata: Mapping[str, str] | None = Non
         key = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride())
         if tensor.numel() and (first := owner.setdefault(key, name)) != name:
             aliases[name] = first
-        else:
-            stored[name] = tensor.detach().contiguous()
+        else:  # a view of another tensor is stored whole, as safetensors wants it
+            part = tensor.untyped_storage().nbytes() != tensor.nbytes
+            stored[name] = tensor.detach().clone() if part else tensor.detach().contiguous()
     ours = {
         "lsquant.format": FORMAT,
         "lsquant.recipe": resolved_recipe(model).to_toml(),
