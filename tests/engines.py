@@ -9,10 +9,7 @@ from torch import Tensor
 import lsquant
 from cases import Built
 
-ENGINES: dict[str, Callable[..., Tensor]] = {
-    "reference": lsquant.reference.fake_quantize,
-    "op": lsquant.fake_quantize,
-}
+ENGINES: dict[str, Callable[..., Tensor]] = {"reference": lsquant.reference.fake_quantize, "op": lsquant.fake_quantize}
 
 BOUND = 256 * 2.0**-24  # of sum |terms|: what the design allows a step gradient to be off
 

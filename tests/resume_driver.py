@@ -3,6 +3,10 @@
 python resume_driver.py FOLDER NUMBER SEED: one run that is left alone in FOLDER/whole, then NUMBER runs, each killed at
 a random event and resumed, in FOLDER/<event>. Prints a line of JSON: the number of events, and the statuses by event.
 
+python resume_driver.py FOLDER NUMBER SEED digits: a small run of the task digits in FOLDER/whole, then runs that are
+killed from outside, at random times, again and again until they get through, in FOLDER/0, FOLDER/1, ...; stops after
+NUMBER kills. Prints the number of kills, and of runs.
+
 An event is anything after which the state on disk or in memory may have changed: an optimizer step, and before, in the
 middle of and after every write. The process that forks has run no torch operation, so the children are sound.
 """
@@ -14,6 +18,8 @@ import os
 import random
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,9 +29,10 @@ from torch.nn import functional as F
 
 import lsquant
 from lsquant._util import files
-from lsquant._util.seeds import generator, seed_everything
+from lsquant.tasks import Run, Settings, get_task, run_training
 from lsquant.training import CosineSchedule, fit, param_groups
 from lsquant.training import log as log_module
+from lsquant.training.seeds import generator, seed_everything
 
 EPOCHS, STEPS = 4, 5
 
@@ -135,18 +142,27 @@ def train(folder: Path, kill_at: int | None) -> int:
     return event.count
 
 
-def child(folder: Path, kill_at: int | None) -> int:
-    """The status of a child that trains: 0, or -9 if it was killed. Its number of events goes to events.json."""
-    folder.mkdir(exist_ok=True)
+def fork(work: Callable[[], None]) -> int:
+    """The process id of a child that does `work`."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            count = train(folder, kill_at)
-            (folder / "events.json").write_text(json.dumps(count))
+            work()
             status = 0
         finally:
             os._exit(status)
+    return pid
+
+
+def child(folder: Path, kill_at: int | None) -> int:
+    """The status of a child that trains: 0, or -9 if it was killed. Its number of events goes to events.json."""
+    folder.mkdir(exist_ok=True)
+
+    def work() -> None:
+        (folder / "events.json").write_text(json.dumps(train(folder, kill_at)))
+
+    pid = fork(work)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -160,5 +176,34 @@ def main(folder: str, number: str, seed: str) -> None:
     print(json.dumps({"events": total, "statuses": statuses}))
 
 
+def digits(folder: Path) -> None:
+    """A small run of the task digits, resumed from what is there."""
+    settings = Settings(float_epochs=4, epochs=4, float_lr=0.05, distill=True, threads=1)
+    run = Run(folder, get_task("digits", width=4), lsquant.Recipe.preset("w2a2"), settings)
+    run_training(run, resume=True, checkpoint_every=5, quiet=True)
+
+
+def kill_digits(root: Path, number: int, seed: int) -> None:
+    import sklearn.datasets  # noqa: F401  (once, here)
+
+    began = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(fork(lambda: digits(root / "whole")), 0)[1]) == 0
+    length, rng, kills, runs = time.monotonic() - began, random.Random(seed), 0, 0
+    while kills < number:
+        status = -1
+        while status != 0:
+            pid = fork(lambda folder=root / str(runs): digits(folder))
+            time.sleep(rng.uniform(0.0, 1.2 * length))
+            os.kill(pid, signal.SIGKILL)  # nothing happens if it has ended: it is waited for only below
+            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            assert status in (0, -signal.SIGKILL), status
+            kills += status != 0
+        runs += 1
+    print(json.dumps({"kills": kills, "runs": runs}))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[4:] == ["digits"]:
+        kill_digits(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    else:
+        main(*sys.argv[1:])

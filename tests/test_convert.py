@@ -146,6 +146,7 @@ def test_tied_weights_share_a_quantizer():
         lsquant.prepare(model, Recipe(2 if ratio else 4, 4), steps=steps)
         assert model.one.weight_quantizer is model.two.weight_quantizer
         assert model.one.weight_quantizer.step is step
+        assert model.one.weight_quantizer.name == "one.weight_quantizer"
         if ratio:
             assert step.item() == pytest.approx(old.item() * ratio, rel=1e-6)
         else:

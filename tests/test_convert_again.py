@@ -185,6 +185,10 @@ def test_weights_only_leaves_batchnorm_and_pooling_alone():
     lsquant.prepare(model, Recipe(4))
     assert type(model[1]) is nn.BatchNorm2d
     assert type(model[3]) is nn.AvgPool2d
+    model = ready(net(), W4A4, images())
+    lsquant.prepare(model, Recipe(4))
+    assert type(model[1]) is nn.BatchNorm2d
+    assert type(model[3]) is nn.AvgPool2d
 
 
 # ---- disabled ----

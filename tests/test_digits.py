@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lsquant
+import lsquant.nn
 from lsquant._util.errors import DamagedFile, DiskFull, MissingExtra, MissingFile, UsageError
 from lsquant.tasks import Run, Settings, get_task, is_run, load_float, open_run, resume_training, run_training
 from lsquant.tasks.digits import Digits, DigitsNet

@@ -209,33 +209,29 @@ def test_a_wrong_size_is_an_error_that_names_both_shapes():
 # ---- sums that float32 cannot hold ----
 
 
-def extreme(layer: nn.Module, x: torch.Tensor) -> Any:
-    """All codes at their largest, but for one in the first row: sums odd and as large as they can be."""
+def extreme(layer: nn.Module, shape: tuple[int, ...]) -> tuple[Any, torch.Tensor]:
+    """Codes that are odd and nearly the largest, so that sums are odd as well: the layer and its input."""
     lsquant.prepare(layer, Recipe(8, QuantSpec(8, signed=False)))
-    lsquant.calibrate(layer, [x.abs() + 1])
+    lsquant.calibrate(layer, [torch.ones(shape)])
     with torch.no_grad():
-        layer.weight.fill_(-1.0).flatten()[0] = 1.0
+        layer.weight.copy_((127 - 2 * torch.randint(0, 2, layer.weight.shape)) / 128)
         layer.weight_quantizer.step.fill_(1 / 128)
-        layer.input_quantizer.step.fill_(1 / 255)
+        layer.input_quantizer.step.fill_(1 / 256)
         layer.bias.zero_()
-    return layer
+    return layer, (255 - 2 * torch.randint(0, 2, shape)) / 256
 
 
 @pytest.mark.parametrize("size", [514, 515, 1024, 3001])
 def test_linear_sums_beyond_float32_are_exact(size):
-    x = torch.ones(3, size)
-    x[1, 3:9] = torch.tensor([1, 2, 3, 5, 7, 11]) / 255
-    layer = extreme(nn.Linear(size, 2), x)
+    layer, x = extreme(nn.Linear(size, 8), (16, size))
     assert_same(layer(x).detach(), expected(layer, x))
     x, layer = torch.randn(5, size), nn.Linear(size, 4)
     check(ready(layer, x, 8, 8), x)
 
 
-@pytest.mark.parametrize("channels", [16, 57, 60])  # bounds below 2^22, just below and beyond 2^24
+@pytest.mark.parametrize("channels", [16, 57, 58, 200])  # bounds from 2^22, just below 2^24, beyond
 def test_conv2d_sums_beyond_a_transform_are_exact(channels):
-    x = torch.ones(1, channels, 4, 4)
-    x[0, :3, 1, 1] = torch.tensor([1, 2, 5]) / 255
-    layer = extreme(nn.Conv2d(channels, 3, 3, padding=1), x)
+    layer, x = extreme(nn.Conv2d(channels, 4, 3, padding=1), (2, channels, 6, 6))
     assert_same(layer(x).detach(), expected(layer, x))
     bound = channels * 9 * 255 * 128
     assert bound > 2**20

@@ -71,10 +71,7 @@ def test_python_blocks_run(page, in_tmp):
 SHOWN = [(p, line, c) for p in PAGES for line, text in blocks(p, SHELL) for c in commands(text)]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [pytest.param(c, id=f"{ids(p)}:{line}: {' '.join(c)}") for p, line, c in SHOWN],
-)
+@pytest.mark.parametrize("arguments", [pytest.param(c, id=f"{ids(p)}:{line}: {' '.join(c)}") for p, line, c in SHOWN])
 def test_command_lines_parse(arguments):
     from lsquant.cli.main import parser
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from lsquant._util.errors import DamagedFile, UsageError
@@ -68,10 +69,30 @@ def test_killed_at_20_points_resumes_to_the_same_bits(tmp_path, seed):
     check(tmp_path, 20, seed)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_run_of_digits_killed_20_times_from_outside_ends_with_the_same_bits(tmp_path, seed):
+    """Killed at random times, in whatever phase that is, until it gets through; float and low-bit phases."""
+    pytest.importorskip("sklearn")
+    result = drive(tmp_path, 20, seed, "digits")
+    assert result["kills"] >= 20
+    assert result["runs"] >= 1
+    tensors = load_file(tmp_path / "whole" / "model.safetensors")
+    log = (tmp_path / "whole" / "log.jsonl").read_bytes()
+    metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    for number in range(result["runs"]):
+        folder = tmp_path / str(number)
+        again = load_file(folder / "model.safetensors")
+        assert again.keys() == tensors.keys()
+        assert all(torch.equal(bits(value), bits(again[key])) for key, value in tensors.items())
+        assert (folder / "log.jsonl").read_bytes() == log
+        assert json.loads((folder / "metrics.json").read_text()) | {"seconds": 0} == metrics | {"seconds": 0}
+
+
 # ---- what is not the same run is refused ----
 
 
-def run(folder: Path, model: nn.Module | None = None, **changes):
+def run(folder: Path, model: nn.Linear | None = None, **changes) -> nn.Linear:
     torch.manual_seed(0)
     model = model or nn.Linear(3, 2)
     options = {"epochs": 1, "steps_per_epoch": 2, "quiet": True, "resume": True} | changes
@@ -159,7 +180,8 @@ def test_adam_and_other_state_survive(tmp_path):
 
     straight = tmp_path / "a"
     stopped = tmp_path / "b"
-    straight.mkdir(), stopped.mkdir()
+    straight.mkdir()
+    stopped.mkdir()
     expected = train(straight, None)
     with pytest.raises(KeyboardInterrupt):
         train(stopped, 6)

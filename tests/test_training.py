@@ -7,17 +7,30 @@ import json
 import math
 import random
 import tomllib
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import lsquant
+import lsquant.nn
 import lsquant.training.state as state_module
 from lsquant._util.errors import DamagedFile, DiskFull, LsquantError, MissingFile, UsageError
-from lsquant._util.seeds import derive_seed, generator, rng_state, seed_everything, set_rng_state
 from lsquant._util.toml import to_toml
-from lsquant.training import CosineSchedule, Log, distillation_loss, fit, load_state, param_groups, save_state
+from lsquant.training import (
+    CosineSchedule,
+    Log,
+    clip_rates,
+    distillation_loss,
+    fit,
+    load_state,
+    param_groups,
+    quantizer_facts,
+    save_state,
+)  # fmt: skip
+from lsquant.training.seeds import derive_seed, generator, rng_state, seed_everything, set_rng_state
 from lsquant.training.state import decode, encode
 
 
@@ -127,7 +140,7 @@ def test_distillation_of_equal_logits_is_the_cross_entropy_and_teacher_gets_no_g
 
 def test_codec_round_trip(tmp_path):
     tied = torch.randn(3)
-    value = {
+    value: Any = {
         "a": [1, 2.5, None, True, "text", (1, (2,))],
         3: {"nan": float("nan"), "inf": -math.inf, "tiny": 5e-324, "third": 1 / 3},
         "tensors": [torch.tensor(1.5), torch.zeros(0), tied, tied, tied[1:], torch.ones(2, 3).T],
@@ -143,7 +156,7 @@ def test_codec_round_trip(tmp_path):
     assert math.isnan(again[3]["nan"])
     assert again[3]["inf"] == -math.inf
     save_state(tmp_path / "c.safetensors", value)
-    loaded = load_state(tmp_path / "c.safetensors")
+    loaded: Any = load_state(tmp_path / "c.safetensors")
     assert loaded["a"] == value["a"]
     assert loaded[3]["tiny"] == 5e-324
     assert loaded[3]["third"] == 1 / 3
@@ -157,7 +170,7 @@ def test_codec_refuses_other_types(tmp_path):
     with pytest.raises(UsageError, match=r"cannot hold a set \(at a\.0\)"):
         save_state(tmp_path / "c.safetensors", {"a": [{1}]})
     with pytest.raises(UsageError, match="keys"):
-        save_state(tmp_path / "c.safetensors", {(1, 2): 3})
+        save_state(tmp_path / "c.safetensors", {"a": {(1, 2): 3}})
     assert not list(tmp_path.iterdir())
 
 
@@ -186,7 +199,9 @@ def test_another_version_is_refused(tmp_path, monkeypatch):
 
 def test_rng_state_round_trip(tmp_path):
     seed_everything("here")
-    torch.randn(3), np.random.rand(), np.random.randn(), random.random()
+    for draw in (torch.rand, np.random.rand, np.random.randn):
+        draw(3)
+    random.gauss(0, 1)
     save_state(tmp_path / "c.safetensors", rng_state())
     expected = torch.randn(5), np.random.rand(), np.random.randn(), random.gauss(0, 1)
     seed_everything("elsewhere")
@@ -242,7 +257,9 @@ def test_fit_with_a_teacher_clipping_and_a_hook():
     before = [p.clone() for p in teacher.parameters()] + [b.clone() for b in teacher.buffers()]
     norms, iterations = [], []
     optimizer.register_step_pre_hook(
-        lambda *a: norms.append(sum(float(p.grad.square().sum()) for p in model.parameters()) ** 0.5)
+        lambda *a: norms.append(
+            sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None) ** 0.5
+        )
     )
     fit(
         model, data, optimizer, epochs=1, steps_per_epoch=4, teacher=teacher, clip_norm=0.01, quiet=True,
@@ -331,3 +348,118 @@ def test_toml():
     assert again == table
     with pytest.raises(TypeError, match="set"):
         to_toml({"a": {1}})
+
+
+# ---- with quantizers ----
+
+
+def quantized() -> Any:
+    torch.manual_seed(0)
+    model = Net()
+    rules = [lsquant.Rule("hidden", weight=2, activation=lsquant.QuantSpec(4, offset=True)), lsquant.Rule("tied", 2, 4)]
+    recipe = lsquant.Recipe(3, 4, rules)
+    lsquant.prepare(model, recipe, example_inputs=torch.zeros(1, 1, 4, 4))
+    lsquant.calibrate(model, data(0))
+    return model
+
+
+def test_steps_and_offsets_are_a_group_of_their_own_and_never_decayed():
+    model = quantized()
+    groups = {group["name"]: group for group in param_groups(model, 0.1, 1e-4, step_lr=0.01)}
+    assert list(groups) == ["weights", "no_decay", "steps"]
+    ids = [id(p) for group in groups.values() for p in group["params"]]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {id(p) for p in model.parameters()}
+    expected = {id(p) for _, q in lsquant.nn.quantizers(model) for p in q.parameters()}
+    assert {id(p) for p in groups["steps"]["params"]} == expected
+    assert id(model.hidden.input_quantizer.offset) in expected
+    assert groups["steps"]["weight_decay"] == 0.0
+    assert [groups[name]["lr"] for name in groups] == [0.1, 0.1, 0.01]
+    assert {id(p) for p in groups["weights"]["params"]} == {
+        id(m.weight) for m in (model.conv, model.hidden, model.head)
+    }
+
+
+def test_decay_by_bits_literal():
+    model = quantized()
+    groups = {group["name"]: group for group in param_groups(model, 0.1, 1e-4, weight_decay_by_bits=True)}
+    assert list(groups) == ["weights", "no_decay", "steps", "weights/3bit", "weights/2bit"]
+    assert groups["weights"]["params"] == []
+    assert groups["weights/2bit"]["weight_decay"] == 0.25e-4
+    assert [id(p) for p in groups["weights/2bit"]["params"]] == [id(model.hidden.weight)]
+    assert groups["weights/3bit"]["weight_decay"] == 0.5e-4
+    assert len(groups["weights/3bit"]["params"]) == 2
+    lsquant.prepare(model, lsquant.Recipe(4, 4))
+    groups = {group["name"]: group for group in param_groups(model, 0.1, 1e-4, weight_decay_by_bits=True)}
+    assert list(groups) == ["weights", "no_decay", "steps"]
+    assert len(groups["weights"]["params"]) == 3
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_groups_go_into_any_optimizer_and_move_every_parameter(kind):
+    model = quantized()
+    optimizer = kind(param_groups(model, 0.01, 1e-4))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fit(model, data, optimizer, epochs=1, steps_per_epoch=4, quiet=True)
+    still = [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+    assert not [name for name in still if not name.endswith("offset")]
+
+
+def test_facts_are_those_of_the_reference():
+    model = quantized()
+    x, y = data(0)[0]
+    model.train()
+    assert quantizer_facts(model)["conv.weight_quantizer"]["R"] is None
+    nn.functional.cross_entropy(model(x), y).backward()
+    facts = quantizer_facts(model)
+    assert set(facts) == {name for name, _ in lsquant.nn.quantizers(model)}
+    for kind in ("weight_quantizer", "input_quantizer"):
+        quantizer, weight = getattr(model.conv, kind), model.conv.weight
+        step = quantizer.step.item()
+        expected = (quantizer.step.grad.abs().item() / step) / (weight.grad.norm().item() / weight.norm().item())
+        assert facts[f"conv.{kind}"]["R"] == pytest.approx(expected, rel=1e-4)
+        assert facts[f"conv.{kind}"]["step"] == pytest.approx(step)
+    with torch.no_grad():
+        model.conv.weight_quantizer.step.fill_(-1.0)
+    nn.functional.cross_entropy(model(x), y)
+    facts = quantizer_facts(model)["conv.weight_quantizer"]
+    assert facts["guarded"] == 1
+    assert facts["step"] == pytest.approx(model.conv.weight_quantizer.initial_step.item() * 2**-10)
+
+
+def test_facts_of_channels_give_the_range():
+    model: Any = Net()
+    weight = lsquant.QuantSpec(3, granularity="channel")
+    lsquant.prepare(model, lsquant.Recipe(weight, 4), example_inputs=torch.zeros(1, 1, 4, 4))
+    lsquant.calibrate(model, data(0))
+    nn.functional.cross_entropy(model(data(0)[0][0]), data(0)[0][1]).backward()
+    facts = quantizer_facts(model)["conv.weight_quantizer"]
+    assert facts["step_min"] <= facts["step"] <= facts["step_max"]
+    assert facts["step_min"] == pytest.approx(model.conv.weight_quantizer.step.min().item())
+    assert clip_rates(model, data(0))["conv.weight_quantizer"]["clip_rate"] <= 1.0
+
+
+def test_clip_rate_literal():
+    """Codes 0 .. 15 of an unsigned 4-bit input with step 1: values below 0 and above 15 are clipped."""
+    model: Any = nn.Sequential(nn.Linear(4, 2))
+    lsquant.prepare(model, lsquant.Recipe(4, lsquant.QuantSpec(4, signed=False)))
+    lsquant.calibrate(model, [torch.rand(2, 4)])
+    with torch.no_grad():
+        model[0].input_quantizer.step.fill_(1.0)
+        model[0].input_quantizer.initial_step.fill_(1.0)
+        model[0].weight.copy_(torch.tensor([[-8.0, 7.0, 8.0, -9.0], [0.0, 1.0, 2.0, 3.0]]))
+        model[0].weight_quantizer.step.fill_(1.0)
+    model.train()
+    rates = clip_rates(model, [torch.tensor([[-1.0, 0.0, 15.0, 15.5]])])
+    assert rates == {"0.weight_quantizer": {"clip_rate": 0.25}, "0.input_quantizer": {"clip_rate": 0.5}}
+    assert model.training
+    assert not model[0]._forward_pre_hooks
+
+
+def test_a_pass_over_quantizers_fits_the_log(tmp_path):
+    model = quantized()
+    optimizer = torch.optim.SGD(param_groups(model, 0.05), momentum=0.9)
+    fit(model, data, optimizer, epochs=1, steps_per_epoch=4, log=tmp_path / "log.jsonl", quiet=True)
+    row = Log(tmp_path / "log.jsonl").rows()[0]
+    assert set(row["quantizers"]) == {name for name, _ in lsquant.nn.quantizers(model)}
+    assert row["step_lr"] == 0.05

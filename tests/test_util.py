@@ -15,7 +15,7 @@ from lsquant._util.batches import evaluating, model_inputs, run_batch, take
 from lsquant._util.errors import DamagedFile, DiskFull, LsquantError, MissingExtra, MissingFile, UsageError
 from lsquant._util.files import atomic_write, atomic_write_text, json_text, read_json, remove_leftovers, write_json
 from lsquant._util.optional import require
-from lsquant._util.progress import Progress
+from lsquant.training.progress import Progress
 
 
 def test_exit_codes():

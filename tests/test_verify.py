@@ -207,6 +207,16 @@ def test_table_and_dict(trained: Any, exported: Path) -> None:
     assert data["checks"][0]["mismatches"] == 0
 
 
+def test_nan_inputs_are_mismatches(trained: Any, exported: Path) -> None:
+    """The trained model answers NaN; ONNX has no code for it, and the verdict says so."""
+    model, x = trained
+    x = x[:4].clone()
+    x[1, 0, 2, 3] = float("nan")
+    verdict = lsquant.verify(model, exported, [x])
+    assert verdict.level == "weights"
+    assert [check.largest for check in verdict.checks[1:]] == [float("inf")] * 4
+
+
 # ---- files that are no good ----
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lsquant._util.batches import Forward, evaluating, run_batch, take
@@ -21,19 +21,26 @@ class _Observer:
 
     def __init__(self, name: str, quantizer: Quantizer) -> None:
         self.name, self.quantizer = name, quantizer
-        self.summary, self.sum, self.features = ValueSummary(), 0.0, 0
+        self.summaries, self.features = [ValueSummary() for _ in range(quantizer.step.numel())], 0
 
     def take(self, x: Tensor, features: int) -> None:
         if not x.numel():
             raise UsageError(f"calibrate: {self.name!r} got an empty batch of shape {tuple(x.shape)}")
         try:
-            self.summary.add(x)
+            self.quantizer.summarize(x, self.summaries)
         except UsageError as error:
             raise UsageError(
                 f"calibrate: at {self.name!r} {error}; clean the data, or look at the layer before"
             ) from error
-        self.sum += float(x.detach().double().abs().sum())
         self.features = self.features or features
+
+    def initialized(self, method: Method) -> Quantizer:
+        """A copy of the quantizer with N and step set.  Raises: UsageError where there is none."""
+        ready = copy.deepcopy(self.quantizer)
+        if not ready.samples_share:
+            ready.set_count(self.features)
+        ready.initialize_from(self.summaries, method)
+        return ready
 
 
 def calibrate(
@@ -55,13 +62,16 @@ def calibrate(
     """
     if not any(True for _ in quantizers(model)):
         raise UsageError("calibrate: the model has no quantizers; call lsquant.prepare(model, recipe) first")
+    if method not in ("mse", "paper"):
+        raise UsageError(f"calibrate: method={method!r}; use 'mse' or 'paper'")
     observers: dict[Quantizer, _Observer] = {}
     order: dict[nn.Module, None] = {}
     hooks = []
     owned: set[Quantizer] = set()
+    # everything is computed before anything is changed: (quantizer, a copy of it that is set)
+    found = [(q, _weight_step(layer, q)) for layer, q in _unset_weights(model)]
     for name, layer in quantized_layers(model):
         owned.update(q for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None)
-        _reset_weight(layer)
         if layer.input_quantizer is not None:
             seen = observers.setdefault(layer.input_quantizer, _Observer(name, layer.input_quantizer))
             hooks.append(layer.register_forward_pre_hook(_watch_layer(seen), with_kwargs=True))
@@ -81,11 +91,9 @@ def calibrate(
             hook.remove()
     _check_order(model, list(order))
     _check_seen(model, observers)
-    for seen in observers.values():
-        mean = seen.sum / seen.summary.total
-        if not seen.quantizer.samples_share:
-            seen.quantizer.set_count(seen.features)
-        seen.quantizer.initialize_from(seen.summary, method, mean)
+    found += [(seen.quantizer, seen.initialized(method)) for seen in observers.values()]
+    for quantizer, ready in found:
+        quantizer.adopt(ready)
 
 
 def _watch_layer(seen: _Observer) -> Any:
@@ -100,20 +108,20 @@ def _watch(seen: _Observer) -> Any:
     return lambda module, args: seen.take(args[0], seen.quantizer.samples_share)
 
 
-def _reset_weight(layer: QuantizedLayer) -> None:
-    """A weight step that could not be set at ``prepare`` is set now."""
-    quantizer = layer.weight_quantizer
-    if quantizer is None or quantizer.is_initialized:
-        return
-    if not bool(torch.isfinite(layer.weight).all()):
-        bad = int((~torch.isfinite(layer.weight)).sum())
-        raise UsageError(f"calibrate: {quantizer.name!r}: {bad} weights are NaN or infinite")
-    if not bool(layer.weight.any()):
-        raise UsageError(
-            f"calibrate: {quantizer.name!r}: all weights are zero, no step can be set; load a trained float "
-            "model first, or skip this layer"
-        )
-    layer.initialize_weight_step()
+def _unset_weights(model: nn.Module) -> list[tuple[QuantizedLayer, Quantizer]]:
+    """Layers whose weight step could not be set at ``prepare``."""
+    layers = [(layer, layer.weight_quantizer) for _, layer in quantized_layers(model)]
+    return [(layer, q) for layer, q in layers if q is not None and not q.is_initialized]
+
+
+def _weight_step(layer: QuantizedLayer, quantizer: Quantizer) -> Quantizer:
+    """A copy of the weight's quantizer with its step set.  Raises: UsageError for weights that give none."""
+    ready = copy.deepcopy(quantizer)
+    try:
+        ready.initialize(layer.rows(), "paper")
+    except UsageError as error:
+        raise UsageError(f"calibrate: {error}; is the trained float model loaded?") from error
+    return ready
 
 
 def _check_order(model: nn.Module, order: list[nn.Module]) -> None:
@@ -131,12 +139,12 @@ def _check_order(model: nn.Module, order: list[nn.Module]) -> None:
 
 def _check_seen(model: nn.Module, observers: dict[Quantizer, _Observer]) -> None:
     for seen in observers.values():
-        if not seen.summary.total:
+        if not seen.summaries[0].total:
             raise UsageError(
                 f"calibrate: layer {seen.name!r} was not reached by any batch, its step would be left unset; give "
                 "batches that reach it, or leave it in floating point (skip=)"
             )
-        if seen.summary.low == seen.summary.high == 0.0:
+        if all(s.low == s.high == 0.0 for s in seen.summaries):
             raise UsageError(
                 f"calibrate: all input values of layer {seen.name!r} are zero, no step can be set; check the data and "
                 "the layers before, or leave it in floating point (skip=)"

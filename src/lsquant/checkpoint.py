@@ -2,11 +2,13 @@
 
 Nothing in the file is executed.  The tensors are the state dict; tied tensors are stored once.  Metadata keys:
 ``lsquant.format`` (1), ``lsquant.recipe`` (TOML, one rule per layer), ``lsquant.aliases`` (JSON, second name -> stored
-name), ``lsquant.versions`` (JSON), and whatever the caller adds.
+name), ``lsquant.versions`` (JSON), ``lsquant.checksum`` (of all names, tensors and metadata: no damage is loaded
+unnoticed), and whatever the caller adds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -43,16 +45,30 @@ def save(model: nn.Module, path: Path_, metadata: Mapping[str, str] | None = Non
         key = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride())
         if tensor.numel() and (first := owner.setdefault(key, name)) != name:
             aliases[name] = first
-        else:
-            stored[name] = tensor.detach().contiguous()
+        else:  # a view of another tensor is stored whole, as safetensors wants it
+            part = tensor.untyped_storage().nbytes() != tensor.nbytes
+            stored[name] = tensor.detach().clone() if part else tensor.detach().contiguous()
     ours = {
         "lsquant.format": FORMAT,
         "lsquant.recipe": resolved_recipe(model).to_toml(),
         "lsquant.aliases": json.dumps(aliases),
         "lsquant.versions": json.dumps({"lsquant": VERSION, "torch": torch.__version__}),
     }
+    everything = {**(metadata or {}), **ours}
+    everything["lsquant.checksum"] = _checksum(everything, stored)
     with atomic_write(path) as temporary:
-        save_file(stored, str(temporary), {**(metadata or {}), **ours})
+        save_file(stored, str(temporary), everything)
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """BLAKE2b over metadata (but the checksum), names, types, shapes and contents, in order of names."""
+    digest = hashlib.blake2b(digest_size=16)
+    known = sorted(item for item in metadata.items() if item[0] != "lsquant.checksum")
+    listed = [(name, str(t.dtype), tuple(t.shape)) for name, t in sorted(tensors.items())]
+    digest.update(repr((known, listed)).encode())
+    for name, _, _ in listed:
+        digest.update(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_metadata(path: Path_) -> dict[str, str]:
@@ -78,6 +94,8 @@ def _read(path: Path_, with_tensors: bool) -> tuple[dict[str, str], dict[str, Te
         )
     if version != FORMAT:
         raise UsageError(f"{path} has format {version}; lsquant {VERSION} reads format {FORMAT}: update lsquant")
+    if with_tensors and metadata.get("lsquant.checksum") != _checksum(metadata, tensors):
+        raise DamagedFile(f"{path} is damaged: its checksum does not fit its content")
     return metadata, tensors
 
 

@@ -140,7 +140,7 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
     _check_rules(recipe, model, layers, positions)
     plan = _plan(recipe, layers, positions)
     assumed = {rule.which for rule in recipe.all_rules()} if example_inputs is None else ()
-    for layer, (weight, activation) in plan.items():
+    for layer, (weight, activation) in reversed(plan.items()):  # a shared quantizer bears the first layer's name
         _apply(layer, layers[layer][0], weight, activation, steps)
         if isinstance(layer, QuantizedLayer):
             layer.assumed_position = tuple(p for p in positions.get(layer, ()) if p in assumed)  # type: ignore[assignment]
@@ -150,6 +150,8 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
     for name, module in list(model.named_modules()):
         if both and type(module) in EXACT_TYPES and not EXACT_TYPES[type(module)].unsupported(module):
             module.__class__ = EXACT_TYPES[type(module)]
+        elif not both and type(module) in EXACT_TYPES.values():
+            module.__class__ = float_type(module)  # type: ignore[assignment]
         elif type(module) in STEPPED_TYPES:
             module.__class__ = STEPPED_TYPES[type(module)]
         elif module not in layers and (reason := stays_float(module)):
@@ -224,7 +226,7 @@ def _apply(layer: nn.Module, name: str, weight: QuantSpec | None, activation: Qu
     assert kind is not None
     if weight is not None:
         count, share = weight_steps(
-            kind.rearranged(layer, layer.weight).shape, weight.granularity, weight.group_size, name
+            kind.rearranged(layer, layer.weight).shape, weight.granularity, weight.group_size, name  # type: ignore[arg-type]
         )  # type: ignore[arg-type]
         weight_quantizer = _reuse(old[0], weight, count, steps) or Quantizer(
             weight, (count,), axis=0 if weight.granularity == "channel" else None, count=share

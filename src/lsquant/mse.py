@@ -25,6 +25,7 @@ class ValueSummary:
         self._raw: list[np.ndarray] = []
         self._bins: tuple[np.ndarray, np.ndarray] | None = None  # sorted keys, (3, bins) of n, sum, sum of squares
         self.total = 0
+        self.magnitude = 0.0  # sum of |v|
         self.low, self.high = np.inf, -np.inf
 
     def add(self, x: Tensor) -> None:
@@ -38,6 +39,7 @@ class ValueSummary:
             raise UsageError(f"{bad} of {values.size} values are NaN or infinite")
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.total += values.size
+        self.magnitude += float(np.abs(values).sum(dtype=np.float64))
         self._raw.append(values.copy())
         if self.total > RAW_LIMIT:
             self._compress()

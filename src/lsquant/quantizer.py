@@ -157,44 +157,44 @@ class Quantizer(nn.Module):
             raise UsageError(f"{self._who()}: method={method!r}; use 'mse' or 'paper'")
         if not x.numel():
             raise UsageError(f"{self._who()}: cannot set a step from an empty tensor of shape {tuple(x.shape)}")
-        if not bool(torch.isfinite(x).all()):
-            raise UsageError(
-                f"{self._who()}: cannot set a step, {self._bad(x)} of {x.numel()} values are NaN or infinite"
-            )
+        if bad := int((~torch.isfinite(x)).sum()):
+            raise UsageError(f"{self._who()}: cannot set a step, {bad} of {x.numel()} values are NaN or infinite")
         spec = self.requested.decide(bool((x < 0).any()))
-        if spec.offset:
-            rows = x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).reshape(x.shape[self.axis], -1)
-            rows = rows if spec.group_size is None else x.reshape(-1, spec.group_size)
-            summaries = [mse.ValueSummary() for _ in rows]
-            for summary, row in zip(summaries, rows, strict=True):
-                summary.add(row)
-            self._set_offsets(spec, summaries)
-            return
-        kind = {"axis": self.axis, "group_size": spec.group_size}
-        if method == "mse":
-            step = reference.mse_step(x, spec.q_min, spec.q_max, **kind)
+        if method == "paper" and not spec.offset:
+            kind = {"axis": self.axis, "group_size": spec.group_size}
+            self._set(spec, reference.initial_step(x, spec.q_max, **kind))
         else:
-            step = reference.initial_step(x, spec.q_max, **kind)
-        self._set(spec, step)
+            summaries = [mse.ValueSummary() for _ in range(self.step.numel())]
+            self.summarize(x, summaries)
+            self.initialize_from(summaries, method)
 
-    @staticmethod
-    def _bad(x: Tensor) -> int:
-        return int((~torch.isfinite(x)).sum())
+    def summarize(self, x: Tensor, summaries: list[mse.ValueSummary]) -> None:
+        """Add the values of x to one summary per step.  Raises: UsageError where x has not as many steps."""
+        if self.spec.group_size is not None:
+            rows = x.detach().reshape(-1, self.spec.group_size)
+        else:
+            rows = x.detach().reshape(1, -1) if self.axis is None else x.detach().movedim(self.axis, 0).flatten(1)
+        if len(rows) != len(summaries):
+            raise UsageError(
+                f"{self._who()}: its step has shape {tuple(self.step.shape)}, values of shape {tuple(x.shape)} "
+                f"need {len(rows)}"
+            )
+        for summary, row in zip(summaries, rows, strict=True):
+            summary.add(row)
 
     @torch.no_grad()
-    def initialize_from(self, summary: mse.ValueSummary, method: Method = "mse", mean: float = 0.0) -> None:
-        """As ``initialize`` for one step, from a stream of values.  mean: of |v|, for the paper's rule."""
-        spec = self.requested.decide(summary.low < 0)
+    def initialize_from(self, summaries: list[mse.ValueSummary], method: Method = "mse") -> None:
+        """As ``initialize``, from one summary of a stream of values per step."""
+        spec = self.requested.decide(any(s.low < 0 for s in summaries))
+        bounds = (spec.q_min, spec.q_max)
         if spec.offset:
-            self._set_offsets(spec, [summary])
+            found = torch.tensor([mse.best_step_and_offset(s, *bounds) for s in summaries])
+            self._set(spec, found[:, 0].clone(), found[:, 1])
         elif method == "mse":
-            self._set(spec, torch.tensor([mse.best_step(summary, spec.q_min, spec.q_max)]))
+            self._set(spec, torch.tensor([mse.best_step(s, *bounds) for s in summaries]))
         else:
-            self._set(spec, torch.tensor([2.0 * mean / spec.q_max**0.5], dtype=torch.float64))
-
-    def _set_offsets(self, spec: QuantSpec, summaries: list[mse.ValueSummary]) -> None:
-        found = [mse.best_step_and_offset(s, spec.q_min, spec.q_max) for s in summaries]
-        self._set(spec, torch.tensor([step for step, _ in found]), torch.tensor([offset for _, offset in found]))
+            means = torch.tensor([s.magnitude / s.total for s in summaries], dtype=torch.float64)
+            self._set(spec, 2.0 * means / spec.q_max**0.5)
 
     def _set(self, spec: QuantSpec, step: Tensor, offset: Tensor | None = None) -> None:
         step = step.to(self.step.device, torch.float32)
@@ -224,6 +224,13 @@ class Quantizer(nn.Module):
         """Freeze N, the elements of one sample that share a step."""
         self.count.fill_(count)
         self._count = count
+
+    @torch.no_grad()
+    def adopt(self, other: Quantizer) -> None:
+        """Take N, sign, step and offset from an initialised quantizer of the same specification."""
+        self.set_count(other.samples_share)
+        self._set(other.spec, other.step.detach().clone(), other.offset)
+        self.filled_steps = other.filled_steps
 
     def forget(self) -> None:
         """Mark the step as not set; the parameter object stays."""

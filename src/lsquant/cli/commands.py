@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from lsquant._util.environment import environment
 from lsquant._util.errors import DamagedFile, LsquantError, MissingFile, UsageError
 from lsquant._util.files import read_json, write_json
 from lsquant._version import __version__
 from lsquant.cli import own
 from lsquant.diagnostics import check, collect
+from lsquant.diagnostics.environment import environment
 from lsquant.export import export_onnx
 from lsquant.recipe import Recipe
 from lsquant.report.figure import draw_figures
 from lsquant.report.page import Report, with_balance, write_page
-from lsquant.tasks import Run, Settings, get_task, open_run, resume_training, run_training
+from lsquant.tasks import Run, get_task, open_run, resume_training, run_training
 from lsquant.training import Log
 from lsquant.verification import verify
 
@@ -59,7 +59,7 @@ def train(a: Namespace) -> Outcome:
     return {"run": str(a.out), **metrics}, _table(_results(metrics)), True
 
 
-_SETTINGS = ("seed", "batch_size", "float_epochs", "epochs", "lr", "step_lr", "distill")
+_SETTINGS = ("seed", "batch_size", "float_epochs", "epochs", "lr", "step_lr", "distill", "threads")
 
 
 def _recipe(a: Namespace) -> Recipe:
@@ -198,8 +198,9 @@ def _files(run: Run) -> Iterable[Path]:
 
 def _train_command(run: Run) -> str:
     """The command that repeats a run made by a preset; a recipe file otherwise."""
-    changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(Settings(), k)}
-    options = " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in changed.items())
+    changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(run.task.settings, k)}
+    names = {k: f"--{'no-' if v is False else ''}{k.replace('_', '-')}" for k, v in changed.items()}
+    options = " ".join(names[k] + ("" if isinstance(v, bool) else f" {v}") for k, v in changed.items())
     return f"lsquant train {run.config()['task']} --recipe {run.file('recipe.toml')} --out DIR {options}".rstrip()
 
 

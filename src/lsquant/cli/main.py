@@ -105,7 +105,8 @@ def _train(sub: argparse.ArgumentParser) -> None:
     _bits(sub)
     sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) instead of float training")
     sub.add_argument("--checkpoint-every", type=int, metavar="N", help="also write a checkpoint every N iterations")
-    sub.add_argument("--distill", action="store_true", default=None, help="train against the float network as well")
+    boolean = argparse.BooleanOptionalAction
+    sub.add_argument("--distill", action=boolean, default=None, help="train against the float network as well")
     numbers = {
         "epochs": "epochs at low bits",
         "float-epochs": "epochs of the float network",

@@ -16,8 +16,6 @@ from lsquant import calibration, checkpoint
 from lsquant._util.batches import model_inputs, take
 from lsquant._util.errors import MissingFile, UsageError
 from lsquant._util.files import write_json
-from lsquant._util.progress import message
-from lsquant._util.seeds import seed_everything
 from lsquant.convert import prepare
 from lsquant.diagnostics import Finding
 from lsquant.diagnostics.checks import SEVERITIES
@@ -26,6 +24,8 @@ from lsquant.recipe import Recipe
 from lsquant.report.page import write_report
 from lsquant.tasks import is_run, load_float
 from lsquant.tasks.loading import call, load_object
+from lsquant.training.progress import message
+from lsquant.training.seeds import seed_everything
 from lsquant.verification import verify
 
 Outcome = tuple[dict[str, Any], str, bool]

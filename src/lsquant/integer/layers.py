@@ -174,6 +174,9 @@ class IntegerConv2d(IntegerLayer):
         """The zero padding that remains to be done by the convolution itself."""
         return self.padding if self.padding_mode == "zeros" else (0, 0, 0, 0)
 
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) if input.dim() == 4 else super().forward(input.unsqueeze(0)).squeeze(0)
+
     def before(self, x: Tensor) -> Tensor:
         if self.padding_mode == "zeros":
             return x
@@ -207,15 +210,18 @@ class IntegerConv2d(IntegerLayer):
 
 
 class IntegerBatchNorm(nn.Module):
-    """BatchNorm in eval mode, ``fl(fl(x * alpha) + beta)``.  alpha, beta: (C, 1, 1) float32."""
+    """BatchNorm in eval mode, ``fl(fl(x * alpha) + beta)``.  alpha, beta: (C, 1, ...) float32, ``dims`` ones."""
 
     alpha: Tensor
     beta: Tensor
 
-    def __init__(self, alpha: Tensor, beta: Tensor) -> None:
+    def __init__(self, alpha: Tensor, beta: Tensor, dims: int) -> None:
         super().__init__()
-        self.register_buffer("alpha", alpha.detach().reshape(-1, 1, 1).clone())
-        self.register_buffer("beta", beta.detach().reshape(-1, 1, 1).clone())
+        self.register_buffer("alpha", alpha.detach().reshape(-1, *[1] * dims).clone())
+        self.register_buffer("beta", beta.detach().reshape(-1, *[1] * dims).clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.alpha + self.beta
+        alpha, beta = self.alpha, self.beta
+        if x.dim() == alpha.dim():  # BatchNorm1d of (batch, C)
+            alpha, beta = alpha.squeeze(-1), beta.squeeze(-1)
+        return x * alpha + beta

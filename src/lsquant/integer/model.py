@@ -26,8 +26,8 @@ def integer_model(model: nn.Module) -> nn.Module:
         memo[id(layer)] = freeze_layer(name, layer)
         owned |= {layer.weight_quantizer, layer.input_quantizer}
     for name, module in model.named_modules():
-        if isinstance(module, lsq_nn.ExactBatchNorm2d):
-            memo[id(module)] = IntegerBatchNorm(*module.affine_constants())
+        if isinstance(module, lsq_nn.ExactBatchNorm):
+            memo[id(module)] = IntegerBatchNorm(*module.affine_constants(), module.dims)
         elif isinstance(module, Quantizer) and module not in owned:
             memo[id(module)] = freeze_quantizer(name, module)
     return copy.deepcopy(model, memo).eval()

@@ -38,13 +38,13 @@ class QuantizedLayer(nn.Module):
         self.initialize_weight_step()
 
     def initialize_weight_step(self, again: bool = False) -> None:
-        """Set the weight's step by the paper's rule; an all-zero or unset weight stays uninitialised."""
+        """Set the weight's step by the paper's rule; with an all-zero or unset weight it stays uninitialised."""
         quantizer = self.weight_quantizer
         if quantizer is None or (quantizer.is_initialized and not again) or self.weight.is_meta:
             return
-        if bool(torch.isfinite(self.weight).all()) and bool(self.weight.any()):
+        try:
             quantizer.initialize(self.rows(), "paper")
-        else:
+        except UsageError:
             quantizer.forget()
 
     def detach_quantizers(self) -> None:

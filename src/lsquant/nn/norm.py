@@ -14,6 +14,8 @@ class ExactBatchNorm(nn.modules.batchnorm._BatchNorm):
     PyTorch's own eval kernel uses a fused multiply-add, which ONNX Runtime does not.  Training mode is unchanged.
     """
 
+    dims: int  # spatial dimensions of the input
+
     def affine_constants(self) -> tuple[Tensor, Tensor]:
         """``alpha = gamma / sqrt(var + eps)``, ``beta - mean * alpha``, both (C,) float32; differentiable."""
         if self.running_mean is None or self.running_var is None:
@@ -37,16 +39,16 @@ class ExactBatchNorm(nn.modules.batchnorm._BatchNorm):
 class ExactBatchNorm1d(ExactBatchNorm, nn.BatchNorm1d):
     """``nn.BatchNorm1d`` with an exact eval mode.  x: (batch, C) or (batch, C, length)."""
 
-    float_type = nn.BatchNorm1d
+    float_type, dims = nn.BatchNorm1d, 1
 
 
 class ExactBatchNorm2d(ExactBatchNorm, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` with an exact eval mode.  x: (batch, C, height, width)."""
 
-    float_type = nn.BatchNorm2d
+    float_type, dims = nn.BatchNorm2d, 2
 
 
 class ExactBatchNorm3d(ExactBatchNorm, nn.BatchNorm3d):
     """``nn.BatchNorm3d`` with an exact eval mode.  x: (batch, C, *three)."""
 
-    float_type = nn.BatchNorm3d
+    float_type, dims = nn.BatchNorm3d, 3

@@ -7,6 +7,7 @@ take the arguments of ``_INPUT`` and ``_WEIGHT``, a bias and a group size; ``con
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,7 @@ from torch import Tensor
 from lsquant import reference
 from lsquant._util.errors import UsageError
 from lsquant.kernels import engine
-from lsquant.ops import registration
-from lsquant.ops.registration import custom_op, laid_out_like, memory_format
+from lsquant.ops.registration import Op, laid_out_like, memory_format
 from lsquant.ops.sums import arranged, convolution_of_codes, linear_of_codes
 
 
@@ -104,46 +104,40 @@ def _fake_backward(grad: Tensor, x_args: Sequence[Any], w_args: Sequence[Any], g
     return *by_x, grad_b, torch.empty_like(weight), torch.empty_like(w_step), w_step.new_empty(weight.shape[0])
 
 
-_linear = custom_op(
-    "lsquant::linear",
-    lambda *a: _forward(a[:6], a[6:11], a[11], a[12], (), a[13]),
-    mutates_args=(),
-    schema=f"({_INPUT}, {_WEIGHT}, Tensor? bias, int? group_size, ScalarType? out_dtype) -> Tensor",
-)
-_linear_backward = custom_op(
-    "lsquant::linear_backward",
-    lambda grad, *a: _backward(grad, a[:6], a[6:11], a[11], (), a[12]),
-    mutates_args=(),
-    schema=f"(Tensor grad, {_INPUT}, {_WEIGHT}, int? group_size, bool need_x) -> {_GRADIENTS}",
-)
-_convolution = custom_op(
-    "lsquant::convolution",
-    lambda *a: _forward(a[:6], a[6:11], a[11], a[12], a[13:19], a[19]),
-    mutates_args=(),
-    schema=f"({_INPUT}, {_WEIGHT}, Tensor? bias, int? group_size{_CONV}, ScalarType? out_dtype) -> Tensor",
-)
-_convolution_backward = custom_op(
-    "lsquant::convolution_backward",
-    lambda grad, *a: _backward(grad, a[:6], a[6:11], a[11], a[12:18], a[18]),
-    mutates_args=(),
-    schema=f"(Tensor grad, {_INPUT}, {_WEIGHT}, int? group_size{_CONV}, bool need_x) -> {_GRADIENTS}",
-)
-
-
-@_linear.register_fake
-def _(*a: Any) -> Tensor:
+def _fake_linear(*a: Any) -> Tensor:
     return a[0].new_empty((*a[0].shape[:-1], a[6].shape[0]), dtype=a[13] or a[0].dtype)
 
 
-@_convolution.register_fake
-def _(*a: Any) -> Tensor:
+def _fake_convolution(*a: Any) -> Tensor:
     x, weight = (t.to("meta", torch.float32) for t in (a[0], a[6]))
     shape = torch.convolution(x, arranged(weight, a[13:19]), None, *a[13:19]).shape
     return torch.empty(shape, dtype=a[19] or a[0].dtype, device=a[0].device, memory_format=memory_format(a[0]))
 
 
-_linear_backward.register_fake(lambda grad, *a: _fake_backward(grad, a[:6], a[6:11], a[11], (), a[12]))
-_convolution_backward.register_fake(lambda grad, *a: _fake_backward(grad, a[:6], a[6:11], a[11], a[12:18], a[18]))
+_linear = Op(
+    "linear",
+    f"({_INPUT}, {_WEIGHT}, Tensor? bias, int? group_size, ScalarType? out_dtype) -> Tensor",
+    lambda *a: _forward(a[:6], a[6:11], a[11], a[12], (), a[13]),
+    _fake_linear,
+)
+_linear_backward = Op(
+    "linear_backward",
+    f"(Tensor grad, {_INPUT}, {_WEIGHT}, int? group_size, bool need_x) -> {_GRADIENTS}",
+    lambda grad, *a: _backward(grad, a[:6], a[6:11], a[11], (), a[12]),
+    lambda grad, *a: _fake_backward(grad, a[:6], a[6:11], a[11], (), a[12]),
+)
+_convolution = Op(
+    "convolution",
+    f"({_INPUT}, {_WEIGHT}, Tensor? bias, int? group_size{_CONV}, ScalarType? out_dtype) -> Tensor",
+    lambda *a: _forward(a[:6], a[6:11], a[11], a[12], a[13:19], a[19]),
+    _fake_convolution,
+)
+_convolution_backward = Op(
+    "convolution_backward",
+    f"(Tensor grad, {_INPUT}, {_WEIGHT}, int? group_size{_CONV}, bool need_x) -> {_GRADIENTS}",
+    lambda grad, *a: _backward(grad, a[:6], a[6:11], a[11], a[12:18], a[18]),
+    lambda grad, *a: _fake_backward(grad, a[:6], a[6:11], a[11], a[12:18], a[18]),
+)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -163,14 +157,10 @@ def _differentiate(ctx: Any, grad: Tensor, backward: Any) -> Any:
     return *by_x, None, None, None, gw, gws, None, None, None, by_bias, *([None] * (len(ctx.rest) + 1))
 
 
-_linear.register_autograd(lambda ctx, grad: _differentiate(ctx, grad, _linear_backward), setup_context=_setup)
-_convolution.register_autograd(
-    lambda ctx, grad: _differentiate(ctx, grad, _convolution_backward), setup_context=_setup
-)  # fmt: skip
-registration.refuse_second_derivative(_linear_backward)
-registration.refuse_second_derivative(_convolution_backward)
-registration.register_autocast("linear", lambda dtype: lambda *args: _linear(*args[:-1], dtype))
-registration.register_autocast("convolution", lambda dtype: lambda *args: _convolution(*args[:-1], dtype))
+for _op, _back in ((_linear, _linear_backward), (_convolution, _convolution_backward)):
+    _op.differentiate(partial(_differentiate, backward=_back), _setup)
+    _op.under_autocast(lambda args, dtype: (*args[:-1], dtype))
+    _back.refuse_derivative()
 
 
 def _flat(x_grid: Grid, x: Tensor, w_grid: Grid, weight: Tensor) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lsquant._util.errors import UsageError
 from lsquant.kernels import engine
-from lsquant.ops.registration import custom_op, laid_out_like, refuse_second_derivative, register_autocast
+from lsquant.ops.registration import Op, laid_out_like
 
 _ARGUMENTS = (
     "Tensor x, Tensor step, int q_min, int q_max, float gradient_scale, int? axis, int? group_size, "
@@ -26,33 +26,24 @@ def _rest(
     return (zero_point if zero_point is not None else fixed_zero or None), offset
 
 
-@custom_op("lsquant::fake_quantize", mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor")
 def _forward(x, step, q_min, q_max, _, axis, group_size, *zero):  # type: ignore[no-untyped-def]
     return laid_out_like(engine().quantize(x, step, q_min, q_max, axis, group_size, *_rest(*zero)), x)
 
 
-@_forward.register_fake
-def _(x: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(x)
-
-
-@custom_op(
-    "lsquant::fake_quantize_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-)
 def _backward(grad, x, step, q_min, q_max, scale, axis, group_size, *zero):  # type: ignore[no-untyped-def]
     kind = (axis, group_size, *_rest(*zero))
     grad_x, grad_step, grad_offset = engine().quantize_backward(grad, x, step, q_min, q_max, scale, *kind)
     return laid_out_like(grad_x, x), grad_step, step.new_empty(0) if grad_offset is None else grad_offset
 
 
-@_backward.register_fake
-def _(grad: Tensor, x: Tensor, step: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_backward(grad: Tensor, x: Tensor, step: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(step), step.new_empty(0) if rest[-1] is None else step.clone()
 
 
-refuse_second_derivative(_backward)
+_op = Op("fake_quantize", f"({_ARGUMENTS}) -> Tensor", _forward, lambda x, *rest: torch.empty_like(x))
+_backward_op = Op(
+    "fake_quantize_backward", f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward
+)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -65,12 +56,13 @@ def _differentiate(ctx: Any, grad: Tensor) -> Any:
     x, step, *small = ctx.saved_tensors
     zero_point = small.pop(0) if ctx.kinds[0] else None
     offset = small.pop(0) if ctx.kinds[1] else None
-    grad_x, grad_step, grad_offset = _backward(grad, x, step, *ctx.numbers, zero_point, offset)
+    grad_x, grad_step, grad_offset = _backward_op(grad, x, step, *ctx.numbers, zero_point, offset)
     return grad_x, grad_step, None, None, None, None, None, None, None, None if offset is None else grad_offset
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup)
-register_autocast("fake_quantize", lambda dtype: _forward)
+_op.differentiate(_differentiate, _setup)
+_op.under_autocast(lambda args, dtype: args)
+_backward_op.refuse_derivative()
 
 
 def fake_quantize(
@@ -107,4 +99,4 @@ def fake_quantize(
     tensor = zero_point if isinstance(zero_point, Tensor) else None
     if offset is not None and zero_point is not None:
         raise UsageError("fake_quantize: give zero_point (a fixed integer) or offset (learned, LSQ+), not both")
-    return _forward(x, step, q_min, q_max, gradient_scale, axis, group_size, fixed, tensor, offset)
+    return _op(x, step, q_min, q_max, gradient_scale, axis, group_size, fixed, tensor, offset)

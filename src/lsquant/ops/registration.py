@@ -1,4 +1,4 @@
-"""What every op of the library needs from torch: no second derivative, autocast, outputs laid out as promised."""
+"""What every op of the library needs from torch: registration, no second derivative, autocast, outputs laid out."""
 
 from __future__ import annotations
 
@@ -8,32 +8,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-custom_op: Any = torch.library.custom_op
 _LIBRARY = torch.library.Library("lsquant", "FRAGMENT")
 
 
-def refuse_second_derivative(op: Any) -> None:
-    """Make differentiating a backward op an error that says what to do."""
+class Op:
+    """An op ``lsquant::name``, opaque to torch.compile and torch.export.
 
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(
-            "lsquant defines no second derivative: round() has none. Call backward() without create_graph=True, "
-            "or switch the quantizers off with lsquant.disabled(model)"
-        )
+    Registered on torch's dispatcher directly: the first call of a ``torch.library.custom_op`` imports all of
+    torch._dynamo.  function: computes it, returning fresh tensors; fake: the same for shapes only.
+    """
 
-    op.register_autograd(backward)
+    def __init__(self, name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        self.name = name
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"lsquant::{name}", fake, lib=_LIBRARY)
+        self._call = getattr(torch.ops.lsquant, name).default
 
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
 
-def register_autocast(name: str, call: Callable[[torch.dtype], Callable[..., Any]]) -> None:
-    """Run the op ``name`` with autocast off inside; ``call(dtype)`` gives the function for autocast's dtype."""
-    for device in ("cpu", "cuda"):
+    def differentiate(self, backward: Callable[..., Any], setup: Callable[..., Any]) -> None:
+        """Register the derivative; see ``torch.library.register_autograd``."""
+        torch.library.register_autograd(f"lsquant::{self.name}", backward, setup_context=setup, lib=_LIBRARY)
 
-        def kernel(*args: Any, device: str = device) -> Any:
-            function = call(torch.get_autocast_dtype(device))
-            with torch.autocast(device, enabled=False):
-                return function(*args)
+    def refuse_derivative(self) -> None:
+        """For a backward op: make differentiating it an error that says what to do."""
 
-        _LIBRARY.impl(name, kernel, "Autocast" + device.upper())
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise RuntimeError(
+                "lsquant defines no second derivative: round() has none. Call backward() without create_graph=True, "
+                "or switch the quantizers off with lsquant.disabled(model)"
+            )
+
+        self.differentiate(backward, lambda ctx, inputs, output: None)
+
+    def under_autocast(self, adapt: Callable[[tuple[Any, ...], torch.dtype], tuple[Any, ...]]) -> None:
+        """Run with autocast off inside; ``adapt(args, autocast's dtype)`` gives the arguments."""
+        for device in ("cpu", "cuda"):
+
+            def kernel(*args: Any, device: str = device) -> Any:
+                adapted = adapt(args, torch.get_autocast_dtype(device))
+                with torch.autocast(device, enabled=False):
+                    return self(*adapted)
+
+            _LIBRARY.impl(self.name, kernel, "Autocast" + device.upper())
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -12,10 +12,10 @@ from typing import Any
 from torch import nn
 
 from lsquant._util.batches import Forward
-from lsquant._util.environment import environment
 from lsquant._util.files import atomic_write_text
 from lsquant.convert import resolved_recipe
 from lsquant.diagnostics import QuantizerFacts, collect
+from lsquant.diagnostics.environment import environment
 
 Rows = Sequence[Sequence[Any]]
 

@@ -23,11 +23,11 @@ from typing import Any
 from torch import nn
 
 from lsquant import checkpoint
-from lsquant._util.environment import environment
 from lsquant._util.errors import DamagedFile, MissingFile, UsageError
 from lsquant._util.files import atomic_write_text, remove_leftovers, write_json
 from lsquant._util.toml import to_toml
 from lsquant._version import __version__
+from lsquant.diagnostics.environment import environment
 from lsquant.recipe import Recipe
 from lsquant.tasks.protocol import Settings, Task
 from lsquant.tasks.registry import get_task
@@ -158,13 +158,11 @@ def _clear(path: Path) -> None:
 
 
 def _check_same(run: Run, old: Run) -> None:
-    new, found = run.config() | {"recipe": run.recipe}, old.config() | {"recipe": old.recipe}
-    settings, found_settings = new.pop("settings"), found.pop("settings")
+    def flat(what: Run) -> dict[str, Any]:
+        config = what.config()
+        return {"recipe": what.recipe, **config.pop("settings"), **config}
+
+    new, found = flat(run), flat(old)
     different = [f"{key} was {found[key]!r}, not {value!r}" for key, value in new.items() if found[key] != value]
-    different += [
-        f"{key} was {found_settings[key]!r}, not {value!r}"
-        for key, value in settings.items()
-        if found_settings[key] != value
-    ]
     if different:
         raise UsageError(f"{run.path} is another run ({'; '.join(different)}): resume it as it was, or --overwrite it")

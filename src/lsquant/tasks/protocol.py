@@ -20,7 +20,8 @@ class Settings:
 
     The float phase is left out when a float checkpoint is given. Learning rates fall to zero along a cosine;
     `step_lr` None means `lr`; `warmup` counts iterations; `distill` trains against the float network as well;
-    `calibration_batches`: how many batches set the activation steps.
+    `calibration_batches`: how many batches set the activation steps; `threads`: a run's bits depend on it, None takes
+    torch's present number.
     """
 
     seed: int = 0
@@ -38,11 +39,14 @@ class Settings:
     distill: bool = False
     clip_norm: float | None = None
     calibration_batches: int = 32
+    threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("float_epochs", 0), ("epochs", 0), ("calibration_batches", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name}={getattr(self, name)}: it must be at least {least}")
+        least = {"batch_size": 1, "float_epochs": 0, "epochs": 0, "calibration_batches": 1, "threads": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UsageError(f"{name}={value}: it must be at least {low}")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

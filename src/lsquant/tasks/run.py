@@ -15,22 +15,17 @@ from torch import nn
 from lsquant import checkpoint
 from lsquant._util.errors import DamagedFile, MissingFile, UsageError
 from lsquant._util.files import read_json, write_json
-from lsquant._util.progress import message
-from lsquant._util.seeds import seed_everything
 from lsquant.calibration import calibrate
 from lsquant.convert import prepare
 from lsquant.tasks.directory import FORMAT, Run, open_run, start_run
 from lsquant.training import CosineSchedule, Fitted, Log, clip_rates, fit, load_state, param_groups, save_state
+from lsquant.training.progress import message
+from lsquant.training.seeds import seed_everything
 from lsquant.training.state import load_model_state, model_state
 
 
 def run_training(
-    run: Run,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    checkpoint_every: int | None = None,
-    quiet: bool = False,
+    run: Run, *, resume: bool = False, overwrite: bool = False, checkpoint_every: int | None = None, quiet: bool = False
 ) -> dict[str, Any]:
     """Train the task of `run` in the directory `run.path` and return the content of metrics.json.
 
@@ -44,6 +39,15 @@ def run_training(
     start_run(run, resume=resume, overwrite=overwrite)
     if run.file("metrics.json").is_file():
         return read_json(run.file("metrics.json"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(run.settings.threads or before)
+    try:
+        return _train(run, checkpoint_every, quiet)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _train(run: Run, checkpoint_every: int | None, quiet: bool) -> dict[str, Any]:
     task, settings, example = run.task, run.settings, run.task.example_input()
     log, seconds = Log(run.file("log.jsonl")), {}
 

@@ -9,41 +9,45 @@ import torch
 from torch import nn
 
 from lsquant._util.batches import evaluating, run_batch, take
-from lsquant.nn import quantized_layers
+from lsquant.diagnostics import balance
+from lsquant.nn import QuantizedLayer, quantized_layers, quantizers
 from lsquant.quantizer import Quantizer
-from lsquant.reference import step_balance, step_view
+from lsquant.reference import step_view
 
 
 def quantizer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
     """For every quantizer by name, e.g. "conv1.weight_quantizer":
 
     step:    the guarded step (the median if there are several; then step_min and step_max as well)
-    R:       the median of (|dL/ds| / s) / (||dL/dw|| / ||w||) with the gradients that are there now; None without
+    R:       the median of (|dL/ds| / s) / (||dL/dw|| / ||w||) with the gradients that are there now; None without, and
+             for a quantizer that stands alone
     guarded: how many guarded steps the training forwards have met since the model was built
 
     Values are read from the device here: call it once an epoch, not in every iteration.
     """
-    facts: dict[str, dict[str, Any]] = {}
-    for name, layer in quantized_layers(model):
-        for kind in ("weight_quantizer", "input_quantizer"):
-            quantizer = getattr(layer, kind)
+    owners = _owners(model)
+    return {name: _facts(quantizer, owners.get(quantizer)) for name, quantizer in quantizers(model)}
+
+
+def _owners(model: nn.Module) -> dict[Quantizer, QuantizedLayer]:
+    """The layer whose weight R is taken against; for a shared weight the first one."""
+    owners: dict[Quantizer, QuantizedLayer] = {}
+    for _, layer in quantized_layers(model):
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             if quantizer is not None:
-                facts[f"{name}.{kind}" if name else kind] = _facts(layer, quantizer, kind == "weight_quantizer")
-    return facts
+                owners.setdefault(quantizer, layer)
+    return owners
 
 
 @torch.no_grad()
-def _facts(layer: nn.Module, quantizer: Quantizer, is_weight: bool) -> dict[str, Any]:
+def _facts(quantizer: Quantizer, layer: QuantizedLayer | None) -> dict[str, Any]:
     step = quantizer.effective_step().detach()
     facts: dict[str, Any] = {"step": float(step.median())}
     if step.numel() > 1:
         facts |= {"step_min": float(step.min()), "step_max": float(step.max())}
-    weight, grads = layer.weight, (layer.weight.grad, quantizer.step.grad)
-    facts["R"] = None
-    if grads[0] is not None and grads[1] is not None:
-        layout = {"axis": quantizer.axis, "group_size": quantizer.spec.group_size} if is_weight else {}
-        facts["R"] = float(step_balance(weight, grads[0], step, grads[1], **layout).median())
-    facts["guarded"] = int(quantizer.guarded)
+    facts |= {"R": None, "guarded": int(quantizer.guarded)}
+    if layer is not None:
+        facts["R"] = balance(layer, "weight" if quantizer is layer.weight_quantizer else "input")
     return facts
 
 
@@ -58,19 +62,21 @@ def clip_rates(
 
     Weights are looked at as they are, inputs in eval mode over the first `max_batches` batches.
     """
+    owners = _owners(model)
     counts: dict[str, list[torch.Tensor]] = {}
     handles = []
-    for name, layer in quantized_layers(model):
-        prefix = f"{name}." if name else ""
-        if layer.weight_quantizer is not None:
-            counts[f"{prefix}weight_quantizer"] = [_clipped(layer.weight_quantizer, layer.weight)]
-        if layer.input_quantizer is not None:
-            found = counts[f"{prefix}input_quantizer"] = []
+    for name, quantizer in quantizers(model):
+        found: list[torch.Tensor] = []
+        counts[name] = found
+        layer = owners.get(quantizer)
+        if layer is not None and quantizer is layer.weight_quantizer:
+            found.append(_clipped(quantizer, layer.rows()))
+            continue
 
-            def look(module: nn.Module, args: tuple[Any, ...], found: list[torch.Tensor] = found) -> None:
-                found.append(_clipped(module.input_quantizer, args[0]))  # pyright: ignore[reportArgumentType]
+        def look(_: nn.Module, args: Any, q: Quantizer = quantizer, found: list[torch.Tensor] = found) -> None:
+            found.append(_clipped(q, args[0]))
 
-            handles.append(layer.register_forward_pre_hook(look))
+        handles.append((quantizer if layer is None else layer).register_forward_pre_hook(look))
     try:
         if handles:
             with evaluating(model):

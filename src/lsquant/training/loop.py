@@ -16,12 +16,12 @@ from torch import nn
 
 from lsquant._util.batches import run_batch
 from lsquant._util.errors import LsquantError, UsageError
-from lsquant._util.progress import Progress, message
-from lsquant._util.seeds import rng_state, set_rng_state
 from lsquant.training.distillation import classification_loss
 from lsquant.training.facts import quantizer_facts
 from lsquant.training.log import Log
+from lsquant.training.progress import Progress, message
 from lsquant.training.schedule import CosineSchedule
+from lsquant.training.seeds import rng_state, set_rng_state
 from lsquant.training.state import load_model_state, load_state, model_state, save_state
 
 Loss = Callable[[Any, Any, Any], torch.Tensor]

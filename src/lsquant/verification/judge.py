@@ -113,13 +113,13 @@ class _Session:
         alone = self.runner.run_layers(inputs)
         for fact, (codes, y), (want_codes, want) in zip(self.facts, alone, expected, strict=True):
             if codes is not None and want_codes is not None:
-                layer_codes.add(fact.layer, codes.astype(np.int32), want_codes)
+                layer_codes.add(fact.layer, codes.astype(np.float32), want_codes)
             layer_outputs.add(fact.layer, y, want)
         feeds = self._feeds(call, path)
         codes = self.runner.run_codes(feeds)
         for fact, (want_codes, _) in zip(self.facts, expected, strict=True):
             if fact.codes is not None and want_codes is not None:
-                all_codes.add(fact.layer, codes[fact.codes].astype(np.int32), want_codes)
+                all_codes.add(fact.layer, codes[fact.codes].astype(np.float32), want_codes)
         got = self.runner.run(feeds)
         if len(got) != len(call.outputs):
             raise UsageError(f"{path} has {len(got)} outputs, the model {len(call.outputs)}")
@@ -136,9 +136,9 @@ class _Session:
 
 
 def _stored(layer: nn.Module, x: Tensor, fact: Facts) -> np.ndarray | None:
-    """The trained model's codes as the file stores them."""
+    """The trained model's codes as the file stores them, float32 integers; NaN, which no code equals, stays NaN."""
     codes = input_codes(layer, x)
-    return None if codes is None else array(codes).astype(np.int32) + fact.offset
+    return None if codes is None else array(codes) + np.float32(fact.offset)
 
 
 # ---- weights ----

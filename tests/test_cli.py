@@ -1,0 +1,359 @@
+"""The command line: what each command takes, prints and returns; one tiny run from training to report."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lsquant
+from lsquant.cli import commands, main
+from lsquant.cli.main import parser
+from lsquant.tasks import open_run
+
+for package in ("sklearn", "onnx", "onnxruntime", "onnxscript"):
+    pytest.importorskip(package)
+COMMANDS = ("train", "eval", "export", "verify", "report", "figure", "env")
+TINY = ["--float-epochs", "2", "--epochs", "1", "--batch-size", "80", "--threads", "1"]
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def run(*arguments: str | Path) -> Result:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+    assert "\x1b" not in out.getvalue() + err.getvalue()
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def refused(code: int, says: str, *arguments: str | Path) -> None:
+    result = run(*arguments)
+    assert result.code == code, result
+    assert result.out == ""
+    assert re.search(says, result.err), result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Result]]:
+    """The whole line, once: the run directory and what each command gave.  Read only."""
+    path = tmp_path_factory.mktemp("runs") / "digits-w2a2"
+    results = {"train": run("train", "digits", "--bits", "2", "--out", path, *TINY)}
+    for name, *options in (
+        ("eval",), ("eval json", "--json"), ("export",), ("verify", "--json"), ("export qdq", "--profile", "qdq"),
+        ("verify qdq", "--profile", "qdq"), ("report",), ("report json", "--json"),
+    ):  # fmt: skip
+        results[name] = run(name.split()[0], path, *options)
+    return path, results
+
+
+# ---- the line ----
+
+
+def test_train(line):
+    path, results = line
+    train = results["train"]
+    assert train.code == 0
+    metrics = json.loads((path / "metrics.json").read_text())
+    for key in ("float", "rounded", "lsq"):
+        assert f"accuracy {metrics[key]['accuracy']:.2f} %" in train.out
+        assert f"test_loss {metrics[key]['test_loss']:.4f}" in train.out
+    assert metrics["float"]["accuracy"] > 20  # it learns; guessing gives 10
+    assert len(train.out.splitlines()) == 3
+    assert re.search(r"float 2/2 .* 17/17", train.err)  # progress goes to stderr
+    assert re.search(r"lsq 1/1 .* 17/17", train.err)
+    run_ = open_run(path)
+    assert run_.recipe == lsquant.Recipe.preset("w2a2")
+    assert (run_.settings.float_epochs, run_.settings.epochs, run_.settings.batch_size) == (2, 1, 80)
+
+
+def test_eval(line):
+    path, results = line
+    metrics = json.loads((path / "metrics.json").read_text())["lsq"]
+    assert results["eval"].code == results["eval json"].code == 0
+    assert results["eval json"].json == metrics
+    assert results["eval"].out == f"accuracy {metrics['accuracy']:.2f} %, test_loss {metrics['test_loss']:.4f}\n"
+
+
+def test_export_and_verify(line):
+    path, results = line
+    file = path / "export" / "exact.onnx"
+    assert results["export"].code == 0
+    assert results["export"].out == f"{file}: {file.stat().st_size:,} bytes\n"
+    assert results["verify"].code == 0
+    verdict = results["verify"].json
+    assert (verdict["level"], verdict["exact"], verdict["required"], verdict["samples"]) == (
+        "outputs",
+        True,
+        "outputs",
+        500,
+    )
+    assert "exact: equal outputs, bit for bit" in verdict["text"]
+    assert verdict["plain"]["level"] == "outputs"
+    assert json.loads((path / "export" / "exact.verdict.json").read_text()) == verdict
+
+
+def test_verify_fails_where_the_file_is_not_exact_and_require_relaxes_it(line):
+    path, results = line
+    assert results["export qdq"].code == 0
+    level = json.loads((path / "export" / "qdq.verdict.json").read_text())["level"]
+    assert level != "outputs"
+    assert results["verify qdq"].code == 1
+    assert results["verify qdq"].out.endswith("required: outputs\n")
+    assert level in results["verify qdq"].out
+    assert run("verify", path, "--profile", "qdq", "--require", level).code == 0
+
+
+def test_report(line):
+    path, results = line
+    assert results["report"].code == results["report json"].code == 0
+    metrics = json.loads((path / "metrics.json").read_text())
+    out, page = results["report"].out, (path / "report.html").read_text()
+    for key in ("float", "rounded", "lsq"):
+        assert f"accuracy {metrics[key]['accuracy']:.2f} %" in out
+        assert f"accuracy {metrics[key]['accuracy']:.2f} %" in page
+    assert "exact, level outputs" in out
+    assert f"{(path / 'export' / 'exact.onnx').stat().st_size:,} bytes" in out
+    assert str(path / "report.html") in out
+    told = results["report json"].json
+    assert told["metrics"] == metrics
+    assert told["verdicts"]["exact"] == "outputs"
+    assert told["files"]["model.safetensors"] == (path / "model.safetensors").stat().st_size
+    weights = told["files"]["quantized weights in float32"]
+    assert weights == 4 * (9 * 24 + 2 * 9 * 24 * 24 + 9 * 24 * 48 + 480)
+    packed = 9 * 24 + 2 * 9 * 24 * 24 // 4 + 9 * 24 * 48 // 4 + 480 + 5 * 4  # 8 bits first and last, a step each
+    assert told["files"]["the same packed, with steps"] == packed
+
+
+def test_the_page_has_the_numbers_and_loads_nothing(line):
+    path, _ = line
+    page = (path / "report.html").read_text()
+    model = open_run(path).model()
+    for name, q in lsquant.nn.quantizers(model):
+        assert f"<td>{q.effective_step().item():.4g}</td>" in page, name
+    for layer in ("stem", "conv1", "conv2", "conv3", "head"):
+        assert page.count(f"<td>{layer}</td>") == 3  # weight, input, size
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+    facts = [row for row in rows if len(row) == 13]
+    assert len(facts) == 10
+    assert all(row[6] != "" for row in facts)  # R, from the log
+    assert {row[2] for row in facts} == {"2", "8"}
+    assert "exact: equal outputs, bit for bit" in page
+    assert lsquant.__version__ in page
+    assert not re.findall(
+        r"(?i)<(?:script|link|img|iframe|object|embed)|\b(?:src|href)\s*=|url\(|@import|https?:", page
+    )
+
+
+def test_a_report_without_the_other_files_says_what_is_missing(line, tmp_path):
+    path, _ = line
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    (folder / "export").mkdir()
+    for name in ("config.toml", "recipe.toml", "model.safetensors"):
+        (folder / name).write_bytes((path / name).read_bytes())
+    (folder / "env.json").write_text("{")
+    result = run("report", folder, "--out", tmp_path / "page.html")
+    assert result.code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "metrics.json does not exist" in page
+    assert "env.json is not valid JSON" in page
+    assert not (folder / "report.html").exists()
+
+
+# ---- an output that exists ----
+
+
+def test_an_existing_directory(line, tmp_path):
+    path, results = line
+    before = (path / "model.safetensors").read_bytes()
+    refused(2, "--resume .* --overwrite", "train", "digits", "--bits", "2", "--out", path, *TINY)
+    refused(2, "exclude each other", "train", "digits", "--bits", "2", "--out", path, "--resume", "--overwrite", *TINY)
+    refused(2, "recipe was", "train", "digits", "--bits", "3", "--out", path, "--resume", *TINY)
+    again = run("train", "--out", path, "--resume", "--quiet")
+    assert again.code == 0
+    assert again.out == results["train"].out
+    assert again.err == ""
+    assert (path / "model.safetensors").read_bytes() == before
+    (tmp_path / "mine.txt").write_text("x")
+    refused(2, "no run directory", "train", "digits", "--bits", "2", "--out", tmp_path, "--overwrite")
+    assert (tmp_path / "mine.txt").read_text() == "x"
+
+
+def test_train_json_and_quiet(tmp_path):
+    options = ["--float-epochs", "0", "--epochs", "0", "--quiet", "--json", "--seed", "3"]
+    bits = ["--weight-bits", "4", "--activation-bits", "8"]
+    result = run("train", "digits", *bits, "--out", tmp_path / "r", *options)
+    assert result.code == 0
+    assert result.err == ""
+    assert result.json["seed"] == 3
+    assert result.json["run"] == str(tmp_path / "r")
+    assert open_run(tmp_path / "r").recipe == lsquant.Recipe.preset("w4a8")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(lsquant.Recipe(3, None).to_toml())
+    result = run("train", "digits", "--recipe", recipe, "--out", tmp_path / "r", "--overwrite", *options)
+    assert result.code == 0
+    assert open_run(tmp_path / "r").recipe == lsquant.Recipe(3, None)
+
+
+# ---- refusals: one line, the right exit code, nothing written ----
+
+USAGE: dict[str, tuple[str, ...]] = {
+    "bits=1; bits must be": ("train", "digits", "--bits", "1", "--out", "OUT"),
+    "bits=9; bits must be": ("train", "digits", "--bits", "9", "--out", "OUT"),
+    "bits=0; bits must be": ("train", "digits", "--bits", "0", "--out", "OUT"),
+    "bits=1; bits must .*": ("train", "digits", "--weight-bits", "4", "--activation-bits", "1", "--out", "OUT"),
+    "did you mean 'digits'": ("train", "digit", "--bits", "2", "--out", "OUT"),
+    "give --bits N": ("train", "digits", "--out", "OUT"),
+    "give --bits N,": ("train", "digits", "--weight-bits", "2", "--out", "OUT"),
+    "name a task": ("train", "--bits", "2", "--out", "OUT"),
+    "not both": ("train", "digits", "--bits", "2", "--recipe", "r.toml", "--out", "OUT"),
+    "required: --out": ("train", "digits", "--bits", "2"),
+    "epochs=-1": ("train", "digits", "--bits", "2", "--epochs", "-1", "--out", "OUT"),
+    "batch_size=0": ("train", "digits", "--bits", "2", "--batch-size", "0", "--out", "OUT"),
+    "invalid int value: 'two'": ("train", "digits", "--bits", "two", "--out", "OUT"),
+    "--threads 0": ("env", "--threads", "0"),
+    "--device cuda": ("env", "--device", "cuda"),
+    "invalid choice: 'nonsense'": ("nonsense",),
+    "COMMAND": (),
+    "unrecognized arguments: --fast": ("env", "--fast"),
+    "invalid choice: 'none'": ("verify", "OUT", "--require", "none"),
+    "figure.*bits|bits.*2 to 8": ("figure", "--bits", "9", "--out", "OUT"),
+}
+
+
+@pytest.mark.parametrize("says", USAGE)
+def test_usage_errors(says, in_tmp):
+    refused(2, says, *USAGE[says])
+    assert not list(in_tmp.iterdir())
+
+
+MISSING: dict[str, tuple[str, ...]] = {
+    "no run directory": ("eval", "none"),
+    "no run directory:": ("export", "none"),
+    "no run directory: it": ("verify", "none"),
+    "no run directory: it has": ("report", "none"),
+    "no run directory: it has no": ("train", "--resume", "--out", "none"),
+    "recipe r.toml does not exist": ("train", "digits", "--recipe", "r.toml", "--out", "OUT"),
+}
+
+
+@pytest.mark.parametrize("says", MISSING)
+def test_missing_files(says, in_tmp):
+    refused(3, says, *MISSING[says])
+    assert not list(in_tmp.iterdir())
+
+
+def test_what_is_missing_or_damaged_in_a_run(line, tmp_path):
+    path, _ = line
+    refused(3, r"none\.onnx does not exist", "verify", path, "--file", tmp_path / "none.onnx")
+    refused(3, r"lsquant export .* --profile fast", "verify", path, "--profile", "fast")
+    (tmp_path / "bad.onnx").write_bytes((path / "export" / "exact.onnx").read_bytes()[:500])
+    refused(3, r"bad\.onnx", "verify", path, "--file", tmp_path / "bad.onnx")
+    refused(2, "profile|fast", "export", path, "--profile", "fast", "--out", tmp_path / "fast.onnx")
+    refused(3, "folder", "export", path, "--out", tmp_path / "none" / "m.onnx")
+    half = tmp_path / "half"
+    half.mkdir()
+    for name in ("config.toml", "recipe.toml"):
+        (half / name).write_bytes((path / name).read_bytes())
+    refused(3, r"no model\.safetensors: the run is not finished", "eval", half)
+    (half / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-9])
+    refused(3, r"model\.safetensors is damaged", "eval", half)
+    (half / "config.toml").write_text("format = ")
+    refused(3, r"config\.toml", "eval", half)
+    assert not (tmp_path / "fast.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    "package, extra, command",
+    [
+        ("sklearn.datasets", "digits", ("train", "digits", "--bits", "2", "--out", "OUT")),
+        ("onnx", "onnx", ("export", "RUN", "--out", "m.onnx")),
+        ("onnxruntime", "onnx", ("verify", "RUN")),
+        ("matplotlib", "figure", ("figure",)),
+    ],
+)
+def test_a_missing_extra_is_named(package, extra, command, line, in_tmp, monkeypatch):
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    command = [line[0] if part == "RUN" else part for part in command]
+    refused(3, rf"pip install 'lsquant\[{extra}\]'", *command)
+
+
+def test_an_interrupt(monkeypatch):
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "environment", stop)
+    refused(130, "interrupted", "env")
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(commands, "environment", fail)
+    with pytest.raises(ZeroDivisionError):
+        run("env")
+
+
+# ---- help, version, env, figure ----
+
+
+def test_every_command_has_help():
+    top = run("--help")
+    assert top.code == 0
+    for name in COMMANDS:
+        assert re.search(rf"^ +{name} ", top.out, re.MULTILINE)
+        sub = run(name, "--help")
+        assert sub.code == 0
+        for option in ("--json", "--quiet", "--threads", "--device", "--seed"):
+            assert option in sub.out
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c not in ("train", "figure", "env")])
+def test_commands_on_a_run_take_its_path(command):
+    arguments = parser().parse_args([command, "RUN"])
+    assert arguments.path == "RUN"
+    assert (arguments.json, arguments.quiet, arguments.device) == (False, False, "cpu")
+    assert run(command).code == 2
+
+
+def test_env():
+    told = run("env", "--json").json
+    assert told["lsquant"] == lsquant.__version__
+    assert told["packages"]["torch"]
+    text = run("env")
+    assert text.code == 0
+    assert re.search(rf"^lsquant +{re.escape(lsquant.__version__)}$", text.out, re.MULTILINE)
+
+
+def test_version_and_module():
+    assert run("--version") == Result(0, f"lsquant {lsquant.__version__}\n", "")
+    result = subprocess.run(
+        [sys.executable, "-m", "lsquant", "eval", "none"], capture_output=True, text=True, timeout=120
+    )
+    assert (result.returncode, result.stdout) == (3, "")
+    assert result.stderr == "lsquant: error: none is no run directory: it has no config.toml\n"
