@@ -455,6 +455,35 @@ def test_a_layer_that_no_batch_reaches():
     assert codes(check(model, batches=data)) == {("not_reached", "b")}
 
 
+def test_a_layer_that_a_tied_one_stands_in_for_is_no_finding():
+    """As T5's ``shared`` embedding, which only lends its weight."""
+
+    class Lends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.embed = nn.Embedding(32, 16), nn.Embedding(32, 16)
+            self.embed.weight = self.shared.weight
+
+        def forward(self, t: Tensor) -> Tensor:
+            return self.embed(t)
+
+    model = Lends()
+    lsquant.prepare(model, Recipe.preset("w4"))
+    assert check(model, batches=tokens()) == []
+    model.forward = lambda t: t * 1.0
+    assert codes(check(model, batches=tokens())) == {("not_reached", "shared"), ("not_reached", "embed")}
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function:DeprecationWarning")  # of torch.compile itself
+def test_a_compiled_model():
+    model, data = two_heads()
+    compiled = torch.compile(model, backend="eager")
+    compiled(data[0])
+    assert check(compiled, batches=data) == []
+    model.both = False
+    assert {f.code for f in check(compiled, batches=data)} == {"not_reached"}
+
+
 def test_a_weight_used_without_calling_the_layer():
     model, data = two_heads()
     model.direct = True

@@ -148,3 +148,10 @@ def test_it_prints():
     line = str(sensitivity(model, data, error)[0])
     assert "weight_quantizer: " in line or "input_quantizer: " in line
     assert "gain " in line
+
+
+def test_a_compiled_model_is_not_compiled_again():
+    model, data = network()
+    compiled = torch.compile(model, backend="eager")
+    found = sensitivity(compiled, data, error)
+    assert [s.name.removeprefix("_orig_mod.") for s in found] == [s.name for s in sensitivity(model, data, error)]

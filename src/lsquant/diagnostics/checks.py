@@ -237,6 +237,10 @@ def _address(t: Tensor) -> int:
     return 0 if t.is_sparse else t.untyped_storage().data_ptr()
 
 
+def _own(layer: QuantizedLayer) -> set[Quantizer]:
+    return {q for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None}
+
+
 def _batches(
     model: nn.Module, batches: Iterable[Any], max_batches: int | None, forward: Forward | None
 ) -> Iterator[Finding]:
@@ -267,7 +271,7 @@ def _batches(
             tallies[weight].add(layer.rows())
             owners[weight] = layer
         watch(name, layer, layer.input_quantizer)
-    owned = {q for layer in layers.values() for q in (layer.weight_quantizer, layer.input_quantizer)}
+    owned = {q for layer in layers.values() for q in _own(layer)}
     for q, name in names.items():
         if q not in owned:
             watch(name, q, q)
@@ -277,7 +281,7 @@ def _batches(
     try:
         for q in ill:
             q.enabled = False
-        with evaluating(model), bypass:
+        with evaluating(model), torch.compiler.set_stance("force_eager"), bypass:
             for batch in take(batches, max_batches):
                 run_batch(model, batch, forward)
     finally:
@@ -285,11 +289,12 @@ def _batches(
             q.enabled = True
         for hook in hooks:
             hook.remove()
+    reached = {q for name, count in calls.items() if count and name in layers for q in _own(layers[name])}
     for name, count in calls.items():
         if name in bypass.found:
             text = f"its quantized weight is used by {bypass.found[name]} without calling the layer, in floating point"
             yield _finding("bypassed", name, text, function=bypass.found[name], calls=count)
-        elif not count:
+        elif not count and not (name in layers and _own(layers[name]) <= reached):  # a tied layer may stand in for it
             yield _finding("not_reached", name, "no batch reaches it, its steps get no gradient from such data")
     for q, tally in tallies.items():
         if tally.elements:

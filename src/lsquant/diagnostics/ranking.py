@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from lsquant._util.batches import Forward, evaluating, run_batch, take
@@ -59,7 +60,7 @@ def sensitivity(
         return math.fsum(_number(metric(run_batch(model, batch, forward), batch)) for batch in kept) / len(kept)
 
     found = []
-    with evaluating(model):
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
         base = measure()
         if math.isnan(base):
             raise UsageError("sensitivity: the metric is NaN with all quantizers on; look at lsquant.check(model)")
