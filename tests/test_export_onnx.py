@@ -207,14 +207,39 @@ class TwoInputs(nn.Module):
 def test_several_inputs_and_outputs_by_position_and_by_keyword(tmp_path: Path) -> None:
     x, y = torch.randn(6, 5), torch.randn(6, 2, 3)[:, 0]
     model = ready(TwoInputs(), Recipe(4, 4), x, y)
-    by_position = lsquant.export_onnx(model, tmp_path / "a.onnx", (x, y))
-    by_keyword = lsquant.export_onnx(model, tmp_path / "b.onnx", {"x": x, "y": y})
-    assert by_position.read_bytes() == by_keyword.read_bytes()
-    verdict = lsquant.verify(model, by_keyword, [{"x": x[:4], "y": y[:4]}, {"x": x[4:], "y": y[4:]}])
+    path = lsquant.export_onnx(model, tmp_path / "b.onnx", {"x": x, "y": y})
+    verdict = lsquant.verify(model, path, [{"x": x[:4], "y": y[:4]}, {"x": x[4:], "y": y[4:]}])
     assert verdict.exact, str(verdict)
-    verdict = lsquant.verify(model, by_position, [(x, y)], forward=lambda m, b: m(*b))
+    verdict = lsquant.verify(model, path, [(x, y)], forward=lambda m, b: m(*b))
     assert verdict.exact, str(verdict)
     assert verdict.checks[-1].parts == 2
+
+
+def test_a_pair_of_inputs_and_labels_is_a_batch(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(5, 4)), torch.randn(6, 5)
+    ready(model, Recipe(4, 4), x)
+    labels = torch.zeros(6, dtype=torch.long)
+    path = lsquant.export_onnx(model, tmp_path / "m.onnx", (x, labels))
+    assert lsquant.verify(model, path, [(x, labels)]).exact
+
+
+class CapitalInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 4)
+
+    def forward(self, Linear: Tensor | None = None) -> Tensor:
+        assert Linear is not None
+        return self.linear(Linear)
+
+
+def test_a_keyword_with_a_capital(tmp_path: Path) -> None:
+    x = torch.randn(6, 5)
+    model = CapitalInput()
+    lsquant.prepare(model, Recipe(4, 4), {"Linear": x})
+    lsquant.calibrate(model, [{"Linear": x}])
+    path = lsquant.export_onnx(model, tmp_path / "m.onnx", {"Linear": x})
+    assert lsquant.verify(model, path, [{"Linear": x}]).exact
 
 
 class Repeats(nn.Module):
@@ -396,7 +421,7 @@ def test_what_is_not_ready_is_named(tmp_path: Path) -> None:
         lsquant.export_onnx(model, tmp_path / "m.onnx", x)
     with pytest.raises(UsageError, match="float32"):
         lsquant.export_onnx(model, tmp_path / "m.onnx", x.double())
-    with pytest.raises(UsageError, match="no tensor"):
+    with pytest.raises(UsageError, match="empty batch"):
         lsquant.export_onnx(model, tmp_path / "m.onnx", ())
     with pytest.raises(MissingFile, match="folder"):
         lsquant.export_onnx(model, tmp_path / "nowhere" / "m.onnx", x)

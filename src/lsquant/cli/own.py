@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lsquant import calibration, checkpoint
-from lsquant._util.batches import model_inputs, take
+from lsquant._util.batches import take
 from lsquant._util.errors import MissingFile, UsageError
 from lsquant._util.files import write_json
 from lsquant.convert import prepare
@@ -90,8 +90,8 @@ def export(a: Namespace) -> Outcome:
     """Write FILE's integers as ONNX, beside it unless --out says where."""
     model = trained(a)
     path = Path(a.out) if a.out else Path(a.path).with_suffix(f".{a.profile}.onnx")
-    args, kwargs = model_inputs(next(iter(take(batches(a), 1))))
-    export_onnx(model, path, kwargs or args, profile=a.profile, opset=a.opset)
+    example = next(iter(take(batches(a), 1)))
+    export_onnx(model, path, example, profile=a.profile, opset=a.opset)
     size = path.stat().st_size
     return {"file": str(path), "profile": a.profile, "bytes": size}, f"{path}: {size:,} bytes", True
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsquant._util.batches import model_inputs
 from lsquant._util.errors import UsageError
 from lsquant.integer import FrozenQuantizer, IntegerLayer
 
@@ -30,7 +31,7 @@ def captured(
     layers = _marked(frozen)
     if not layers:
         raise UsageError("export_onnx: this model has no quantized layer; call lsquant.prepare on it first")
-    args, kwargs = _arguments(example_inputs)
+    args, kwargs = model_inputs(example_inputs)
     shapes = None
     if dynamic_batch:
         args, kwargs = _at_least_two_samples(args, kwargs)
@@ -55,13 +56,6 @@ def _marked(frozen: nn.Module) -> dict[str, nn.Module]:
             module.marker = name
             layers[name] = module
     return layers
-
-
-def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor is the only argument, a tuple or list are the arguments in order, a mapping are keywords."""
-    if isinstance(example_inputs, Mapping):
-        return (), {str(key): value for key, value in example_inputs.items()}
-    return (tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)), {}
 
 
 def _at_least_two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

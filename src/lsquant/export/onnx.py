@@ -41,10 +41,11 @@ def export_onnx(
 ) -> Path:
     """Write ``model`` in eval mode as an ONNX file with a dynamic batch dimension; the model is unchanged.
 
-    example_inputs: a tensor, a tuple of positional arguments or a mapping of keywords; the first dimension of each is
-    the batch.  profile: "exact", integer sums equal to the trained layers, or "qdq", standard
-    QuantizeLinear/DequantizeLinear around float operators.  opset: the file's operator set; default: the lowest one
-    that has all the operators used.  The file is written aside and renamed.  Returns the path.
+    example_inputs: one batch as for ``calibrate``: a tensor; a tuple or list, whose first element counts; a mapping of
+    keywords for a model with several inputs.  The first dimension of each tensor is the batch.
+    profile: "exact", integer sums equal to the trained layers, or "qdq", standard QuantizeLinear/DequantizeLinear
+    around float operators.  opset: the file's operator set; default: the lowest one that has all the operators used.
+    The file is written aside and renamed.  Returns the path.
 
     Raises: UsageError for an unknown profile, an unset step (naming the layer), a model without quantized layers, an
     opset that is too low (naming the operator); MissingExtra without onnx.

@@ -127,8 +127,9 @@ class _Session:
             outputs.add(name, y, array(want))
 
     def _feeds(self, call: Call, path: str) -> dict[str, np.ndarray]:
-        names = [name for name in self.runner.inputs if name not in call.keywords]
-        feeds = {name: array(t) for name, t in call.keywords.items() if name in self.runner.inputs}
+        keywords = {name.lower(): t for name, t in call.keywords.items()}  # torch's exporter writes lower case
+        feeds = {name: array(keywords[name.lower()]) for name in self.runner.inputs if name.lower() in keywords}
+        names = [name for name in self.runner.inputs if name not in feeds]
         if len(names) != len(call.inputs):
             given = len(call.inputs)
             raise UsageError(f"{path} takes the inputs {self.runner.inputs}; the model was given {given} tensors")
