@@ -27,6 +27,7 @@ from lsquant.nn import (
     quantized_layers,
     quantized_type,
     quantizers,
+    row_shape,
     weight_steps,
 )  # fmt: skip
 from lsquant.quantizer import Quantizer
@@ -186,7 +187,7 @@ def _plan(
         if weight is not None:
             if weight.granularity == "group" and not kind.takes_groups:
                 raise UsageError(f"layer {names[0]!r}: {kind.__name__} has no group-wise steps; use 'channel' for it")
-            weight_steps(kind.rearranged(layer, layer.weight).shape, weight.granularity, weight.group_size, names[0])  # type: ignore[arg-type]
+            weight_steps(row_shape(layer), weight.granularity, weight.group_size, names[0])
         if (weight is not None or activation is not None) and not _reason(layer):
             plan[layer] = (weight, activation)
         elif isinstance(layer, QuantizedLayer):
@@ -226,7 +227,10 @@ def _apply(layer: nn.Module, name: str, weight: QuantSpec | None, activation: Qu
     assert kind is not None
     if weight is not None:
         count, share = weight_steps(
-            kind.rearranged(layer, layer.weight).shape, weight.granularity, weight.group_size, name  # type: ignore[arg-type]
+            kind.rearranged(layer, layer.weight).shape,
+            weight.granularity,
+            weight.group_size,
+            name,  # type: ignore[arg-type]
         )  # type: ignore[arg-type]
         weight_quantizer = _reuse(old[0], weight, count, steps) or Quantizer(
             weight, (count,), axis=0 if weight.granularity == "channel" else None, count=share

@@ -141,14 +141,17 @@ def best_step_and_offset(summary: ValueSummary, q_min: int, q_max: int) -> tuple
     return step, -best[2] * step
 
 
+def rows_per_step(x: Tensor, axis: int | None, group_size: int | None) -> Tensor:
+    """x as (steps, elements that share one): one row for the tensor, or one per index of ``axis`` or group."""
+    if group_size is not None:
+        return x.reshape(-1, group_size)
+    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
+
+
 def mse_step(x: Tensor, q_min: int, q_max: int, *, axis: int | None = None, group_size: int | None = None) -> Tensor:
     """The step of least squared error per tensor, index of ``axis`` or group; 1-D float32, 0 for all-zero values."""
-    if group_size is not None:
-        rows = x.reshape(-1, group_size)
-    else:
-        rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
     steps = []
-    for row in rows:
+    for row in rows_per_step(x, axis, group_size):
         summary = ValueSummary()
         summary.add(row)
         steps.append(best_step(summary, q_min, q_max))

@@ -170,10 +170,7 @@ class Quantizer(nn.Module):
 
     def summarize(self, x: Tensor, summaries: list[mse.ValueSummary]) -> None:
         """Add the values of x to one summary per step.  Raises: UsageError where x has not as many steps."""
-        if self.spec.group_size is not None:
-            rows = x.detach().reshape(-1, self.spec.group_size)
-        else:
-            rows = x.detach().reshape(1, -1) if self.axis is None else x.detach().movedim(self.axis, 0).flatten(1)
+        rows = mse.rows_per_step(x.detach(), self.axis, self.spec.group_size)
         if len(rows) != len(summaries):
             raise UsageError(
                 f"{self._who()}: its step has shape {tuple(self.step.shape)}, values of shape {tuple(x.shape)} "
@@ -276,6 +273,10 @@ class Quantizer(nn.Module):
         if not any(key.startswith(prefix) for key in state_dict):
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self.read_state()
+
+    def read_state(self) -> None:
+        """Read the decided sign, N and whether a step is set back from the buffers, after these were written to."""
         if self.initialized.device.type == "meta":
             return
         sign = int(self.signed.item())

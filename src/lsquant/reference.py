@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lsquant._util.errors import UsageError
 from lsquant.mse import mse_step as mse_step
+from lsquant.mse import rows_per_step
 
 GUARD_FACTOR = 2.0**-10
 """s_min = GUARD_FACTOR * s0, the smallest step the forward pass uses (M7)."""
@@ -172,12 +173,7 @@ def sum_per_step(terms: Tensor, axis: int | None, group_size: int | None) -> Ten
     Blocks of 256 in float32, blocks in float64, 256 at a time: the same bits for any number of threads.
     terms: the shape ``step_view`` gave.  Returns (steps,) float64.
     """
-    if group_size is not None:
-        rows = terms
-    elif axis is not None:
-        rows = terms.movedim(axis, 0).reshape(terms.shape[axis], -1)
-    else:
-        rows = terms.reshape(1, -1)
+    rows = rows_per_step(terms, axis, group_size)
     if rows.numel() == 0:
         return torch.zeros(rows.shape[0], dtype=torch.float64, device=terms.device)
     while True:
@@ -285,23 +281,13 @@ def step_balance(
     """
     if step.numel() == 1:
         axis = group_size = None
-    rows = [torch.square(step_view(t.detach().double(), step, axis, group_size)[0]) for t in (weight, weight_grad)]
-    norm_w, norm_g = (torch.sqrt(_plain_sum(r, axis, group_size)) for r in rows)
+    rows = (rows_per_step(t.detach().double(), axis, group_size) for t in (weight, weight_grad))
+    norm_w, norm_g = (torch.linalg.vector_norm(r, dim=1) for r in rows)
     ratio = (step_grad.detach().double().abs() / step.detach().double()) / (norm_g / norm_w)
     return ratio.to(torch.float32)
 
 
-def _plain_sum(t: Tensor, axis: int | None, group_size: int | None) -> Tensor:
-    if group_size is not None:
-        return t.sum(1)
-    return t.movedim(axis, 0).reshape(t.shape[axis], -1).sum(1) if axis is not None else t.sum().reshape(1)
-
-
 def initial_step(x: Tensor, q_max: int, *, axis: int | None = None, group_size: int | None = None) -> Tensor:
     """(M11) The paper's ``s0 = 2 mean(|v|) / sqrt(q_max)``, LSQ section 2.1.  Returns 1-D float32, 0 for all-zero v."""
-    v = x.detach().double().abs()
-    if group_size is not None:
-        mean = v.reshape(-1, group_size).mean(1)
-    else:
-        mean = v.movedim(axis, 0).reshape(x.shape[axis], -1).mean(1) if axis is not None else v.mean().reshape(1)
+    mean = rows_per_step(x.detach().double().abs(), axis, group_size).mean(1)
     return (2.0 * mean / math.sqrt(q_max)).to(torch.float32)

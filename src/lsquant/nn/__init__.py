@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch import nn as _nn
 
@@ -59,6 +60,12 @@ def quantized_type(layer: _nn.Module) -> type[QuantizedLayer] | None:
         module, name = place.split(":")
         return getattr(importlib.import_module(module), name)
     return QUANTIZED_TYPES.get(kind)
+
+
+def row_shape(layer: Any) -> torch.Size:
+    """The shape of a layer's weight with output channels first; the layer is a float one or a quantized one."""
+    kind: Any = quantized_type(layer)
+    return kind.rearranged(layer, layer.weight).shape
 
 
 def float_type(module: _nn.Module) -> type[_nn.Module] | None:

@@ -84,12 +84,14 @@ class QuantizedLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
-        quantizer = self.weight_quantizer
-        has_weight = prefix + "weight" in state_dict
-        if quantizer is not None and has_weight and not any(
-            key.startswith(prefix + "weight_quantizer.") for key in state_dict
-        ):  # fmt: skip
+        quantizer, place = self.weight_quantizer, prefix + "weight_quantizer."
+        if quantizer is None or any(key.startswith(place) for key in state_dict):
+            return
+        if prefix + "weight" in state_dict:
             self.initialize_weight_step(again=True)
+        else:  # not a float checkpoint: the whole layer is missing, as files have tied layers only once
+            missing_keys = args[2]
+            missing_keys += [place + key for key in quantizer.state_dict()]
 
 
 def weight_steps(shape: torch.Size, granularity: str, group_size: int | None, name: str) -> tuple[int, int]:
