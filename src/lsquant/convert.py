@@ -226,12 +226,7 @@ def _apply(layer: nn.Module, name: str, weight: QuantSpec | None, activation: Qu
     kind = quantized_type(layer)
     assert kind is not None
     if weight is not None:
-        count, share = weight_steps(
-            kind.rearranged(layer, layer.weight).shape,
-            weight.granularity,
-            weight.group_size,
-            name,  # type: ignore[arg-type]
-        )  # type: ignore[arg-type]
+        count, share = weight_steps(row_shape(layer), weight.granularity, weight.group_size, name)
         weight_quantizer = _reuse(old[0], weight, count, steps) or Quantizer(
             weight, (count,), axis=0 if weight.granularity == "channel" else None, count=share
         ).to(device)
