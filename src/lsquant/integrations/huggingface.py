@@ -1,0 +1,70 @@
+"""Hugging Face Trainer: an optimizer that leaves steps undecayed, a callback that looks after them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lsquant._util.errors import UsageError
+from lsquant._util.optional import require
+from lsquant.integrations.watch import Problems, Watch, flat
+from lsquant.training import param_groups
+
+transformers = require("transformers", extra="integrations")
+
+
+def optimizer(
+    model: nn.Module, args: Any, *, step_lr: float | None = None, weight_decay_by_bits: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer that ``TrainingArguments`` ask for, over ``lsquant.param_groups``: steps are never decayed.
+
+    ``Trainer(model, args, optimizers=(optimizer(model, args), None), ...)``; None lets Trainer make its schedule.
+    Call it after ``prepare``.  step_lr, weight_decay_by_bits: as in ``lsquant.param_groups``.
+    Raises: UsageError for optimizers of Trainer that choose their own parameters (GaLore, LOMO, layer-wise ones).
+    """
+    cls, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
+    own = {"params", "model", "optimizer_dict"} & set(options)
+    if own or not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise UsageError(
+            f"huggingface.optimizer: optim={str(getattr(args.optim, 'value', args.optim))!r} chooses its parameters "
+            "itself, so lsquant cannot give it groups; use another optim, or build it by hand"
+        )
+    groups = param_groups(
+        model, args.learning_rate, args.weight_decay, step_lr=step_lr, weight_decay_by_bits=weight_decay_by_bits
+    )
+    return cls(groups, **options)
+
+
+class QuantizerCallback(transformers.TrainerCallback):
+    """Before training: an error where Trainer's optimizer decays or misses steps.  During it: facts every so often.
+
+    every: optimizer steps between two looks.  log: a JSON-lines file.  report: called with a flat dictionary of
+    numbers, for instance ``trainer.log`` (set it after the trainer is made).  problems: "raise", "warn" or "ignore".
+    ``last`` is the latest row, {"iteration", "quantizers": ``lsquant.training.quantizer_facts(model)``}.
+    """
+
+    def __init__(
+        self,
+        every: int = 100,
+        *,
+        log: str | os.PathLike[str] | None = None,
+        report: Callable[[dict[str, float]], Any] | None = None,
+        problems: Problems = "raise",
+    ) -> None:
+        self.watch, self.report = Watch(every, log, problems), report
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.watch.last
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.watch.begin(kwargs["model"], kwargs["optimizer"])
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        row = self.watch.look(kwargs["model"], state.global_step + 1, state.is_world_process_zero)
+        if row is not None and self.report is not None:
+            self.report(flat(row))

@@ -1,0 +1,37 @@
+"""Lightning: a callback that looks after the steps."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from lsquant._util.optional import require
+from lsquant.integrations.watch import Problems, Watch, flat
+
+pytorch = require("lightning.pytorch", extra="integrations")
+
+
+class QuantizerCallback(pytorch.Callback):
+    """Before training: an error where an optimizer decays or misses steps.  During it: facts every so often.
+
+    every: optimizer steps between two looks.  log: a JSON-lines file.  problems: "raise", "warn" or "ignore".
+    The facts go to the trainer's loggers as well.
+    ``last`` is the latest row, {"iteration", "quantizers": ``lsquant.training.quantizer_facts(module)``}.
+    """
+
+    def __init__(
+        self, every: int = 100, *, log: str | os.PathLike[str] | None = None, problems: Problems = "raise"
+    ) -> None:
+        self.watch = Watch(every, log, problems)
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.watch.last
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.watch.begin(pl_module, list(trainer.optimizers))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        row = self.watch.look(pl_module, trainer.global_step + 1, trainer.is_global_zero)
+        for logger in trainer.loggers if row is not None else ():
+            logger.log_metrics(flat(row), step=trainer.global_step)

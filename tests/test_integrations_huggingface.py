@@ -1,0 +1,210 @@
+"""Hugging Face Trainer and Accelerate with lsquant's groups, optimizer and callback."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import lsquant
+from lsquant import Recipe
+from lsquant._util.errors import UsageError
+from lsquant.nn import quantizers
+
+transformers = pytest.importorskip("transformers")
+accelerate = pytest.importorskip("accelerate")
+
+from lsquant.integrations import huggingface  # noqa: E402  (needs transformers)
+
+pytestmark = [
+    # Trainer's and Accelerate's own affairs: pinned memory without an accelerator
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator:UserWarning")
+]
+
+# learned positions, LayerNorm, tied embedding and head
+CONFIG = {"vocab_size": 20, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2, "loss_type": "ForCausalLM"}
+EXAMPLES = [{"input_ids": (torch.arange(6) * 3 + 5 * i) % 20} for i in range(16)]
+for example in EXAMPLES:
+    example["labels"] = example["input_ids"]
+BATCH = {"input_ids": torch.stack([e["input_ids"] for e in EXAMPLES])}
+
+
+def make(calibrated: bool = True, preset: str = "w4a4") -> nn.Module:
+    torch.manual_seed(1)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**CONFIG, bos_token_id=0, eos_token_id=0))
+    lsquant.prepare(model, Recipe.preset(preset), example_inputs=BATCH)
+    if calibrated:
+        lsquant.calibrate(model, [BATCH])
+    return model
+
+
+def arguments(folder, **kwargs):
+    usual = {"max_steps": 4, "per_device_train_batch_size": 8, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    usual |= {"save_strategy": "no", "logging_strategy": "no", "learning_rate": 1e-3, "dataloader_pin_memory": False}
+    return transformers.TrainingArguments(str(folder), **usual | kwargs)
+
+
+def train(model, args, optimizer=None, callback=None, **kwargs):
+    optimizer = optimizer or huggingface.optimizer(model, args, step_lr=1e-4)
+    callbacks = [callback or huggingface.QuantizerCallback()]
+    trainer = transformers.Trainer(
+        model, args, train_dataset=EXAMPLES, optimizers=(optimizer, None), callbacks=callbacks
+    )
+    trainer.remove_callback(transformers.trainer_callback.PrinterCallback)
+    trainer.train(**kwargs)
+    return trainer
+
+
+def steps(model) -> dict[str, torch.Tensor]:
+    return {name: q.step.detach().clone() for name, q in quantizers(model)}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_trainer_learns_every_step_and_the_callback_writes_facts(tmp_path):
+    model = make()
+    before, seen = steps(model), []
+    log = tmp_path / "quantizers.jsonl"
+    callback = huggingface.QuantizerCallback(every=2, log=log, report=seen.append)
+    args = arguments(tmp_path / "run", weight_decay=0.1)
+    trainer = train(model, args, callback=callback)
+    after = steps(model)
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [2, 4]
+    assert set(rows[0]["quantizers"]) == set(before)
+    assert callback.last == rows[1]
+    facts = rows[1]["quantizers"]["transformer.h.0.mlp.c_fc.input_quantizer"]
+    assert facts["R"] > 0  # taken while the gradients are there
+    assert len(seen) == 2
+    assert seen[1]["quantizers/transformer.h.0.mlp.c_fc.input_quantizer/step"] == facts["step"]
+    groups = {g["name"]: g for g in trainer.optimizer.param_groups}
+    assert groups["weights"]["weight_decay"] == 0.1
+    assert groups["steps"]["weight_decay"] == 0.0
+
+
+def test_steps_without_gradient_are_not_decayed(tmp_path):
+    """Learning rate and decay are on, every gradient of a step is 0: the steps stay what they are, bit for bit."""
+    model = make()
+    for _, q in quantizers(model):
+        q.step.register_hook(torch.zeros_like)
+    before = steps(model)
+    weight = model.transformer.h[0].mlp.c_fc.weight.detach().clone()
+    train(model, arguments(tmp_path, weight_decay=0.5))
+    assert equal(before, steps(model))
+    assert not torch.equal(weight, model.transformer.h[0].mlp.c_fc.weight)
+
+
+def own_optimizer(model, args):
+    """What Trainer makes when it is given none."""
+    trainer = transformers.Trainer(model, args, train_dataset=EXAMPLES)
+    return trainer.create_optimizer()
+
+
+def test_the_default_optimizer_decays_steps_and_the_callback_says_so(tmp_path):
+    args = arguments(tmp_path, weight_decay=0.5, max_steps=1)
+    model = make()
+    for _, q in quantizers(model):
+        q.step.register_hook(torch.zeros_like)
+    before = steps(model)
+    with pytest.raises(
+        UsageError, match=r"_quantizer\.step: weight decay 0\.5 pulls it to 0 \[step_decayed\]\n.*param_gr"
+    ):
+        train(model, args, own_optimizer(model, args))
+    assert equal(before, steps(model))
+    # without the callback it is so: each step is pulled to 0
+    train(model, args, own_optimizer(model, args), huggingface.QuantizerCallback(problems="ignore"))
+    assert all(bool((after < before[name]).all()) for name, after in steps(model).items())
+    with pytest.warns(UserWarning, match="step_decayed"):
+        train(model, args, own_optimizer(model, args), huggingface.QuantizerCallback(problems="warn"))
+
+
+def test_an_optimizer_that_misses_steps_is_refused(tmp_path):
+    args, model = arguments(tmp_path), make()
+    some = torch.optim.SGD([p for n, p in model.named_parameters() if not n.endswith(".step")], lr=0.1)
+    with pytest.raises(UsageError, match="step_missing"):
+        train(model, args, some)
+    with pytest.raises(UsageError, match="step_unset"):
+        train(make(calibrated=False), args)
+
+
+@pytest.mark.parametrize("kwargs", [{"every": 0}, {"every": 2.0}, {"problems": "shout"}])
+def test_arguments_of_the_callback(kwargs):
+    with pytest.raises(UsageError, match=f"QuantizerCallback: {next(iter(kwargs))}="):
+        huggingface.QuantizerCallback(**kwargs)
+
+
+def test_the_optimizer_is_the_one_the_arguments_ask_for(tmp_path):
+    model = make()
+    made = huggingface.optimizer(model, arguments(tmp_path, adam_beta1=0.8, weight_decay=0.1), step_lr=1e-5)
+    assert type(made) is torch.optim.AdamW
+    assert {g["name"]: (g["lr"], g["weight_decay"], g["betas"]) for g in made.param_groups} == {
+        "weights": (1e-3, 0.1, (0.8, 0.999)),
+        "no_decay": (1e-3, 0.0, (0.8, 0.999)),
+        "steps": (1e-5, 0.0, (0.8, 0.999)),
+    }
+    assert type(huggingface.optimizer(model, arguments(tmp_path, optim="sgd"))) is torch.optim.SGD
+    assert sum(len(g["params"]) for g in made.param_groups) == len(list(model.parameters()))
+
+
+def test_an_optimizer_that_takes_no_groups_is_refused(tmp_path, monkeypatch):
+    options = {"lr": 0.1, "params": []}
+    monkeypatch.setattr(transformers.Trainer, "get_optimizer_cls_and_kwargs", lambda *_: (torch.optim.SGD, options))
+    with pytest.raises(UsageError, match=r"optim='adamw_torch\w*' chooses its parameters itself"):
+        huggingface.optimizer(make(), arguments(tmp_path))
+
+
+def test_trainer_resumes_without_calibration_to_the_same_bits(tmp_path):
+    whole = make()
+    train(whole, arguments(tmp_path / "a", save_strategy="steps", save_steps=2, weight_decay=0.1))
+    again = make(calibrated=False)
+    train(again, arguments(tmp_path / "b", weight_decay=0.1), resume_from_checkpoint=str(tmp_path / "a/checkpoint-2"))
+    assert equal(dict(whole.state_dict()), dict(again.state_dict()))
+    assert again.lm_head.weight_quantizer is again.transformer.wte.weight_quantizer
+    assert torch.equal(whole.eval()(**BATCH).logits, again.eval()(**BATCH).logits)
+
+
+@pytest.mark.slow
+def test_trainer_with_bf16_accumulation_and_activation_checkpointing(tmp_path):
+    model = make()
+    before = steps(model)
+    args = arguments(
+        tmp_path, bf16=True, gradient_accumulation_steps=2, activation_checkpointing=True, per_device_train_batch_size=4
+    )
+    train(model, args)
+    assert all(q.step.dtype == torch.float32 for _, q in quantizers(model))
+    assert all(not torch.equal(before[name], after) for name, after in steps(model).items())
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate_trains_and_resumes(tmp_path, precision):
+    def start(calibrated):
+        accelerate.state.AcceleratorState._reset_state(True)  # another test may have chosen another precision
+        model = make(calibrated)
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
+        optimizer = torch.optim.AdamW(lsquant.param_groups(model, lr=1e-3, weight_decay=0.5, step_lr=1e-4))
+        return accelerator, *accelerator.prepare(model, optimizer)
+
+    def go(accelerator, model, optimizer, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            accelerator.backward(model(**BATCH, labels=BATCH["input_ids"]).loss)
+            optimizer.step()
+
+    accelerator, model, optimizer = start(True)
+    before = steps(model)
+    go(accelerator, model, optimizer, 2)
+    assert not [f for f in lsquant.check(model, optimizer) if f.severity != "note"]
+    accelerator.save_state(str(tmp_path / "state"))
+    go(accelerator, model, optimizer, 2)
+    assert all(not torch.equal(before[name], after) for name, after in steps(model).items())
+
+    accelerator, again, optimizer = start(False)
+    accelerator.load_state(str(tmp_path / "state"))
+    go(accelerator, again, optimizer, 2)
+    assert equal(dict(model.state_dict()), dict(again.state_dict()))
