@@ -47,7 +47,7 @@ test-all: $(STAMP)
 	$(PYTEST) -m ""
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests
+	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(STAMP)
