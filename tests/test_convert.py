@@ -121,7 +121,7 @@ def test_the_root_may_be_the_layer():
     }
     assert [name for name, _ in quantizers(layer)] == ["weight_quantizer", "input_quantizer"]
     lsquant.calibrate(layer, [torch.randn(3, 4)])
-    assert lsquant.resolved_recipe(layer).resolve([""], layer) == (QuantSpec(4, signed=True), QuantSpec(4))
+    assert lsquant.resolved_recipe(layer).resolve([""], layer)[:2] == (QuantSpec(4, signed=True), QuantSpec(4))
 
 
 def test_a_module_used_twice_has_one_pair_of_quantizers():
@@ -153,13 +153,33 @@ def test_tied_weights_share_a_quantizer():
             assert step.item() == pytest.approx(2 * model.one.weight.abs().mean().item() / 7**0.5, rel=1e-6)
 
 
-@pytest.mark.parametrize("rule", [Rule("two", weight=8), Rule("two", weight=None)])
-def test_conflicting_rules_for_tied_weights_name_both_layers(rule):
+@pytest.mark.parametrize("ones", [Rule("one", weight=2), Rule("one", weight=None)])
+def test_conflicting_rules_for_tied_weights_name_both_layers(ones):
     model = Tied()
-    with pytest.raises(UsageError, match=r"'one' and 'two' share one weight"):
-        lsquant.prepare(model, Recipe(4, 4, [rule]))
+    with pytest.raises(UsageError, match=r"'one' and 'two' share one weight.*give both the same rule"):
+        lsquant.prepare(model, Recipe(4, 4, [ones, Rule("two", weight=8)]))
     assert type(model.one) is type(model.two) is nn.Linear
     lsquant.prepare(model, Recipe(4, 4, [Rule("two", activation=8)]))  # inputs may differ
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.parametrize("weight", [8, None])
+def test_the_most_explicit_rule_decides_about_a_tied_weight(name, weight):
+    model, batch = Tied(), torch.randn(3, 4)
+    lsquant.prepare(model, Recipe.preset("w2a2", rules=[Rule(name, weight=weight)]))  # over the preset's 8 for the ends
+    assert bits(model) == {"one": (weight, 8), "two": (weight, 8)}
+    model = Tied()
+    lsquant.prepare(model, Recipe(2, 2, [Rule("two", weight=5)]), example_inputs=batch)  # over the default
+    assert bits(model) == {"one": (5, 2), "two": (5, 2)}
+
+
+def test_a_tied_weight_counts_once():
+    model = nn.Sequential(Tied(), nn.Linear(4, 8))
+    changes = lsquant.prepare(model, Recipe(4, 4, [Rule("1", None, None)]))
+    assert [c.shares for c in changes] == [None, "0.one", None]
+    assert changes.weight_share == 16 / (16 + 32)
+    assert "one weight with '0.one'" in str(changes).splitlines()[2]
+    assert str(changes).endswith("2 layers quantized, 33.3% of the weights")
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
@@ -228,18 +248,20 @@ def test_changes_say_what_stays_float_and_why():
     reasons = {
         "quantized": "", "skipped": "the recipe leaves it", "attention": "without calling a layer",
         "attention.out_proj": "subclass of Linear", "lstm": "without calling a layer",
-        "mine": "a subclass of Linear may compute otherwise", "words": "Embedding is not supported yet",
-        "pool": "ceil_mode",
+        "mine": "a subclass of Linear may compute otherwise", "words": "", "pool": "ceil_mode",
     }  # fmt: skip
     for name, reason in reasons.items():
         assert reason in rows[name].reason
         assert bool(reason) == bool(rows[name].reason)
-        assert (rows[name].weight == "float") == (name != "quantized")
-    assert [c.name for c in changes.quantized] == ["quantized"]
-    weights = {"skipped": 20, "attention": 48 + 12, "attention.out_proj": 16 + 4, "mine": 20, "words": 28}
-    assert {name: rows[name].weights for name in ("quantized", "skipped")} == {"quantized": 20, "skipped": 20}
-    total = 20 + sum(weights.values()) + sum(p.numel() for p in Mixed().lstm.parameters())
-    assert changes.weight_share == pytest.approx(20 / total, abs=0.01)
+        assert (rows[name].weight == "float") == (name not in ("quantized", "words"))
+    assert rows["words"].activation == "float"  # indices are no numbers
+    assert [c.name for c in changes.quantized] == ["quantized", "words"]
+    weights = {"skipped": 20, "attention": 48 + 12, "attention.out_proj": 16 + 4, "mine": 20}
+    assert {name: rows[name].weights for name in ("quantized", "skipped", "words")} == {
+        "quantized": 20, "skipped": 20, "words": 28,
+    }  # fmt: skip
+    total = 48 + sum(weights.values()) + sum(p.numel() for p in Mixed().lstm.parameters())
+    assert changes.weight_share == pytest.approx(48 / total, abs=0.01)
 
 
 def test_changes_print_as_a_table():

@@ -25,7 +25,8 @@ def groups(bits: int, size: int) -> QuantSpec:
 
 
 def bits(recipe: Recipe, name: str, layer: nn.Module = LINEAR, position: tuple[str, ...] = ()) -> tuple[Any, Any]:
-    return tuple(spec and spec.bits for spec in recipe.resolve([name], layer, position))  # type: ignore[return-value]
+    weight, activation, _ = recipe.resolve([name], layer, position)
+    return weight and weight.bits, activation and activation.bits
 
 
 # ---- presets ----

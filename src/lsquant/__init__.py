@@ -1,6 +1,9 @@
 """Learned Step Size Quantization: quantization scales trained with the weights, shipped as the integers trained."""
 
+from lsquant import nn as nn
 from lsquant import reference as reference
+from lsquant._util.errors import LsquantError as LsquantError
+from lsquant._util.errors import UsageError as UsageError
 from lsquant._version import __version__ as __version__
 from lsquant.calibration import calibrate as calibrate
 from lsquant.checkpoint import load as load
@@ -17,6 +20,7 @@ from lsquant.diagnostics import sensitivity as sensitivity
 from lsquant.export import export_onnx as export_onnx
 from lsquant.export import onnx_session as onnx_session
 from lsquant.nn import integer_weights as integer_weights
+from lsquant.nn import quantizers as quantizers
 from lsquant.ops import fake_quantize as fake_quantize
 from lsquant.quantizer import Quantizer as Quantizer
 from lsquant.recipe import Recipe as Recipe
@@ -26,3 +30,36 @@ from lsquant.spec import QuantSpec as QuantSpec
 from lsquant.training import param_groups as param_groups
 from lsquant.verification import Verdict as Verdict
 from lsquant.verification import verify as verify
+
+__all__ = [
+    "Changes",
+    "Finding",
+    "LsquantError",
+    "QuantSpec",
+    "Quantizer",
+    "Recipe",
+    "Rule",
+    "Sensitivity",
+    "UsageError",
+    "Verdict",
+    "__version__",
+    "calibrate",
+    "check",
+    "disabled",
+    "export_onnx",
+    "fake_quantize",
+    "integer_weights",
+    "load",
+    "nn",
+    "onnx_session",
+    "param_groups",
+    "prepare",
+    "quantizers",
+    "reference",
+    "resolved_recipe",
+    "revert",
+    "save",
+    "sensitivity",
+    "verify",
+    "write_report",
+]

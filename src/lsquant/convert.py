@@ -39,7 +39,10 @@ Steps = Literal["rescale", "recalibrate"]
 
 @dataclass(frozen=True)
 class Change:
-    """One layer: name, float type, weight and activation in words ("float": not quantized), weights, reason."""
+    """One layer: name, float type, weight and activation in words ("float": not quantized), weights, reason.
+
+    shares: the layer above whose weight it has as well; such a weight counts once.
+    """
 
     name: str
     kind: str
@@ -47,6 +50,7 @@ class Change:
     activation: str
     weights: int
     reason: str = ""
+    shares: str | None = None
 
 
 class Changes(tuple[Change, ...]):
@@ -59,9 +63,10 @@ class Changes(tuple[Change, ...]):
 
     @property
     def weight_share(self) -> float:
-        """Quantized weights over all weights of the layers that multiply, 0 to 1."""
-        total = sum(c.weights for c in self)
-        return sum(c.weights for c in self if c.weight != "float") / total if total else 0.0
+        """Quantized weights over all weights of these layers, 0 to 1; a shared weight counts once."""
+        counted = [c for c in self if c.shares is None]
+        total = sum(c.weights for c in counted)
+        return sum(c.weights for c in counted if c.weight != "float") / total if total else 0.0
 
     def __str__(self) -> str:
         rows = [("layer", "type", "weight", "input", "weights", "note")]
@@ -147,7 +152,8 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
             layer.assumed_position = tuple(p for p in positions.get(layer, ()) if p in assumed)  # type: ignore[assignment]
     _share_tied(plan, layers)
     both = any(w is not None and a is not None for w, a in plan.values())
-    rows = [_row(layer, layers[layer][0], *plan.get(layer, (None, None)), recipe) for layer in layers]
+    owners: dict[int, str] = {}
+    rows = [_row(m, names[0], *plan.get(m, (None, None)), _reason(m), owners) for m, names in layers.items()]
     for name, module in list(model.named_modules()):
         if both and type(module) in EXACT_TYPES and not EXACT_TYPES[type(module)].unsupported(module):
             module.__class__ = EXACT_TYPES[type(module)]
@@ -157,7 +163,8 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
             module.__class__ = STEPPED_TYPES[type(module)]
         elif module not in layers and (reason := stays_float(module)):
             weights = sum(p.numel() for p in module.parameters(recurse=False))
-            rows.append(Change(name, type(module).__name__, "float", "float", weights, reason))
+            shares = owners.get(id(getattr(module, "weight", None)))
+            rows.append(Change(name, type(module).__name__, "float", "float", weights, reason, shares))
     return Changes(rows)
 
 
@@ -279,10 +286,17 @@ def stays_float(module: nn.Module) -> str:
     return ""
 
 
-def _row(layer: nn.Module, name: str, weight: QuantSpec | None, activation: QuantSpec | None, recipe: Recipe) -> Change:
+def _row(
+    layer: nn.Module, name: str, weight: QuantSpec | None, activation: QuantSpec | None, reason: str,
+    owners: dict[int, str],
+) -> Change:  # fmt: skip
+    """reason: why it cannot be quantized.  owners: id of a weight -> the layer that had it first."""
     kind = (float_type(layer) or type(layer)).__name__
-    reason = _reason(layer) or ("" if weight or activation else "the recipe leaves it in floating point")
-    return Change(name, kind, str(weight or "float"), str(activation or "float"), layer.weight.numel(), reason)  # type: ignore[union-attr, operator]
+    notes = [reason or ("" if weight or activation else "the recipe leaves it in floating point")]
+    if (first := owners.setdefault(id(layer.weight), name)) != name:
+        notes.append(f"one weight with {first!r}")
+    said, shares = "; ".join(filter(None, notes)), first if first != name else None
+    return Change(name, kind, str(weight or "float"), str(activation or "float"), layer.weight.numel(), said, shares)  # type: ignore[union-attr, operator]
 
 
 def revert(model: nn.Module) -> nn.Module:
