@@ -270,6 +270,78 @@ def conv2d(q_x, z, s_x, q_w, s_w, bias=None, stride=1, padding: Any = 0, dilatio
     return np.moveaxis(result, -1, 1)
 
 
+def each(value, dims):
+    """A number, or one number per dimension -> a tuple."""
+    return (int(value),) * dims if np.ndim(value) == 0 else tuple(int(v) for v in value)
+
+
+def convolution(q_x, z, s_x, q_w, s_w, bias=None, stride=1, padding: Any = 0, dilation=1, groups=1):
+    """conv2d for any number of dimensions. q_x (N, C, *sizes), q_w (O, C/groups, *kernel); padding in code space is z.
+
+    `padding`: a number, one per dimension, or (before, after) per dimension.
+    """
+    codes_x, bad = split_nan(q_x)
+    q_w = np.asarray(q_w).astype(np.int64)
+    (o, c_group, *kernel), dims = q_w.shape, q_w.ndim - 2
+    stride, dilation = each(stride, dims), each(dilation, dims)
+    sides = padding if np.ndim(padding) == 2 else [(p, p) for p in each(padding, dims)]
+    margin = ((0, 0), (0, 0), *sides)
+    x = np.pad(codes_x, margin, constant_values=int(z)) - int(z)
+    bad = np.pad(bad, margin)
+    out = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)]
+    acc, nans = np.zeros((len(x), o, *out), np.int64), np.zeros((len(x), o, *out), np.int64)
+    for out_channel in range(o):
+        first = (out_channel // (o // groups)) * c_group
+        for k in range(c_group):
+            for at in np.ndindex(*kernel):
+                window = tuple(
+                    slice(i * d, i * d + s * (n - 1) + 1, s)
+                    for i, d, s, n in zip(at, dilation, stride, out, strict=True)
+                )
+                acc[:, out_channel] += x[(slice(None), first + k, *window)] * q_w[(out_channel, k, *at)]
+                nans[:, out_channel] += bad[(slice(None), first + k, *window)]
+    result = finish(np.moveaxis(np.where(nans > 0, np.nan, acc), 1, -1), s_x, s_w, bias)
+    return np.moveaxis(result, -1, 1)
+
+
+def output_channels(shape, groups):
+    """The output channel of each weight of a transposed convolution, whose weight is (C, O/groups, *kernel)."""
+    channel = np.zeros(shape, np.int64)
+    for c in range(shape[0]):
+        for j in range(shape[1]):
+            channel[c, j] = c // (shape[0] // groups) * shape[1] + j
+    return channel
+
+
+def transposed_convolution(q_x, z, s_x, q_w, s_w, bias=None, stride=1, padding=0, dilation=1, groups=1, extra: Any = 0):
+    """q_x (N, C, *sizes), q_w (C, O/groups, *kernel): every input element is spread over a window of the output.
+
+    Element i goes to i * stride + k * dilation - padding; `extra` is output_padding: more elements at the far end.
+    """
+    codes_x, bad = split_nan(q_x)
+    q_w = np.asarray(q_w).astype(np.int64)
+    (c, o_group, *kernel), dims, x = q_w.shape, q_w.ndim - 2, codes_x - int(z)
+    stride, padding, dilation, extra = (each(v, dims) for v in (stride, padding, dilation, extra))
+    sizes = x.shape[2:]
+    out = [
+        (sizes[i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + extra[i] + 1 for i in range(dims)
+    ]
+    channel = output_channels(q_w.shape, groups)
+    acc = np.zeros((len(x), o_group * groups, *out), np.int64)
+    nans = np.zeros_like(acc)
+    for k in range(c):
+        for j in range(o_group):
+            target = int(channel[(k, j, *[0] * dims)])
+            for at in np.ndindex(*kernel):
+                for place in np.ndindex(*sizes):
+                    to = tuple(place[i] * stride[i] + at[i] * dilation[i] - padding[i] for i in range(dims))
+                    if all(0 <= to[i] < out[i] for i in range(dims)):
+                        acc[(slice(None), target, *to)] += x[(slice(None), k, *place)] * q_w[(k, j, *at)]
+                        nans[(slice(None), target, *to)] += bad[(slice(None), k, *place)]
+    result = finish(np.moveaxis(np.where(nans > 0, np.nan, acc), 1, -1), s_x, s_w, bias)
+    return np.moveaxis(result, -1, 1)
+
+
 def batchnorm_constants(weight, bias, mean, var, eps):
     """alpha = weight / sqrt(var + eps), beta = bias - mean * alpha, in float64."""
     alpha = np.asarray(weight, np.float64) / np.sqrt(np.asarray(var, np.float64) + eps)
