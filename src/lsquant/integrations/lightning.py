@@ -33,5 +33,6 @@ class QuantizerCallback(pytorch.Callback):
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         row = self.watch.look(pl_module, trainer.global_step + 1, trainer.is_global_zero)
-        for logger in trainer.loggers if row is not None else ():
-            logger.log_metrics(flat(row), step=trainer.global_step)
+        if row is not None:
+            for logger in trainer.loggers:
+                logger.log_metrics(flat(row), step=trainer.global_step)

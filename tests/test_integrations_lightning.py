@@ -1,0 +1,129 @@
+"""Lightning with lsquant's groups and callback."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import lsquant
+from lsquant import Recipe
+from lsquant._util.errors import UsageError
+from lsquant.nn import quantizers
+
+pl = pytest.importorskip("lightning.pytorch")
+
+from lsquant.integrations.lightning import QuantizerCallback  # noqa: E402  (needs lightning)
+
+pytestmark = [
+    # advice on speed, which is Lightning's own affair
+    pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
+    # Lightning still says LeafSpec where torch wants another name
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+]
+
+SAMPLES = [(torch.sin(torch.arange(12.0) * (i + 1)), i % 3) for i in range(32)]
+
+
+def loader():
+    return torch.utils.data.DataLoader(SAMPLES, batch_size=8)
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self, calibrated: bool = True, kind=torch.optim.AdamW, groups: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.network = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.kind, self.groups = kind, groups
+        lsquant.prepare(self.network, Recipe.preset("w4a4"))
+        if calibrated:
+            lsquant.calibrate(self.network, loader())
+
+    def training_step(self, batch, index):
+        return F.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        if not self.groups:
+            return self.kind(self.parameters(), lr=1e-3, weight_decay=0.5)
+        return self.kind(lsquant.param_groups(self.network, lr=1e-3, weight_decay=0.5))
+
+
+def trainer(folder, *callbacks, **kwargs):
+    usual = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    usual |= {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": str(folder)}
+    return pl.Trainer(**usual | kwargs, callbacks=list(callbacks) or [QuantizerCallback()])
+
+
+def steps(model) -> dict[str, torch.Tensor]:
+    return {name: q.step.detach().clone() for name, q in quantizers(model)}
+
+
+class Recorder(pl.loggers.logger.DummyLogger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[dict, int]] = []
+
+    def log_metrics(self, metrics, step=None):
+        self.seen.append((dict(metrics), step))
+
+
+def test_steps_learn_and_facts_are_written(tmp_path):
+    model, recorder, log = Classifier(), Recorder(), tmp_path / "quantizers.jsonl"
+    before, callback = steps(model), QuantizerCallback(every=3, log=log)
+    trainer(tmp_path, callback, logger=recorder).fit(model, loader())
+    assert all(not torch.equal(before[name], after) for name, after in steps(model).items())
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [3, 6]
+    assert callback.last == rows[-1]
+    facts = rows[-1]["quantizers"]["network.2.input_quantizer"]
+    assert facts["R"] > 0
+    ours = [(m, at) for m, at in recorder.seen if "quantizers/network.2.input_quantizer/R" in m]
+    assert [at for _, at in ours] == [2, 5]
+    assert ours[-1][0]["quantizers/network.2.input_quantizer/step"] == facts["step"]
+
+
+def test_steps_without_gradient_are_not_decayed(tmp_path):
+    model = Classifier()
+    for _, q in quantizers(model):
+        q.step.register_hook(torch.zeros_like)
+    before, weight = steps(model), model.network[2].weight.detach().clone()
+    trainer(tmp_path).fit(model, loader())
+    assert all(torch.equal(before[name], after) for name, after in steps(model).items())
+    assert not torch.equal(weight, model.network[2].weight)
+
+
+def test_a_decaying_optimizer_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="step_decayed"):
+        trainer(tmp_path).fit(Classifier(groups=False), loader())
+    with pytest.raises(UsageError, match="step_unset"):
+        trainer(tmp_path).fit(Classifier(calibrated=False), loader())
+    with pytest.warns(UserWarning, match="step_decayed"):
+        trainer(tmp_path, QuantizerCallback(problems="warn")).fit(Classifier(groups=False), loader())
+
+
+# the resumed run writes to a folder of its own, on purpose
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_resumes_without_calibration_to_the_same_bits(tmp_path):
+    def run(model, name, **kwargs):
+        keep = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / name, save_top_k=-1, filename="{epoch}")
+        trainer(tmp_path, QuantizerCallback(), keep, enable_checkpointing=True).fit(model, loader(), **kwargs)
+
+    whole, again = Classifier(), Classifier(calibrated=False)
+    run(whole, "a")
+    run(again, "b", ckpt_path=str(tmp_path / "a" / "epoch=0.ckpt"), weights_only=True)
+    a, b = whole.state_dict(), again.state_dict()
+    assert set(a) == set(b)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bf16_keeps_float32_steps(tmp_path, precision):
+    model = Classifier()
+    before = steps(model)
+    trainer(tmp_path, precision=precision, accumulate_grad_batches=2).fit(model, loader())
+    assert all(q.step.dtype == torch.float32 for _, q in quantizers(model))
+    assert all(not torch.equal(before[name], after) for name, after in steps(model).items())
