@@ -81,7 +81,8 @@ def test_bf16_autocast_trains_float32_steps_with_the_codes_of_float32():
     optimizer = torch.optim.AdamW(lsquant.param_groups(model, lr=1e-3, weight_decay=0.1))
     before, inputs, outputs = state(model), {}, {}
     for name, layer in quantized_layers(model):
-        layer.register_forward_hook(lambda m, i, o, n=name: (inputs.update({n: i[0]}), outputs.update({n: o})) and None)
+        layer.register_forward_hook(lambda m, i, o, n=name: inputs.update({n: i[0]}))
+        layer.register_forward_hook(lambda m, i, o, n=name: outputs.update({n: o}))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = F.cross_entropy(model(x), y)
     seen, out = dict(inputs), dict(outputs)
@@ -231,3 +232,5 @@ def test_a_wrapped_model_is_refused():
     wrapped = nn.DataParallel(model)
     with pytest.raises(UsageError, match="prepare the model before it is wrapped in DataParallel"):
         lsquant.prepare(wrapped, Recipe.preset("w4a4"))
+    with pytest.raises(UsageError, match="calibrate the model before it is wrapped in DataParallel"):
+        lsquant.calibrate(wrapped, [x])

@@ -60,6 +60,11 @@ def calibrate(
     Raises: UsageError naming the layer for NaN, infinite, all-zero or missing values, for a wrong guess of the first or
     last layer, and when a quantizer would be left without a step; the model's steps are then unchanged.
     """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise UsageError(
+            f"calibrate: calibrate the model before it is wrapped in {type(model).__name__}, with the same batches in "
+            "every process; or calibrate .module and call lsquant.integrations.distributed.synchronize on it"
+        )
     if not any(True for _ in quantizers(model)):
         raise UsageError("calibrate: the model has no quantizers; call lsquant.prepare(model, recipe) first")
     if method not in ("mse", "paper"):
