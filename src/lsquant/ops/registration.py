@@ -21,7 +21,7 @@ class Op:
     def __init__(self, name: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
         self.name = name
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, lambda *args: _no_view(function(*args)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"lsquant::{name}", fake, lib=_LIBRARY)
         self._call = getattr(torch.ops.lsquant, name).default
 
@@ -53,6 +53,15 @@ class Op:
                     return self(*adapted)
 
             _LIBRARY.impl(self.name, kernel, "Autocast" + device.upper())
+
+
+def _no_view(result: Any) -> Any:
+    """A result that autograd does not take for a view, which must not be modified in place; nothing is copied."""
+    return (
+        torch.ops.aten._unsafe_view(result, result.shape)
+        if isinstance(result, Tensor) and result._is_view()
+        else result
+    )
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
