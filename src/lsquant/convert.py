@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lsquant._util.batches import evaluating, run_batch
 from lsquant._util.errors import UsageError
+from lsquant._util.products import Bypass, address
 from lsquant.nn import (
     EXACT_TYPES,
     QUANTIZED_TYPES,
@@ -100,18 +102,34 @@ def multiplies(module: nn.Module) -> bool:
     return kind is not None and kind.takes_codes
 
 
-def execution_order(model: nn.Module, batch: Any) -> list[nn.Module]:
-    """The layers that multiply in the order in which one batch first reaches them."""
+def execution_order(model: nn.Module, batch: Any) -> tuple[list[nn.Module], dict[nn.Module, str]]:
+    """(layers that multiply in the order in which one batch first reaches them, layers gone round).
+
+    The second: each layer that nothing calls -> the function that uses its weight, "" where none does.
+    """
     seen: dict[nn.Module, None] = {}
-    layers = [m for m in _layers(model) if multiplies(m)]
-    hooks = [m.register_forward_pre_hook(lambda m, _: seen.setdefault(m)) for m in layers]
+    inside: list[nn.Module] = []
+    layers, hooks = list(_layers(model)), []
+    places = {address(m.weight): address(m.weight) for m in layers}  # type: ignore[arg-type]
+
+    def enter(module: nn.Module, _: Any) -> None:
+        seen.setdefault(module)
+        inside.append(module)
+
+    def leave(*_: Any) -> None:
+        del inside[-1:]
+
+    for layer in layers:
+        hooks.append(layer.register_forward_pre_hook(enter))
+        hooks.append(layer.register_forward_hook(leave, always_call=True))
     try:
-        with disabled(model), evaluating(model):
+        with disabled(model), evaluating(model), Bypass(places, inside) as bypass:  # type: ignore[arg-type]
             run_batch(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return list(seen)
+    functions = {m: bypass.found.get(address(m.weight), "") for m in layers if m not in seen}  # type: ignore[arg-type]
+    return [m for m in seen if multiplies(m)], functions
 
 
 def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, steps: Steps = "rescale") -> Changes:
@@ -138,13 +156,16 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
             f"prepare: {type(model).__name__} has no layer that can be quantized "
             f"({', '.join(t.__name__ for t in QUANTIZED_TYPES)})"
         )
-    order = [m for m in layers if multiplies(m)] if example_inputs is None else execution_order(model, example_inputs)
+    order, gone_round = [m for m in layers if multiplies(m)], dict[nn.Module, str]()
+    if example_inputs is not None:
+        order, gone_round = execution_order(model, example_inputs)
+    reasons = {m: _reason(m, gone_round) for m in layers}
     positions: dict[nn.Module, list[str]] = {}
     if order:
         positions.setdefault(order[0], []).append("first")
         positions.setdefault(order[-1], []).append("last")
     _check_rules(recipe, model, layers, positions)
-    plan = _plan(recipe, layers, positions)
+    plan = _plan(recipe, layers, positions, reasons)
     assumed = {rule.which for rule in recipe.all_rules()} if example_inputs is None else ()
     for layer, (weight, activation) in reversed(plan.items()):  # a shared quantizer bears the first layer's name
         _apply(layer, layers[layer][0], weight, activation, steps)
@@ -153,7 +174,7 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
     _share_tied(plan, layers)
     both = any(w is not None and a is not None for w, a in plan.values())
     owners: dict[int, str] = {}
-    rows = [_row(m, names[0], *plan.get(m, (None, None)), _reason(m), owners) for m, names in layers.items()]
+    rows = [_row(m, names[0], *plan.get(m, (None, None)), reasons[m], owners) for m, names in layers.items()]
     for name, module in list(model.named_modules()):
         if both and type(module) in EXACT_TYPES and not EXACT_TYPES[type(module)].unsupported(module):
             module.__class__ = EXACT_TYPES[type(module)]
@@ -162,15 +183,17 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
         elif type(module) in STEPPED_TYPES:
             module.__class__ = STEPPED_TYPES[type(module)]
         elif module not in layers and (reason := stays_float(module)):
-            weights = sum(p.numel() for p in module.parameters(recurse=False))
+            parametrized = getattr(module, "parametrizations", nn.Module()).parameters()
+            weights = sum(p.numel() for p in (*module.parameters(recurse=False), *parametrized))
             shares = owners.get(id(getattr(module, "weight", None)))
             rows.append(Change(name, type(module).__name__, "float", "float", weights, reason, shares))
     return Changes(rows)
 
 
 def _plan(
-    recipe: Recipe, layers: dict[nn.Module, list[str]], positions: dict[nn.Module, list[str]]
-) -> dict[nn.Module, tuple[QuantSpec | None, QuantSpec | None]]:
+    recipe: Recipe, layers: dict[nn.Module, list[str]], positions: dict[nn.Module, list[str]],
+    reasons: dict[nn.Module, str],
+) -> dict[nn.Module, tuple[QuantSpec | None, QuantSpec | None]]:  # fmt: skip
     """What each layer becomes; raises before anything is changed."""
     wanted = {m: recipe.resolve(names, m, positions.get(m, ())) for m, names in layers.items()}
     # of layers that share a weight the one whose bits were asked for most explicitly decides
@@ -191,18 +214,23 @@ def _plan(
         assert kind is not None
         weight = wanted[by_weight[id(layer.weight)]][0]
         activation = wanted[layer][1] if kind.takes_codes else None
-        if weight is not None:
+        if weight is not None and not reasons[layer]:
             if weight.granularity == "group" and not kind.takes_groups:
                 raise UsageError(f"layer {names[0]!r}: {kind.__name__} has no group-wise steps; use 'channel' for it")
             weight_steps(row_shape(layer), weight.granularity, weight.group_size, names[0])
-        if (weight is not None or activation is not None) and not _reason(layer):
+        if (weight is not None or activation is not None) and not reasons[layer]:
             plan[layer] = (weight, activation)
         elif isinstance(layer, QuantizedLayer):
             plan[layer] = (None, None)
     return plan
 
 
-def _reason(layer: nn.Module) -> str:
+def _reason(layer: nn.Module, gone_round: dict[nn.Module, str]) -> str:
+    """Why a layer of a known type stays float; empty where it can be quantized."""
+    if function := gone_round.get(layer):
+        return f"its weight is used by {function} without calling the layer: not quantized"
+    if not layer.weight.numel():  # type: ignore[union-attr, operator]
+        return "it has no weights"
     kind = quantized_type(layer)
     return kind.unsupported(layer) if kind else ""
 
@@ -277,13 +305,29 @@ def stays_float(module: nn.Module) -> str:
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
         return f"{type(module).__name__} uses its weights without calling a layer: not quantized"
     if isinstance(module, tuple(QUANTIZED_TYPES)):
+        if is_parametrized(module):
+            return (
+                f"{type(module).__mro__[1].__name__} with a parametrized weight, made anew for each use: not quantized"
+            )
         return f"a subclass of {type(module).__mro__[1].__name__} may compute otherwise: not quantized"
     if type(module) in EXACT_TYPES and (reason := EXACT_TYPES[type(module)].unsupported(module)):
         return f"not bit-exact in runtimes: {reason}"
     known = type(module).__module__.startswith("torch.nn.modules.")
     if known and isinstance(getattr(module, "weight", None), nn.Parameter):
         return "" if "Norm" in type(module).__name__ else f"{type(module).__name__} is not supported yet"
-    return ""
+    own = _own_matrices(module)
+    return f"it holds {', '.join(own)} itself, used without a layer that lsquant knows: not quantized" if own else ""
+
+
+def _own_matrices(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters with two dimensions or more, where no stand-alone Quantizer is beside them."""
+    lists = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+    if not lists and type(module).__module__.startswith("torch.nn."):
+        return []
+    if any(isinstance(child, Quantizer) for child in module.children()):
+        return []
+    own = module.named_parameters(recurse=False)
+    return [name for name, p in own if sum(size > 1 for size in p.shape) > 1]
 
 
 def _row(

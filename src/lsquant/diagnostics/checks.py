@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lsquant._util.batches import Forward, evaluating, run_batch, take
 from lsquant._util.errors import UsageError
+from lsquant._util.products import Bypass, address
 from lsquant.convert import stays_float
 from lsquant.diagnostics.collect import Tally
 from lsquant.nn import QuantizedLayer, quantized_layers, quantized_type, quantizers
@@ -212,31 +211,6 @@ class _Values(Tally):
             self.zeros += int((x.detach() == 0).sum())
 
 
-class _Bypass(TorchFunctionMode):
-    """Notices products with a quantized layer's weight outside the layer.  found: layer -> function."""
-
-    PRODUCT = re.compile(
-        r"(bi)?linear|(__r?)?matmul(__)?|(b?add)?(b?mm|mv)|(tensor)?dot|inner|einsum|embedding(_bag)?"
-        r"|conv(_transpose)?[123]d|convolution|multi_head_attention_forward"
-    )
-
-    def __init__(self, weights: dict[int, str], inside: list[str]) -> None:
-        super().__init__()
-        self.weights, self.inside, self.found = weights, inside, dict[str, str]()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.inside and self.PRODUCT.fullmatch(getattr(func, "__name__", "")):
-            for value in [*args, *(kwargs or {}).values()]:
-                for t in value if isinstance(value, (tuple, list)) else [value]:
-                    if isinstance(t, Tensor) and (name := self.weights.get(_address(t))) is not None:
-                        self.found.setdefault(name, func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-def _address(t: Tensor) -> int:
-    return 0 if t.is_sparse else t.untyped_storage().data_ptr()
-
-
 def _own(layer: QuantizedLayer) -> set[Quantizer]:
     return {q for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None}
 
@@ -276,8 +250,7 @@ def _batches(
         if q not in owned:
             watch(name, q, q)
     ill = [q for q in names if q.enabled and q not in tallies]  # they would stop the run, or make it all NaN
-    bypass = _Bypass({_address(m.weight): n for n, m in layers.items() if m.weight_quantizer is not None}, inside)
-    bypass.weights.pop(0, None)  # of a weight without storage
+    bypass = Bypass({address(m.weight): n for n, m in layers.items() if m.weight_quantizer is not None}, inside)
     try:
         for q in ill:
             q.enabled = False

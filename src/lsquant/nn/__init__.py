@@ -47,7 +47,10 @@ EXACT_TYPES: dict[type, Any] = {cls.float_type: cls for cls in _EXACT}
 STEPPED_TYPES: dict[type, Any] = {cls.float_type: cls for cls in (SteppedEncoderLayer, SteppedEncoder)}
 """Float type -> the same module without a fast path that goes round its layers."""
 
-FOREIGN_TYPES = {"transformers.pytorch_utils.Conv1D": "lsquant.nn.transformers_conv1d:QuantConv1D"}
+FOREIGN_TYPES = {
+    "transformers.pytorch_utils.Conv1D": "lsquant.nn.transformers_conv1d:QuantConv1D",
+    "transformers.models.falcon.modeling_falcon.FalconLinear": "lsquant.nn.transformers_falcon:QuantFalconLinear",
+}
 """Float types of other packages by name -> module and class, imported only when such a layer is met."""
 
 

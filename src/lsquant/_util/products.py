@@ -1,0 +1,41 @@
+"""Notices products with a layer's weight that go round the layer."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+Key = TypeVar("Key")
+
+
+def address(t: Tensor) -> int:
+    """Where a tensor's values lie; the same for its views.  0 where it has no storage."""
+    return 0 if t.is_sparse else t.untyped_storage().data_ptr()
+
+
+class Bypass(TorchFunctionMode, Generic[Key]):
+    """Notices products with a weight outside its layer; joining it to others counts as well.
+
+    weights: address -> key; inside: not empty while a layer computes.  found: key -> name of the function.
+    """
+
+    PRODUCT = re.compile(
+        r"(bi)?linear|(__r?)?matmul(__)?|(b?add)?(b?mm|mv)|(tensor)?dot|inner|einsum|embedding(_bag)?"
+        r"|conv(_transpose)?[123]d|convolution|multi_head_attention_forward|cat|stack"
+    )
+
+    def __init__(self, weights: dict[int, Key], inside: list[Any]) -> None:
+        super().__init__()
+        self.weights = {place: key for place, key in weights.items() if place}
+        self.inside, self.found = inside, dict[Key, str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.inside and self.PRODUCT.fullmatch(getattr(func, "__name__", "")):
+            for value in [*args, *(kwargs or {}).values()]:
+                for t in value if isinstance(value, (tuple, list)) else [value]:
+                    if isinstance(t, Tensor) and (key := self.weights.get(address(t))) is not None:
+                        self.found.setdefault(key, func.__name__)
+        return func(*args, **(kwargs or {}))
