@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsquant import ops
 from lsquant.nn.base import QuantizedLayer
+from lsquant.quantizer import Quantizer
 
 
 class QuantEmbedding(QuantizedLayer, nn.Embedding):
@@ -25,14 +27,24 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
         quantizer = self.weight_quantizer
         if quantizer is None or not quantizer.enabled:
             return found
+        rows = self._quantized(found, input, quantizer)
+        if self.padding_idx is None or not rows.requires_grad:
+            return rows
+        # neither the weight's row of the padding nor its step learns from padding
+        return torch.where((input == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
+
+    def _quantized(self, found: Tensor, input: Tensor, quantizer: Quantizer) -> Tensor:
         step, q_min, q_max, scale, _ = quantizer.grid()
-        kind = {"axis": 0, "group_size": quantizer.spec.group_size}
         if step.numel() == 1:
             return ops.fake_quantize(found, step, q_min, q_max, scale)
         steps = step.reshape(self.num_embeddings, -1).index_select(0, input.reshape(-1)).reshape(-1)
-        rows = ops.fake_quantize(found.reshape(-1, self.embedding_dim), steps, q_min, q_max, scale, **kind)
-        return rows.reshape(found.shape)
+        kind = {"axis": 0, "group_size": quantizer.spec.group_size}
+        return ops.fake_quantize(found.reshape(-1, self.embedding_dim), steps, q_min, q_max, scale, **kind).reshape(
+            found.shape
+        )
 
     @staticmethod
     def unsupported(layer: nn.Module) -> str:
+        if getattr(layer, "scale_grad_by_freq", False):
+            return "scale_grad_by_freq has no step gradient"
         return "sparse gradients have no step gradient" if getattr(layer, "sparse", False) else ""
