@@ -234,3 +234,11 @@ def test_a_wrapped_model_is_refused():
         lsquant.prepare(wrapped, Recipe.preset("w4a4"))
     with pytest.raises(UsageError, match="calibrate the model before it is wrapped in DataParallel"):
         lsquant.calibrate(wrapped, [x])
+
+
+def test_a_wrapped_model_is_saved_under_its_own_names(tmp_path):
+    model, x, _ = make()
+    lsquant.save(nn.DataParallel(model), tmp_path / "model.safetensors")
+    loaded = lsquant.load(Net(), tmp_path / "model.safetensors")
+    assert equal(state(model), state(loaded))
+    assert torch.equal(model.eval()(x), loaded.eval()(x))

@@ -36,6 +36,8 @@ def save(model: nn.Module, path: Path_, metadata: Mapping[str, str] | None = Non
     metadata: more strings to keep in the file; keys beginning with "lsquant." are ours.
     Raises: UsageError for a model without quantized layers; MissingFile, DiskFull (the old file is then unchanged).
     """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
     if not any(True for _ in quantized_layers(model)):
         raise UsageError("save: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
     stored: dict[str, Tensor] = {}
