@@ -133,6 +133,15 @@ def test_an_optimizer_that_misses_steps_is_refused(tmp_path):
         train(make(calibrated=False), args)
 
 
+def test_what_may_be_meant_is_a_warning(tmp_path):
+    """Frozen steps are reported, not refused; the default optimizer without decay is no problem at all."""
+    args, model = arguments(tmp_path, max_steps=1), make()
+    train(model, args, own_optimizer(model, args))
+    model.lm_head.input_quantizer.step.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"lm_head\.input_quantizer\.step.*\[step_frozen\]"):
+        train(model, args)
+
+
 @pytest.mark.parametrize("kwargs", [{"every": 0}, {"every": 2.0}, {"problems": "shout"}])
 def test_arguments_of_the_callback(kwargs):
     with pytest.raises(UsageError, match=f"QuantizerCallback: {next(iter(kwargs))}="):
