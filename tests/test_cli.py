@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import lsquant
 from lsquant.cli import commands, main
@@ -120,7 +121,7 @@ def test_verify_fails_where_the_file_is_not_exact_and_require_relaxes_it(line):
     level = json.loads((path / "export" / "qdq.verdict.json").read_text())["level"]
     assert level != "outputs"
     assert results["verify qdq"].code == 1
-    assert results["verify qdq"].out.endswith("required: outputs\n")
+    assert "\nrequired: outputs (profile qdq promises weights: --require weights)" in results["verify qdq"].out
     assert level in results["verify qdq"].out
     assert run("verify", path, "--profile", "qdq", "--require", level).code == 0
 
@@ -190,7 +191,7 @@ def test_an_existing_directory(line, tmp_path):
     before = (path / "model.safetensors").read_bytes()
     refused(2, "--resume .* --overwrite", "train", "digits", "--bits", "2", "--out", path, *TINY)
     refused(2, "exclude each other", "train", "digits", "--bits", "2", "--out", path, "--resume", "--overwrite", *TINY)
-    refused(2, "recipe was", "train", "digits", "--bits", "3", "--out", path, "--resume", *TINY)
+    refused(2, "other bits", "train", "digits", "--bits", "3", "--out", path, "--resume", *TINY)
     again = run("train", "--out", path, "--resume", "--quiet")
     assert again.code == 0
     assert again.out == results["train"].out
@@ -199,6 +200,27 @@ def test_an_existing_directory(line, tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     refused(2, "no run directory", "train", "digits", "--bits", "2", "--out", tmp_path, "--overwrite")
     assert (tmp_path / "mine.txt").read_text() == "x"
+
+
+def test_resume_refuses_what_the_run_does_not_have(line):
+    path, _ = line
+    for option, value in (("--lr", "7"), ("--epochs", "99"), ("--seed", "5"), ("--bits", "3")):
+        refused(2, "is another run", "train", "--out", path, "--resume", option, value)
+    assert run("train", "digits", "--out", path, "--resume", "--quiet").code == 0  # the task may be named
+
+
+def test_wrong_input_leaves_no_run_behind(tmp_path):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "float.pt")
+    (tmp_path / "bad.toml").write_text('weight = 2\nactivation = 2\n[[rules]]\nwhich = "nolayer"\nweight = 8\n')
+    out = tmp_path / "run"
+    refused(3, "torch.save", "train", "digits", "--bits", "2", "--init", tmp_path / "float.pt", "--out", out)
+    refused(2, "nolayer.*matches no layer", "train", "digits", "--recipe", tmp_path / "bad.toml", "--out", out)
+    refused(2, "lr=-3", "train", "digits", "--bits", "2", "--lr", "-3", "--out", out)
+    assert not out.exists()
+
+
+def test_an_output_that_is_a_folder(line, tmp_path):
+    refused(2, "is a folder", "report", line[0], "--out", tmp_path)
 
 
 def test_train_json_and_quiet(tmp_path):
@@ -220,10 +242,10 @@ def test_train_json_and_quiet(tmp_path):
 # ---- refusals: one line, the right exit code, nothing written ----
 
 USAGE: dict[str, tuple[str, ...]] = {
-    "bits=1; bits must be": ("train", "digits", "--bits", "1", "--out", "OUT"),
-    "bits=9; bits must be": ("train", "digits", "--bits", "9", "--out", "OUT"),
-    "bits=0; bits must be": ("train", "digits", "--bits", "0", "--out", "OUT"),
-    "bits=1; bits must .*": ("train", "digits", "--weight-bits", "4", "--activation-bits", "1", "--out", "OUT"),
+    "--bits 1: bits are 2 to 8": ("train", "digits", "--bits", "1", "--out", "OUT"),
+    "--bits 9: bits are 2 to 8": ("train", "digits", "--bits", "9", "--out", "OUT"),
+    "--bits 0: bits are 2 to 8": ("train", "digits", "--bits", "0", "--out", "OUT"),
+    "--bits 1: bits are 2 to 8 *": ("train", "digits", "--weight-bits", "4", "--activation-bits", "1", "--out", "OUT"),
     "did you mean 'digits'": ("train", "digit", "--bits", "2", "--out", "OUT"),
     "give --bits N": ("train", "digits", "--out", "OUT"),
     "give --bits N,": ("train", "digits", "--weight-bits", "2", "--out", "OUT"),

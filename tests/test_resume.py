@@ -26,7 +26,7 @@ def drive(*arguments: object) -> dict:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE), environment.get("PYTHONPATH", "")])
     command = [sys.executable, str(DRIVER), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lsquant._util.errors import DamagedFile, MissingFile, UsageError
-from lsquant._util.files import atomic_write
+from lsquant._util.files import atomic_write, sort_safetensors_header
 from lsquant._version import __version__ as VERSION
 from lsquant.convert import prepare, resolved_recipe, revert
 from lsquant.nn import float_type, quantized_layers
@@ -60,6 +60,7 @@ def save(model: nn.Module, path: Path_, metadata: Mapping[str, str] | None = Non
     everything["lsquant.checksum"] = _checksum(everything, stored)
     with atomic_write(path) as temporary:
         save_file(stored, str(temporary), everything)
+        sort_safetensors_header(temporary)
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lsquant._util.errors import DamagedFile, DiskFull, MissingFile
+from lsquant._util.errors import DamagedFile, DiskFull, MissingFile, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -32,6 +32,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises: MissingFile if the folder does not exist; DiskFull if no space is left.
     """
     target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise UsageError(f"{path} is a folder: give the name of a file to write")
     if not target.parent.is_dir():
         raise MissingFile(f"the folder {target.parent} of {path} does not exist: create it first")
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -81,6 +83,17 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise MissingFile(f"{path} does not exist") from error
     except ValueError as error:
         raise DamagedFile(f"{path} is not valid JSON: {error}") from error
+
+
+def sort_safetensors_header(path: str | os.PathLike[str]) -> None:
+    """Order the header's keys, which the library writes in an order of its own: equal content gives equal bytes."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.dumps(json.loads(file.read(size)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        data = header.encode()
+        if len(data) <= size:
+            file.seek(8)
+            file.write(data.ljust(size))
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lsquant._util.errors import DamagedFile, LsquantError, MissingFile, UsageError
-from lsquant._util.files import read_json, write_json
+from lsquant._util.files import read_json
 from lsquant._version import __version__
 from lsquant.cli import own
 from lsquant.diagnostics import check, collect
@@ -46,10 +46,13 @@ def set_up(arguments: Namespace) -> None:
 def train(a: Namespace) -> Outcome:
     """Train a task, or go on with a run."""
     how = {"checkpoint_every": a.checkpoint_every, "quiet": a.quiet}
-    if a.task is None:
-        if not a.resume:
-            raise UsageError("train: name a task (lsquant train digits --bits 2 --out DIR), or --resume a run")
+    if a.resume and a.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    if a.resume and (a.task is None or Path(a.out).exists()):
+        _refuse_changes(a, open_run(a.out))
         metrics = resume_training(a.out, **how)
+    elif a.task is None:
+        raise UsageError("train: name a task (lsquant train digits --bits 2 --out DIR), or --resume a run")
     else:
         task = get_task(a.task)
         settings = replace(task.settings, **{n: value for n in _SETTINGS if (value := getattr(a, n)) is not None})
@@ -57,6 +60,17 @@ def train(a: Namespace) -> Outcome:
         run = Run(Path(a.out), task, _recipe(a), settings, init)
         metrics = run_training(run, resume=a.resume, overwrite=a.overwrite, **how)
     return {"run": str(a.out), **metrics}, _table(_results(metrics)), True
+
+
+def _refuse_changes(a: Namespace, run: Run) -> None:
+    """--resume takes everything from the run; what is given beside it must be what the run has."""
+    asked = {name: getattr(a, name) for name in (*_SETTINGS, "init", "task") if getattr(a, name) is not None}
+    has = {**run.settings.to_dict(), "init": run.init, "task": run.config()["task"]}
+    differ = [f"{name} is {has[name]!r}, not {value!r}" for name, value in asked.items() if has[name] != value]
+    if (a.recipe or a.bits or a.weight_bits or a.activation_bits) and _recipe(a) != run.recipe:
+        differ.append("its recipe has other bits")
+    if differ:
+        raise UsageError(f"{run.path} is another run ({'; '.join(differ)}): --resume goes on with it as it was started")
 
 
 _SETTINGS = ("seed", "batch_size", "float_epochs", "epochs", "lr", "step_lr", "distill", "threads")
@@ -72,6 +86,8 @@ def _recipe(a: Namespace) -> Recipe:
     weight, activation = a.weight_bits or a.bits, a.activation_bits or a.bits
     if weight is None or activation is None:
         raise UsageError("give --bits N, or --weight-bits and --activation-bits, or --recipe FILE")
+    if bad := [bits for bits in (weight, activation) if not 2 <= bits <= 8]:
+        raise UsageError(f"--bits {bad[0]}: bits are 2 to 8")
     return Recipe.preset(f"w{weight}a{activation}")
 
 
@@ -134,11 +150,7 @@ def verify_(a: Namespace) -> Outcome:
     if not path.is_file():
         raise MissingFile(f"{path} does not exist: lsquant export {a.path} --profile {a.profile} writes it")
     verdict = verify(run.model(), path, run.task.batches("test", batch_size=BATCH))
-    result = {"required": a.require, **verdict.to_dict(), "text": str(verdict)}
-    if not a.file:
-        write_json(path.with_suffix(".verdict.json"), result)
-    good = verdict.reaches(a.require)
-    return result, str(verdict) + ("" if good else f"\nrequired: {a.require}"), good
+    return own.judged(a, verdict, path)
 
 
 # ---- check, report, figure, env ----

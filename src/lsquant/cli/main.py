@@ -131,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lsquant: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("lsquant: interrupted", file=sys.stderr)
+        hint = f"; go on with: lsquant train --resume --out {arguments.out}" if arguments.run is commands.train else ""
+        print(f"lsquant: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
     print(json_text(result, indent=2) if arguments.json else text)
     return GOOD if good else NOT_AS_REQUIRED

@@ -26,7 +26,7 @@ from lsquant.tasks import is_run, load_float
 from lsquant.tasks.loading import call, load_object
 from lsquant.training.progress import message
 from lsquant.training.seeds import seed_everything
-from lsquant.verification import verify
+from lsquant.verification import Verdict, verify
 
 Outcome = tuple[dict[str, Any], str, bool]
 SHOWN = 3  # findings of one code that are shown in full
@@ -103,11 +103,18 @@ def verify_(a: Namespace) -> Outcome:
     if not path.is_file():
         raise MissingFile(f"{path} does not exist: lsquant export {a.path} --profile {a.profile} ... writes it")
     verdict = verify(model, path, batches(a), max_batches=a.max_batches)
+    return judged(a, verdict, path)
+
+
+def judged(a: Namespace, verdict: Verdict, path: Path) -> Outcome:
+    """The outcome of ``verify``; the verdict is kept beside a file in its usual place."""
     result = {"required": a.require, **verdict.to_dict(), "text": str(verdict)}
     if not a.file:
         write_json(path.with_suffix(".verdict.json"), result)
-    good = verdict.reaches(a.require)
-    return result, str(verdict) + ("" if good else f"\nrequired: {a.require}"), good
+    if verdict.reaches(a.require):
+        return result, str(verdict), True
+    hint = " (profile qdq promises weights: --require weights)" if verdict.profile == "qdq" else ""
+    return result, f"{verdict}\nrequired: {a.require}{hint}", False
 
 
 def report(a: Namespace) -> Outcome:

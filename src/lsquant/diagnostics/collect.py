@@ -119,7 +119,8 @@ def balance(layer: QuantizedLayer, kind: str) -> float | None:
     layout = {"axis": quantizer.axis, "group_size": quantizer.spec.group_size} if kind == "weight" else {}
     weight, grad = layer.rows(), layer.rearranged(layer.weight.grad)
     ratio = step_balance(weight, grad, quantizer.effective_step(), quantizer.step.grad, **layout)
-    return float(ratio.median())
+    ratio = ratio[torch.isfinite(ratio)]  # a dead channel has no gradient at all
+    return float(ratio.median()) if ratio.numel() else None
 
 
 def collect(

@@ -47,6 +47,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UsageError(f"{name}={value}: it must be at least {low}")
+        for name in ("lr", "float_lr", "step_lr", "momentum", "weight_decay", "float_weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < float("inf"):
+                raise UsageError(f"{name}={value}: it must be a number from 0")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

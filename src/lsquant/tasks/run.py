@@ -36,6 +36,8 @@ def run_training(
 
     Raises: UsageError if `run.path` exists, without `resume` or `overwrite`; see `fit` for the rest.
     """
+    if not (resume and run.path.exists()):
+        _try_out(run)
     start_run(run, resume=resume, overwrite=overwrite)
     if run.file("metrics.json").is_file():
         return read_json(run.file("metrics.json"))
@@ -45,6 +47,14 @@ def run_training(
         return _train(run, checkpoint_every, quiet)
     finally:
         torch.set_num_threads(before)
+
+
+def _try_out(run: Run) -> None:
+    """Meet a wrong checkpoint or recipe before anything is written or trained."""
+    model = run.task.model()
+    if run.init is not None:
+        load_float(model, run.init)
+    prepare(model, run.recipe, example_inputs=run.task.example_input())
 
 
 def _train(run: Run, checkpoint_every: int | None, quiet: bool) -> dict[str, Any]:
@@ -99,7 +109,10 @@ def load_float(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     try:
         model.load_state_dict(load_file(path))
     except SafetensorError as error:
-        raise DamagedFile(f"{path} is damaged or no safetensors file: {error}") from error
+        with open(path, "rb") as file:
+            is_zip = file.read(2) == b"PK"
+        hint = "; it looks like torch.save's: write the state dict with safetensors.torch.save_file" if is_zip else ""
+        raise DamagedFile(f"{path} is damaged or no safetensors file: {error}{hint}") from error
     except RuntimeError as error:
         raise UsageError(f"{path} is the checkpoint of another architecture: {error}") from error
     return model
