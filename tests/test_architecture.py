@@ -50,7 +50,8 @@ CORE = 9  # the highest number that belongs to the core
 NEVER = {"export": {"kernels", "training"}}
 OPTIONAL = {
     *("onnx", "onnxruntime", "onnxscript", "onnx_ir", "sklearn", "matplotlib", "PIL"),
-    *("transformers", "accelerate", "lightning", "tensorboard", "triton", "gguf", "openvino", "compressed_tensors", "scipy"),
+    *("transformers", "accelerate", "lightning", "tensorboard", "triton", "gguf", "openvino"),
+    *("compressed_tensors", "scipy"),
 }
 
 
