@@ -62,4 +62,5 @@ if __name__ == "__main__":
     print("| from w4a4 to | steps | right after | after 5 epochs |\n|---|---|---|---|")
     for key in runs[0]:
         before, after = zip(*(run[key] for run in runs), strict=True)
-        print(f"| {key[0]} | {key[1]} | {mean(before):.1f} % | {mean(after):.1f} % ({min(after):.1f} to {max(after):.1f}) |")
+        spread = f"{min(after):.1f} to {max(after):.1f}"
+        print(f"| {key[0]} | {key[1]} | {mean(before):.1f} % | {mean(after):.1f} % ({spread}) |")

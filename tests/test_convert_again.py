@@ -81,7 +81,7 @@ def test_other_bits_keep_the_parameter_objects_and_rescale_the_steps():
             step.fill_(0.3)
     for _, q in quantizers(model):
         q.initial_step.fill_(0.2)
-    lsquant.prepare(model, Recipe(2, 8))
+    lsquant.prepare(model, Recipe(2, 8), steps="rescale")
     assert bits(model) == {"0": (2, 8), "5": (2, 8)}
     factors = {"weight": 7 / 1, True: 7 / 127, False: 15 / 255}
     assert signs["0.input_quantizer"] is True

@@ -132,14 +132,14 @@ def execution_order(model: nn.Module, batch: Any) -> tuple[list[nn.Module], dict
     return [m for m in seen if multiplies(m)], functions
 
 
-def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, steps: Steps = "rescale") -> Changes:
+def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, steps: Steps = "recalibrate") -> Changes:
     """Quantize the layers of a model in place, as the recipe says.
 
     model: any nn.Module, float or already prepared.  example_inputs: one batch (tensor; tuple or list, whose first
     element counts; mapping); with it the first and last layer that multiply are known by execution, without it by
     order of definition, and ``calibrate`` raises where that was wrong.
-    steps: for a prepared model: "rescale" keeps ``s * q_max_old / q_max_new``, "recalibrate" sets weight steps anew and
-    marks activation steps as not set.
+    steps: for a prepared model, where the bits change: "recalibrate" sets weight steps anew and marks activation steps
+    as not set, so that ``calibrate`` has to follow; "rescale" keeps ``s * q_max_old / q_max_new`` (docs/recipes.md).
     Returns: Changes.  Raises: UsageError naming the rule or layer; the model is then unchanged.
     """
     if not isinstance(model, nn.Module):
@@ -283,8 +283,9 @@ def _reuse(old: Quantizer | None, spec: QuantSpec, count: int, steps: Steps) -> 
         return None
     if (old.spec.granularity, old.spec.group_size) != (spec.granularity, spec.group_size):
         return None
-    old.respecify(spec, rescale=steps == "rescale")
-    if steps == "recalibrate":
+    keep = steps == "rescale" or spec in (old.requested, old.spec)  # a step whose levels stay is kept
+    old.respecify(spec, rescale=keep)
+    if not keep:
         old.forget()
     return old
 
