@@ -570,7 +570,7 @@ def test_wrong_arguments(cnn):
     model = cnn[0]
     with pytest.raises(UsageError, match="an nn"):
         check("model")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="without param_groups"):
+    with pytest.raises(UsageError, match="give a torch optimizer"):
         check(model, model.parameters())
     with pytest.raises(UsageError, match="no batches"):
         check(model, batches=[])
@@ -581,7 +581,7 @@ def test_wrong_arguments(cnn):
 def test_an_error_in_the_model_leaves_it_as_it_was(cnn):
     model = cnn[0]
     model.conv.input_quantizer.forget()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UsageError, match="'stem': the input has 3"):
         check(model, batches=[torch.randn(2, 3, 8, 8)])
     assert model.conv.input_quantizer.enabled
     assert not any(m._forward_pre_hooks for m in model.modules())

@@ -200,10 +200,13 @@ def test_views_and_strides():
     check(layer, torch.randn(1, 12).expand(4, 12))
 
 
-def test_a_wrong_size_is_an_error_that_names_both_shapes():
+def test_a_wrong_size_is_an_error_that_names_layer_and_sizes():
     layer = ready(nn.Linear(6, 4), torch.randn(3, 6))
-    with pytest.raises(ValueError, match=r"last dimension is 5, the weight \(4, 6\)"):
+    with pytest.raises(ValueError, match="the input has 5 features or channels, the layer takes 6"):
         layer(torch.randn(3, 5))
+    grids = layer.grids()
+    with pytest.raises(ValueError, match=r"last dimension is 5, the weight \(4, 6\)"):
+        lsquant.ops.linear(torch.randn(3, 5), layer.weight, None, *grids)
 
 
 # ---- sums that float32 cannot hold ----

@@ -142,4 +142,5 @@ def _check_architecture(model: nn.Module, tensors: dict[str, Tensor], path: Path
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         kind = type(model).__name__
-        raise UsageError(f"{path} is of another architecture than {kind}: {'; '.join(problems[:3])}{more}")
+        found = "; ".join(problems[:3]) + more
+        raise UsageError(f"{path} is of another architecture than {kind}: {found}. Build the model that was saved")

@@ -13,7 +13,7 @@ from torch import nn
 
 from lsquant._util.errors import UsageError
 from lsquant._util.toml import to_toml
-from lsquant.spec import QuantSpec
+from lsquant.spec import MAX_BITS, MIN_BITS, QuantSpec
 
 INHERIT = "inherit"
 """In a Rule: leave this half to the next rule that matches, at last to the recipe's default."""
@@ -26,7 +26,7 @@ def _spec(value: Setting, what: str) -> QuantSpec | str | None:
     """An int becomes a QuantSpec, weights are signed.  Raises UsageError naming ``what``."""
     if value is None or value == INHERIT:
         return None if value is None else INHERIT
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and MIN_BITS <= value <= MAX_BITS:
         value = QuantSpec(value)
     if not isinstance(value, QuantSpec):
         raise UsageError(f"{what}={value!r}: give bits (2 to 8), a QuantSpec, or None for floating point")

@@ -166,7 +166,8 @@ def _optimizer(model: nn.Module, optimizer: Any) -> Iterator[Finding]:
     several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     for one in several:
         if not hasattr(one, "param_groups"):
-            raise UsageError(f"check: the optimizer is a {type(one).__name__} without param_groups")
+            kind = type(one).__name__
+            raise UsageError(f"check: the optimizer is a {kind}; give a torch optimizer, or a list of them")
     groups = [group for one in several for group in one.param_groups]
     held = {id(p): group for group in groups for p in group["params"]}
     learning = any(float(group.get("lr", 1.0)) > 0 for group in groups)

@@ -77,6 +77,13 @@ class QuantizedLayer(nn.Module):
         """N of an activation step: features of one sample; here the last dimension."""
         return x.shape[-1]
 
+    def require_size(self, found: int, wanted: int) -> None:
+        """Raises UsageError naming the layer where the input has another number of features or channels."""
+        if found != wanted:
+            quantizer = self.input_quantizer or self.weight_quantizer
+            name = quantizer.name.rpartition(".")[0] if quantizer is not None else ""
+            raise UsageError(f"layer {name!r}: the input has {found} features or channels, the layer takes {wanted}")
+
     @staticmethod
     def unsupported(layer: nn.Module) -> str:
         """Why a float layer of this type cannot be quantized; empty when it can."""

@@ -22,6 +22,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     float_type = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
+        self.require_size(input.shape[-1], self.in_features)
         grids = self.grids()
         if grids is None:
             return F.linear(*self.float_operands(input), self.bias)
@@ -34,6 +35,7 @@ class _QuantConv(QuantizedLayer):
 
     takes_groups = False
 
+    in_channels: int
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...] | str
@@ -62,6 +64,7 @@ class _QuantConv(QuantizedLayer):
 
     def convolve(self, x: Tensor, padding: Sequence[int], transposed: bool, output_padding: Sequence[int]) -> Tensor:
         """Over exact integer sums, or in floating point where only one side is quantized."""
+        self.require_size(x.shape[1], self.in_channels)
         grids = self.grids()
         conv = (self.stride, padding, self.dilation, transposed, output_padding, self.groups)
         if grids is None:

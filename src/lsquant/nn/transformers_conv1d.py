@@ -19,6 +19,7 @@ class QuantConv1D(QuantizedLayer, Conv1D):
         return t.t()
 
     def forward(self, x: Tensor) -> Tensor:
+        self.require_size(x.shape[-1], self.weight.shape[0])
         grids = self.grids()
         if grids is None:
             values, weight = self.float_operands(x)
