@@ -26,6 +26,7 @@ LAYERS = {
     "_version": 0,
     "spec": 1,
     "mse": 1,
+    "changes": 1,
     "reference": 2,
     "kernels": 3,
     "ops": 4,

@@ -6,9 +6,9 @@ from lsquant._util.errors import LsquantError as LsquantError
 from lsquant._util.errors import UsageError as UsageError
 from lsquant._version import __version__ as __version__
 from lsquant.calibration import calibrate as calibrate
+from lsquant.changes import Changes as Changes
 from lsquant.checkpoint import load as load
 from lsquant.checkpoint import save as save
-from lsquant.convert import Changes as Changes
 from lsquant.convert import disabled as disabled
 from lsquant.convert import prepare as prepare
 from lsquant.convert import resolved_recipe as resolved_recipe

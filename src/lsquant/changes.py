@@ -1,0 +1,58 @@
+"""``Changes``: what ``prepare`` did, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from lsquant._util.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Change:
+    """One layer: name, float type, weight and activation in words ("float": not quantized), weights, reason.
+
+    shares: the layer above whose weight it has as well; such a weight counts once.
+    """
+
+    name: str
+    kind: str
+    weight: str
+    activation: str
+    weights: int
+    reason: str = ""
+    shares: str | None = None
+
+
+class Changes(tuple[Change, ...]):
+    """What ``prepare`` did, a row per layer; prints as a table.  It is no model: prepare works in place."""
+
+    @property
+    def quantized(self) -> tuple[Change, ...]:
+        """The layers with at least one quantizer."""
+        return tuple(c for c in self if (c.weight, c.activation) != ("float", "float"))
+
+    @property
+    def weight_share(self) -> float:
+        """Quantized weights over all weights of these layers, 0 to 1; a shared weight counts once."""
+        counted = [c for c in self if c.shares is None]
+        total = sum(c.weights for c in counted)
+        return sum(c.weights for c in counted if c.weight != "float") / total if total else 0.0
+
+    def __str__(self) -> str:
+        rows = [("layer", "type", "weight", "input", "weights", "note")]
+        rows += [(c.name or "(root)", c.kind, c.weight, c.activation, f"{c.weights:,}", c.reason) for c in self]
+        widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        count = len(self.quantized)
+        return "\n".join([*lines, f"{count} layers quantized, {self.weight_share:.1%} of the weights"])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise UsageError("prepare works in place: go on using the model you passed, not what prepare returned")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or not hasattr(nn.Module, name):
+            raise AttributeError(name)
+        raise UsageError(f"prepare works in place: call .{name} on the model you passed, not on what prepare returned")
