@@ -395,7 +395,7 @@ def a_float_model_checked(_: Path) -> Any:
     return lsquant.check(Net())
 
 
-@mistake("body", "calibrate again on data like these")
+@mistake("stem.input_quantizer", "calibrate again on data like these")
 def data_of_another_scale(_: Path) -> Any:
     return lsquant.check(ready(), batches=[images() * 100])
 
