@@ -355,8 +355,12 @@ def test_an_exhausted_generator():
 def test_an_error_of_the_model_itself_is_passed_on():
     model = net()
     before = states(model)
-    with pytest.raises(RuntimeError, match="channels"):
+    with pytest.raises(UsageError, match=r"layer '0'.*2 features or channels.*takes 3"):
         lsquant.calibrate(model, [images(), torch.randn(1, 2, 5, 6)])
+    assert_unchanged(model, before)
+    model.forward = lambda x: x.reshape(7, 7, 7)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        lsquant.calibrate(model, [images()])
     assert_unchanged(model, before)
 
 
