@@ -1,6 +1,7 @@
 # make install   .venv with lsquant (editable) and all extras, pinned by constraints.txt
 # make demo      digits at 2 bits: train, export, verify, report (about 3 minutes on 2 cores)
 # make test      the tests; make test-all adds the slow ones
+# make package   the wheel, built, installed elsewhere and used
 # make lint      ruff and pyright; make docs: the documentation site in site/; make figure: docs/figures
 #
 # PYTHON=python3.12   the interpreter that .venv is made from (3.11 or later)
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAIN
 # each test process computes on one thread; JOBS processes use the cores
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: install demo test test-all lint docs figure clean
+.PHONY: install demo test test-all lint docs figure package clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -45,6 +46,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) -m ""
+
+# the wheel, built, checked and installed into an environment of its own; the digits line run with it from elsewhere
+package: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "" tests/test_packaging.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks examples
