@@ -255,3 +255,12 @@ def test_resolved_recipe_with_unusual_names(name):
     other = nn.ModuleDict({name: nn.Linear(2, 2), "a": nn.Linear(2, 2)})
     lsquant.prepare(other, lsquant.resolved_recipe(model))
     assert bits(other) == {name: (4, 4)}
+
+
+def test_a_rule_for_a_module_that_holds_layers_says_how_to_name_them():
+    for rules in ({"skip": ["1"]}, {"rules": [Rule("1", 8, 8)]}):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+        with pytest.raises(UsageError, match=r"'1'.*holds '1\.0'.*use '1\.\*'"):
+            lsquant.prepare(model, Recipe.preset("w4a4", **rules))
+    lsquant.prepare(model, Recipe.preset("w4a4", skip="1.*"))  # a string is one name
+    assert bits(model) == {"0": (8, 8), "2": (8, 8)}

@@ -338,3 +338,21 @@ def test_compiled_equals_eager(name):
     layer, x = made(name, "channel")
     torch._dynamo.reset()
     assert_same(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(8, 8), nn.Conv2d(4, 8, 3, groups=2), nn.ConvTranspose2d(4, 6, 2, groups=2)]
+)
+def test_the_dequantized_weight_is_what_the_quantizer_gives(layer, granularity):
+    if granularity == "group" and isinstance(layer, nn.ConvTranspose2d):
+        pytest.skip("no groups there")
+    model = nn.Sequential(copy.deepcopy(layer))
+    size = {"group_size": 2} if granularity == "group" else {}
+    lsquant.prepare(model, lsquant.Recipe(lsquant.QuantSpec(4, granularity=granularity, **size)))
+    x = torch.randn(2, 8) if isinstance(layer, nn.Linear) else torch.randn(2, 4, 5, 5)
+    values = model[0].dequantized_weight()
+    assert values.shape == layer.weight.shape
+    lsquant.revert(copy.deepcopy(model))
+    expected = torch.func.functional_call(copy.deepcopy(layer), {"weight": values}, (x,))
+    assert torch.equal(model(x), expected)

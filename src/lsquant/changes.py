@@ -27,7 +27,11 @@ class Change:
 
 
 class Changes(tuple[Change, ...]):
-    """What ``prepare`` did, a row per layer; prints as a table.  It is no model: prepare works in place."""
+    """What ``prepare`` did, a row per layer; prints as a table.  It is no model: prepare works in place.
+
+    The fields of a row: name, kind (float type), weight and activation (in words, "float" where not quantized), weights
+    (their number), reason (why it stays float), shares (the layer whose weight it has as well).
+    """
 
     @property
     def quantized(self) -> tuple[Change, ...]:

@@ -193,8 +193,15 @@ def _check_rules(
     for rule in recipe.rules:
         if any(rule.matches(names, layer, positions.get(layer, ())) for layer, names in layers.items()):
             continue
-        everything = [(m, [n]) for n, m in model.named_modules() if n]
-        if rule.weight is None and rule.activation is None and any(rule.matches(n, m) for m, n in everything):
+        found = [(n, m) for n, m in model.named_modules() if n and rule.matches([n], m)]
+        inside = [(n, layers[m][0]) for n, module in found for m in module.modules() if m in layers]
+        if inside:
+            name, layer = inside[0]
+            raise UsageError(
+                f"prepare: the rule for {rule.which!r} matches {name!r}, which is no layer but holds {layer!r}; "
+                f"use {name + '.*'!r} for all inside"
+            )
+        if found and rule.weight is None and rule.activation is None:
             continue  # skipping something that would stay float anyway
         known = [name for names in layers.values() for name in names]
         near = difflib.get_close_matches(str(rule.which), known, 3, 0.3) or known[:3]

@@ -131,7 +131,7 @@ class Recipe:
         if first_last is not None:
             edge = None if activation is None else first_last
             ends = (Rule("first", first_last, edge), Rule("last", first_last, edge))
-        skips = tuple(Rule(which, None, None) for which in skip)
+        skips = tuple(Rule(which, None, None) for which in ([skip] if isinstance(skip, (str, type)) else skip))
         return cls(weight, activation, (*rules, *skips), ends)
 
     def all_rules(self) -> tuple[Rule, ...]:

@@ -63,7 +63,10 @@ def freeze_layer(name: str, layer: Any) -> IntegerLayer:
         return IntegerLinear(*common)
     if isinstance(layer, nn.Conv2d):
         return IntegerConv2d(*common, source=layer)
-    raise UsageError(f"{label}: {type(layer).__name__} has no integer form yet")
+    kind = type(layer).__name__.removeprefix("Quant")
+    raise UsageError(
+        f"{label}: {kind} cannot be exported yet; leave it in floating point before training: skip=[{label!r}]"
+    )
 
 
 def _check_weights(name: str, quantizer: Quantizer) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsquant import ops
+from lsquant import ops, reference
 from lsquant._util.errors import UsageError
 from lsquant.quantizer import Quantizer
 
@@ -65,13 +65,23 @@ class QuantizedLayer(nn.Module):
     def integer_weight(self) -> tuple[Tensor, Tensor, None]:
         """(codes, step, zero_point): int8 codes in the weight's shape, the guarded step (steps,) float32, None.
 
-        ``codes * step`` (step along the output channels or groups) is the weight the layer computes with.
-        Raises: UsageError when the weight is not quantized.
+        The steps are in the order of output channels, or of groups along the rows of output channels;
+        ``dequantized_weight`` multiplies them.  Raises: UsageError when the weight is not quantized.
         """
         quantizer = self.weight_quantizer
         if quantizer is None:
             raise UsageError("integer_weight: this layer's weight is not quantized")
         return self.rearranged(quantizer.codes(self.rows())), quantizer.effective_step().detach().clone(), None
+
+    @torch.no_grad()
+    def dequantized_weight(self) -> Tensor:
+        """``codes * step`` in the weight's own shape, float32: what the layer multiplies with."""
+        codes, step, _ = self.integer_weight()
+        quantizer = self.weight_quantizer
+        assert quantizer is not None
+        rows = self.rearranged(codes).to(torch.float32)
+        values, steps = reference.step_view(rows, step, quantizer.axis, quantizer.spec.group_size)
+        return self.rearranged((values * steps).reshape(rows.shape))
 
     def input_features(self, x: Tensor) -> int:
         """N of an activation step: features of one sample; here the last dimension."""
