@@ -1,5 +1,5 @@
 # make install   .venv with lsquant (editable) and all extras, pinned by constraints.txt
-# make demo      digits at 2 bits: train, export, verify, report (about 3 minutes on 2 cores)
+# make demo      digits at 2 bits: train, export, verify, report (about a minute on 2 cores)
 # make test      the tests; make test-all adds the slow ones
 # make package   the wheel, built, installed elsewhere and used
 # make lint      ruff and pyright; make docs: the documentation site in site/; make figure: docs/figures
