@@ -264,3 +264,20 @@ def test_a_rule_for_a_module_that_holds_layers_says_how_to_name_them():
             lsquant.prepare(model, Recipe.preset("w4a4", **rules))
     lsquant.prepare(model, Recipe.preset("w4a4", skip="1.*"))  # a string is one name
     assert bits(model) == {"0": (8, 8), "2": (8, 8)}
+
+
+def test_the_share_of_multiplications():
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2),
+        nn.ConvTranspose2d(4, 2, 2, stride=2),
+        nn.Flatten(),
+        nn.Linear(72, 5),
+        nn.Linear(5, 3),
+    )
+    recipe = Recipe(4, 4, [Rule("1", activation=None), Rule("4", None, None)])
+    changes = lsquant.prepare(model, recipe, example_inputs=torch.randn(1, 2, 7, 7))
+    # 4x3x3 outputs of 2x3x3 terms; 4x3x3 inputs spread over 2x2x2; 72x5; 5x3
+    assert [c.multiplications for c in changes] == [36 * 18, 36 * 8, 360, 15]
+    assert changes.multiplication_share == pytest.approx((648 + 360) / (648 + 288 + 360 + 15))
+    assert str(changes).endswith("76.9% of the multiplications with both sides")
+    assert lsquant.prepare(model, recipe).multiplication_share is None

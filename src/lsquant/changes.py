@@ -14,7 +14,8 @@ from lsquant._util.errors import UsageError
 class Change:
     """One layer: name, float type, weight and activation in words ("float": not quantized), weights, reason.
 
-    shares: the layer above whose weight it has as well; such a weight counts once.
+    shares: the layer above whose weight it has as well; such a weight counts once.  multiplications: of input by weight
+    in the example batch; None without one, 0 for lookups.
     """
 
     name: str
@@ -24,13 +25,14 @@ class Change:
     weights: int
     reason: str = ""
     shares: str | None = None
+    multiplications: int | None = None
 
 
 class Changes(tuple[Change, ...]):
     """What ``prepare`` did, a row per layer; prints as a table.  It is no model: prepare works in place.
 
     The fields of a row: name, kind (float type), weight and activation (in words, "float" where not quantized), weights
-    (their number), reason (why it stays float), shares (the layer whose weight it has as well).
+    (their number), reason (why it stays float), shares (the layer whose weight it has as well), multiplications.
     """
 
     @property
@@ -45,13 +47,22 @@ class Changes(tuple[Change, ...]):
         total = sum(c.weights for c in counted)
         return sum(c.weights for c in counted if c.weight != "float") / total if total else 0.0
 
+    @property
+    def multiplication_share(self) -> float | None:
+        """Multiplications with input and weight quantized over all in these layers, 0 to 1; None without an example."""
+        total = sum(c.multiplications or 0 for c in self)
+        done = sum(c.multiplications or 0 for c in self if "float" not in (c.weight, c.activation))
+        return done / total if total else None
+
     def __str__(self) -> str:
         rows = [("layer", "type", "weight", "input", "weights", "note")]
         rows += [(c.name or "(root)", c.kind, c.weight, c.activation, f"{c.weights:,}", c.reason) for c in self]
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         count = len(self.quantized)
-        return "\n".join([*lines, f"{count} layers quantized, {self.weight_share:.1%} of the weights"])
+        share = self.multiplication_share
+        told = "" if share is None else f", {share:.1%} of the multiplications with both sides"
+        return "\n".join([*lines, f"{count} layers quantized, {self.weight_share:.1%} of the weights{told}"])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise UsageError("prepare works in place: go on using the model you passed, not what prepare returned")

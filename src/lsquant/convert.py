@@ -11,9 +11,10 @@ import fnmatch
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lsquant._util.batches import evaluating, run_batch
@@ -54,22 +55,26 @@ def multiplies(module: nn.Module) -> bool:
     return kind is not None and kind.takes_codes
 
 
-def execution_order(model: nn.Module, batch: Any) -> tuple[list[nn.Module], dict[nn.Module, str]]:
-    """(layers that multiply in the order in which one batch first reaches them, layers gone round).
+def execution_order(model: nn.Module, batch: Any) -> tuple[dict[nn.Module, int], dict[nn.Module, str]]:
+    """(layers that multiply in the order in which one batch first reaches them -> multiplications, layers gone round).
 
     The second: each layer that nothing calls -> the function that uses its weight, "" where none does.
     """
-    seen: dict[nn.Module, None] = {}
+    seen: dict[nn.Module, int] = {}
     inside: list[nn.Module] = []
     layers, hooks = list(_layers(model)), []
     places = {address(m.weight): address(m.weight) for m in layers}  # type: ignore[arg-type]
 
     def enter(module: nn.Module, _: Any) -> None:
-        seen.setdefault(module)
+        seen.setdefault(module, 0)
         inside.append(module)
 
-    def leave(*_: Any) -> None:
+    def leave(module: Any, args: tuple[Any, ...], output: Any) -> None:
         del inside[-1:]
+        if isinstance(output, Tensor) and args:  # a transposed convolution spreads each input over its outputs
+            spread = getattr(module, "transposed", False)
+            terms = module.weight.shape[1:] if spread else row_shape(module)[1:]
+            seen[module] += (args[0] if spread else output).numel() * terms.numel()
 
     for layer in layers:
         hooks.append(layer.register_forward_pre_hook(enter))
@@ -81,7 +86,7 @@ def execution_order(model: nn.Module, batch: Any) -> tuple[list[nn.Module], dict
         for hook in hooks:
             hook.remove()
     functions = {m: bypass.found.get(address(m.weight), "") for m in layers if m not in seen}  # type: ignore[arg-type]
-    return [m for m in seen if multiplies(m)], functions
+    return {m: count for m, count in seen.items() if multiplies(m)}, functions
 
 
 def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, steps: Steps = "recalibrate") -> Changes:
@@ -108,9 +113,10 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
             f"prepare: {type(model).__name__} has no layer that can be quantized "
             f"({', '.join(t.__name__ for t in QUANTIZED_TYPES)})"
         )
-    order, gone_round = [m for m in layers if multiplies(m)], dict[nn.Module, str]()
+    counts, gone_round = dict[nn.Module, int](), dict[nn.Module, str]()
     if example_inputs is not None:
-        order, gone_round = execution_order(model, example_inputs)
+        counts, gone_round = execution_order(model, example_inputs)
+    order = [m for m in layers if multiplies(m)] if example_inputs is None else list(counts)
     reasons = {m: _reason(m, gone_round) for m in layers}
     positions: dict[nn.Module, list[str]] = {}
     if order:
@@ -127,6 +133,8 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
     both = any(w is not None and a is not None for w, a in plan.values())
     owners: dict[int, str] = {}
     rows = [_row(m, names[0], *plan.get(m, (None, None)), reasons[m], owners) for m, names in layers.items()]
+    if example_inputs is not None:
+        rows = [replace(row, multiplications=counts.get(m, 0)) for row, m in zip(rows, layers, strict=True)]
     for name, module in list(model.named_modules()):
         if both and type(module) in EXACT_TYPES and not EXACT_TYPES[type(module)].unsupported(module):
             module.__class__ = EXACT_TYPES[type(module)]
