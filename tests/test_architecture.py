@@ -150,6 +150,15 @@ def test_import_loads_no_optional_package():
     assert not (ours - bare) & OPTIONAL
 
 
+def test_a_training_step_loads_no_compiler():
+    step = (
+        "import torch, lsquant; m = torch.nn.Sequential(torch.nn.Linear(4, 4)); "
+        "lsquant.prepare(m, lsquant.Recipe(4, 4)); x = torch.randn(8, 4); lsquant.calibrate(m, [x]); "
+        "m(x).sum().backward()"
+    )
+    assert "torch._dynamo" not in modules_after(step)
+
+
 def test_private_names_of_torch():
     """No private module of torch, and no private method of a layer, is imported or called."""
     banned = re.compile(r"(from|import) torch\.(\w+\.)*_\w+|torch\._C\b|\._conv_forward\b|\b_VF\b")

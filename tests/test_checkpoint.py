@@ -313,7 +313,7 @@ def test_a_full_disk_keeps_the_old_file(saved, tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr("lsquant._util.tensors.save_file", full)
     model = trained(Recipe(2, 2))
     before = everything(model)
     with pytest.raises(DiskFull, match=r"no space left .*old file"):

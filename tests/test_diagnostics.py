@@ -170,6 +170,32 @@ def test_without_batches_only_weights_and_without_quantizers_nothing():
     assert collect(net(), [torch.randn(1, 2, 4, 4)]) == []
 
 
+class Alone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = lsquant.Quantizer(lsquant.QuantSpec(2, signed=True), count=4)
+        self.linear = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.own(x))
+
+
+def test_a_quantizer_that_stands_alone(tmp_path):
+    model, x = Alone(), torch.tensor([[-9.0, -1.0, 0.0, 1.0], [1.0, 1.0, 9.0, 9.0]])
+    lsquant.prepare(model, Recipe(4))
+    with torch.no_grad():
+        model.own.initialize(x)
+        model.own.step.fill_(1.0)
+    weight, alone = collect(model, [x])
+    assert (weight.name, alone.name, alone.kind, alone.size, alone.balance) == (
+        "linear.weight_quantizer", "own", "alone", None, None,
+    )  # fmt: skip
+    assert (alone.clip_low, alone.clip_high, alone.levels_used) == (1 / 8, 2 / 8, 4)  # -2 -1 0 1 / 1 1 1 1
+    assert [f.name for f in collect(model)] == ["linear.weight_quantizer"]
+    lsquant.write_report(model, tmp_path / "r.html", [x])
+    assert "<td>own</td><td>alone</td><td>2</td>" in (tmp_path / "r.html").read_text()
+
+
 def test_a_layer_used_twice_and_max_batches():
     shared = nn.Linear(4, 4)
     model = nn.Sequential(shared, shared)

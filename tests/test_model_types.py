@@ -1,6 +1,6 @@
 """Transformers model types go the whole way: prepare, calibrate, one step, save, load, revert.
 
-The table is in `model_types.py`; what the runs give stands in docs/support.md, which
+The table is in `model_table.py`; what the runs give stands in docs/support.md, which
 `python tests/model_types.py --write` renews.
 """
 
@@ -16,7 +16,7 @@ import lsquant
 transformers = pytest.importorskip("transformers")
 
 import model_types  # noqa: E402
-from model_types import FAST, KNOWN, TYPES  # noqa: E402
+from model_table import FAST, KNOWN, TYPES  # noqa: E402
 
 SLOW = [name for name in TYPES if name not in FAST]
 PAGE = model_types.rows_of_page()

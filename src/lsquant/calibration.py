@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lsquant._util.batches import Forward, evaluating, run_batch, take
+from lsquant._util.batches import Forward, evaluating, first_input, run_batch, take, unwrapped
 from lsquant._util.errors import UsageError
 from lsquant.convert import disabled, multiplies
 from lsquant.mse import ValueSummary
-from lsquant.nn import QuantizedLayer, quantized_layers, quantizers
+from lsquant.nn import QuantizedLayer, lone_quantizers, quantized_layers, quantizers
 from lsquant.quantizer import Method, Quantizer
 
 
@@ -60,7 +60,7 @@ def calibrate(
     Raises: UsageError naming the layer for NaN, infinite, all-zero or missing values, for a wrong guess of the first or
     last layer, and when a quantizer would be left without a step; the model's steps are then unchanged.
     """
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+    if unwrapped(model) is not model:
         raise UsageError(
             f"calibrate: calibrate the model before it is wrapped in {type(model).__name__}, with the same batches in "
             "every process; or calibrate .module and call lsquant.integrations.distributed.synchronize on it"
@@ -72,18 +72,15 @@ def calibrate(
     observers: dict[Quantizer, _Observer] = {}
     order: dict[nn.Module, None] = {}
     hooks = []
-    owned: set[Quantizer] = set()
     # everything is computed before anything is changed: (quantizer, a copy of it that is set)
     found = [(q, _weight_step(layer, q)) for layer, q in _unset_weights(model)]
     for name, layer in quantized_layers(model):
-        owned.update(q for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None)
         if layer.input_quantizer is not None:
             seen = observers.setdefault(layer.input_quantizer, _Observer(name, layer.input_quantizer))
-            hooks.append(layer.register_forward_pre_hook(_watch_layer(seen), with_kwargs=True))
-    for name, quantizer in quantizers(model):
-        if quantizer not in owned:
-            observers[quantizer] = seen = _Observer(name, quantizer)
-            hooks.append(quantizer.register_forward_pre_hook(_watch(seen)))
+            hooks.append(layer.register_forward_pre_hook(_watch(seen), with_kwargs=True))
+    for name, quantizer in lone_quantizers(model):
+        observers[quantizer] = seen = _Observer(name, quantizer)
+        hooks.append(quantizer.register_forward_pre_hook(_watch(seen), with_kwargs=True))
     for module in model.modules():
         if multiplies(module):
             hooks.append(module.register_forward_pre_hook(lambda m, _: order.setdefault(m)))
@@ -101,16 +98,12 @@ def calibrate(
         quantizer.adopt(ready)
 
 
-def _watch_layer(seen: _Observer) -> Any:
-    def hook(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        seen.take(x, layer.input_features(x))
+def _watch(seen: _Observer) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = first_input(args, kwargs)
+        seen.take(x, module.input_features(x) if isinstance(module, QuantizedLayer) else 0)
 
     return hook
-
-
-def _watch(seen: _Observer) -> Any:
-    return lambda module, args: seen.take(args[0], seen.quantizer.samples_share)
 
 
 def _unset_weights(model: nn.Module) -> list[tuple[QuantizedLayer, Quantizer]]:

@@ -8,19 +8,16 @@ unnoticed), and whatever the caller adds.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lsquant._util.errors import DamagedFile, MissingFile, UsageError
-from lsquant._util.files import atomic_write, sort_safetensors_header
+from lsquant._util.batches import unwrapped
+from lsquant._util.errors import DamagedFile, UsageError
+from lsquant._util.tensors import read_tensors, write_tensors
 from lsquant._version import __version__ as VERSION
 from lsquant.convert import prepare, resolved_recipe, revert
 from lsquant.nn import float_type, quantized_layers
@@ -36,8 +33,7 @@ def save(model: nn.Module, path: Path_, metadata: Mapping[str, str] | None = Non
     metadata: more strings to keep in the file; keys beginning with "lsquant." are ours.
     Raises: UsageError for a model without quantized layers; MissingFile, DiskFull (the old file is then unchanged).
     """
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        model = model.module
+    model = unwrapped(model)
     if not any(True for _ in quantized_layers(model)):
         raise UsageError("save: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
     stored: dict[str, Tensor] = {}
@@ -56,22 +52,7 @@ def save(model: nn.Module, path: Path_, metadata: Mapping[str, str] | None = Non
         "lsquant.aliases": json.dumps(aliases),
         "lsquant.versions": json.dumps({"lsquant": VERSION, "torch": torch.__version__}),
     }
-    everything = {**(metadata or {}), **ours}
-    everything["lsquant.checksum"] = _checksum(everything, stored)
-    with atomic_write(path) as temporary:
-        save_file(stored, str(temporary), everything)
-        sort_safetensors_header(temporary)
-
-
-def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """BLAKE2b over metadata (but the checksum), names, types, shapes and contents, in order of names."""
-    digest = hashlib.blake2b(digest_size=16)
-    known = sorted(item for item in metadata.items() if item[0] != "lsquant.checksum")
-    listed = [(name, str(t.dtype), tuple(t.shape)) for name, t in sorted(tensors.items())]
-    digest.update(repr((known, listed)).encode())
-    for name, _, _ in listed:
-        digest.update(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    write_tensors(path, stored, {**(metadata or {}), **ours})
 
 
 def read_metadata(path: Path_) -> dict[str, str]:
@@ -80,15 +61,7 @@ def read_metadata(path: Path_) -> dict[str, str]:
 
 
 def _read(path: Path_, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if not Path(path).is_file():
-        raise MissingFile(f"{path} does not exist")
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-            names = file.keys() if with_tensors else ()
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DamagedFile(f"{path} is damaged or not a safetensors file: {error}") from error
+    metadata, tensors, sound = read_tensors(path, with_tensors=with_tensors)
     version = metadata.get("lsquant.format")
     if version is None:
         raise UsageError(
@@ -97,7 +70,7 @@ def _read(path: Path_, with_tensors: bool) -> tuple[dict[str, str], dict[str, Te
         )
     if version != FORMAT:
         raise UsageError(f"{path} has format {version}; lsquant {VERSION} reads format {FORMAT}: update lsquant")
-    if with_tensors and metadata.get("lsquant.checksum") != _checksum(metadata, tensors):
+    if with_tensors and not sound:
         raise DamagedFile(f"{path} is damaged: its checksum does not fit its content")
     return metadata, tensors
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lsquant._util.batches import evaluating, run_batch
+from lsquant._util.batches import evaluating, run_batch, unwrapped
 from lsquant._util.errors import UsageError
 from lsquant._util.products import Bypass, address
 from lsquant.changes import Change, Changes
@@ -103,7 +103,7 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
         raise UsageError(f"prepare: the model is a {type(model).__name__}, not an nn.Module")
     if not isinstance(recipe, Recipe):
         raise UsageError(f"prepare: recipe is {recipe!r}; give lsquant.Recipe(...) or lsquant.Recipe.preset('w4a4')")
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+    if unwrapped(model) is not model:
         raise UsageError(f"prepare: prepare the model before it is wrapped in {type(model).__name__}")
     if steps not in ("rescale", "recalibrate"):
         raise UsageError(f"prepare: steps={steps!r}; use 'rescale' or 'recalibrate'")
@@ -129,7 +129,7 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
         _apply(layer, layers[layer][0], weight, activation, steps)
         if isinstance(layer, QuantizedLayer):
             layer.assumed_position = tuple(p for p in positions.get(layer, ()) if p in assumed)  # type: ignore[assignment]
-    _share_tied(plan, layers)
+    _share_tied(layers)
     both = any(w is not None and a is not None for w, a in plan.values())
     owners: dict[int, str] = {}
     rows = [_row(m, names[0], *plan.get(m, (None, None)), reasons[m], owners) for m, names in layers.items()]
@@ -252,12 +252,10 @@ def _reuse(old: Quantizer | None, spec: QuantSpec, count: int, steps: Steps) -> 
         return None
     keep = steps == "rescale" or spec in (old.requested, old.spec)  # a step whose levels stay is kept
     old.respecify(spec, rescale=keep)
-    if not keep:
-        old.forget()
     return old
 
 
-def _share_tied(plan: dict[nn.Module, Any], layers: dict[nn.Module, list[str]]) -> None:
+def _share_tied(layers: Iterable[nn.Module]) -> None:
     """Layers with one weight have one weight quantizer."""
     owners: dict[int, Quantizer] = {}
     for layer in layers:

@@ -104,20 +104,18 @@ class Quantizer(nn.Module):
         return reference.zero_point(step, self.offset.detach(), self.q_min, self.q_max).to(torch.int32)
 
     def grid(self) -> ops.Grid:
-        """Step, bounds, g and offset as the ops take them; counts guarded steps when training."""
+        """Step, bounds, g, offset and group size as the ops take them; counts guarded steps when training."""
         step = self.effective_step()
         if self.training and torch.is_grad_enabled():
             self.guarded += (self.step.detach() < reference.GUARD_FACTOR * self.initial_step).sum()
-        return ops.Grid(step, self.q_min, self.q_max, self.gradient_scale, self.offset)
+        return ops.Grid(step, self.q_min, self.q_max, self.gradient_scale, self.offset, self.spec.group_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize x (any shape that fits the step); x itself while ``enabled`` is False."""
         if not self.enabled:
             return x
-        step, q_min, q_max, scale, offset = self.grid()
-        return ops.fake_quantize(
-            x, step, q_min, q_max, scale, axis=self.axis, group_size=self.spec.group_size, offset=offset
-        )
+        step, q_min, q_max, scale, offset, size = self.grid()
+        return ops.fake_quantize(x, step, q_min, q_max, scale, axis=self.axis, group_size=size, offset=offset)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:

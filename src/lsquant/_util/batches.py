@@ -35,6 +35,16 @@ def model_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a module was called with first, by position or by any keyword, as forward hooks see it."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel or DistributedDataParallel; any other model itself."""
+    return model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
+
+
 def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
     """The model's output for one batch; `forward(model, batch)`, if given, replaces the rule of `model_inputs`."""
     if forward is not None:

@@ -85,17 +85,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise DamagedFile(f"{path} is not valid JSON: {error}") from error
 
 
-def sort_safetensors_header(path: str | os.PathLike[str]) -> None:
-    """Order the header's keys, which the library writes in an order of its own: equal content gives equal bytes."""
-    with open(path, "rb+") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.dumps(json.loads(file.read(size)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        data = header.encode()
-        if len(data) <= size:
-            file.seek(8)
-            file.write(data.ljust(size))
-
-
 def remove_leftovers(folder: str | os.PathLike[str]) -> int:
     """Remove the temporary files that a killed process left in `folder` and below; returns how many."""
     leftovers = [path for path in Path(folder).rglob(".*.tmp") if path.is_file()]

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lsquant._util.batches import Forward, evaluating, run_batch, take
+from lsquant._util.batches import Forward, evaluating, first_input, run_batch, take, unwrapped
 from lsquant._util.errors import UsageError
 from lsquant._util.products import Bypass, address
 from lsquant.convert import stays_float
 from lsquant.diagnostics.collect import Tally
-from lsquant.nn import QuantizedLayer, quantized_layers, quantized_type, quantizers
+from lsquant.nn import QuantizedLayer, lone_quantizers, quantized_layers, quantized_type, quantizers
 from lsquant.quantizer import Quantizer
 from lsquant.reference import GUARD_FACTOR, initial_step
 
@@ -88,6 +88,7 @@ def check(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"check: the model is a {type(model).__name__}, not an nn.Module")
+    model = unwrapped(model)
     if not any(True for _ in quantizers(model)):
         return [_finding("not_prepared", "", f"{type(model).__name__} has no quantizers, it is a float model")]
     found = [*_steps(model), *_ties(model), *_floats(model), *_fast_paths(model)]
@@ -212,10 +213,6 @@ class _Values(Tally):
             self.zeros += int((x.detach() == 0).sum())
 
 
-def _own(layer: QuantizedLayer) -> set[Quantizer]:
-    return {q for q in (layer.weight_quantizer, layer.input_quantizer) if q is not None}
-
-
 def _batches(
     model: nn.Module, batches: Iterable[Any], max_batches: int | None, forward: Forward | None
 ) -> Iterator[Finding]:
@@ -232,7 +229,7 @@ def _batches(
             inside.append(name)
             calls[name] += 1
             if tally is not None:
-                tally.add(args[0] if args else next(iter(kwargs.values())))
+                tally.add(first_input(args, kwargs))
 
         def leave(*_: Any) -> None:
             del inside[-1:]
@@ -246,10 +243,8 @@ def _batches(
             tallies[weight].add(layer.rows())
             owners[weight] = layer
         watch(name, layer, layer.input_quantizer)
-    owned = {q for layer in layers.values() for q in _own(layer)}
-    for q, name in names.items():
-        if q not in owned:
-            watch(name, q, q)
+    for name, q in lone_quantizers(model):
+        watch(name, q, q)
     ill = [q for q in names if q.enabled and q not in tallies]  # they would stop the run, or make it all NaN
     bypass = Bypass({address(m.weight): n for n, m in layers.items() if m.weight_quantizer is not None}, inside)
     try:
@@ -263,12 +258,14 @@ def _batches(
             q.enabled = True
         for hook in hooks:
             hook.remove()
-    reached = {q for name, count in calls.items() if count and name in layers for q in _own(layers[name])}
+    reached = {q for name, count in calls.items() if count and name in layers for q in layers[name].own_quantizers()}
     for name, count in calls.items():
         if name in bypass.found:
             text = f"its quantized weight is used by {bypass.found[name]} without calling the layer, in floating point"
             yield _finding("bypassed", name, text, function=bypass.found[name], calls=count)
-        elif not count and not (name in layers and _own(layers[name]) <= reached):  # a tied layer may stand in for it
+        elif not count and not (
+            name in layers and set(layers[name].own_quantizers()) <= reached
+        ):  # a tied layer may stand in for it
             yield _finding("not_reached", name, "no batch reaches it, its steps get no gradient from such data")
     for q, tally in tallies.items():
         if tally.elements:

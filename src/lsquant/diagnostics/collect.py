@@ -10,23 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsquant._util.batches import Forward, evaluating, run_batch, take
-from lsquant.nn import QuantizedLayer, quantized_layers
+from lsquant._util.batches import Forward, evaluating, first_input, run_batch, take
+from lsquant.nn import QuantizedLayer, lone_quantizers, quantized_layers
 from lsquant.quantizer import Quantizer
 from lsquant.reference import code_of_quotient, quotient, step_balance, step_view
 
 
 @dataclass(frozen=True)
 class QuantizerFacts:
-    """One quantizer of a layer.
+    """One quantizer.
 
-    layer: name; kind: "weight" or "input"; spec: in words; bits; levels: how many codes there are.
+    layer: name; kind: "weight" or "input" of a layer, or "alone" for a quantizer of that name that belongs to none.
+    spec: in words; bits; levels: how many codes there are.
     steps: their number; step, step_min, step_max: median, smallest, largest guarded step; initial_step: median s0.
     count: N.  elements: values looked at.  clip_low, clip_high: share of them with v/s below ``q_min - z``, above
     ``q_max - z``.  levels_used: codes that occur; entropy: of the codes, in bits.  sqnr: signal to quantization noise,
     ``10 log10(sum v^2 / sum (v - v_hat)^2)``, in dB, infinite without noise.  balance: R, the median; None without
-    gradients.  guarded: guarded steps met in training passes.  size: bytes of the packed codes and steps; None for
-    inputs.
+    gradients, and for one that stands alone.  guarded: guarded steps met in training passes.  size: bytes of the packed
+    codes and steps of a layer's weight, else None.
     """
 
     layer: str
@@ -53,7 +54,7 @@ class QuantizerFacts:
     @property
     def name(self) -> str:
         """As in the state dict: ``layer.weight_quantizer``."""
-        return f"{self.layer}.{self.kind}_quantizer".lstrip(".")
+        return self.layer if self.kind == "alone" else f"{self.layer}.{self.kind}_quantizer".lstrip(".")
 
 
 class Tally:
@@ -82,11 +83,13 @@ class Tally:
         self.signal += float(v.double().square().sum())
         self.noise += float((v.double() - (codes.double() - z) * s).square().sum())
 
-    def facts(self, name: str, kind: str, layer: QuantizedLayer) -> QuantizerFacts:
+    def facts(self, name: str, kind: str, layer: QuantizedLayer | None) -> QuantizerFacts:
         q, total = self.quantizer, max(self.elements, 1)
         share = self.codes[self.codes > 0].double() / max(int(self.codes.sum()), 1)
         step = q.effective_step().detach()
-        packed = None if kind == "input" else -(-layer.weight.numel() * q.spec.bits // 8) + 4 * step.numel()
+        packed = None
+        if layer is not None and kind == "weight":
+            packed = -(-layer.weight.numel() * q.spec.bits // 8) + 4 * step.numel()
         return QuantizerFacts(
             layer=name,
             kind=kind,
@@ -105,7 +108,7 @@ class Tally:
             levels_used=int((self.codes > 0).sum()),
             entropy=float(-(share * share.log2()).sum()) + 0.0,
             sqnr=10.0 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf,
-            balance=balance(layer, kind),
+            balance=None if layer is None else balance(layer, kind),
             guarded=int(q.guarded),
             size=packed,
         )
@@ -130,12 +133,12 @@ def collect(
     max_batches: int | None = 32,
     forward: Forward | None = None,
 ) -> list[QuantizerFacts]:
-    """Facts of every quantizer of a layer, weights first and then inputs layer by layer, in order of definition.
+    """Facts of every quantizer, layer by layer weight and input in order of definition, then those that stand alone.
 
-    batches: as for ``calibrate``; without them only the weights' quantizers are looked at.  The model runs in eval mode
+    batches: as for ``calibrate``; without them only the layers' weights are looked at.  The model runs in eval mode
     with its quantizers on, and is left as it was.  Raises: UsageError for a step that is not set.
     """
-    tallies: dict[tuple[str, str], tuple[Tally, QuantizedLayer]] = {}
+    tallies: dict[tuple[str, str], tuple[Tally, QuantizedLayer | None]] = {}
     hooks = []
     for name, layer in quantized_layers(model):
         if layer.weight_quantizer is not None:
@@ -146,6 +149,10 @@ def collect(
             tally = Tally(layer.input_quantizer.require_initialized())
             tallies[name, "input"] = tally, layer
             hooks.append(layer.register_forward_pre_hook(_watch(tally), with_kwargs=True))
+    for name, quantizer in lone_quantizers(model) if batches is not None else ():
+        tally = Tally(quantizer.require_initialized())
+        tallies[name, "alone"] = tally, None
+        hooks.append(quantizer.register_forward_pre_hook(_watch(tally), with_kwargs=True))
     try:
         if batches is not None:
             with evaluating(model):
@@ -158,7 +165,4 @@ def collect(
 
 
 def _watch(tally: Tally) -> Any:
-    def hook(layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tally.add(args[0] if args else kwargs["input"])
-
-    return hook
+    return lambda module, args, kwargs: tally.add(first_input(args, kwargs))

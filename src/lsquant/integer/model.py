@@ -21,15 +21,13 @@ def integer_model(model: nn.Module) -> nn.Module:
     Raises: UsageError naming a layer whose quantizer has no step yet or is switched off.
     """
     memo: dict[int, Any] = {}
-    owned: set[Any] = set()
     for name, layer in lsq_nn.quantized_layers(model):
         memo[id(layer)] = freeze_layer(name, layer)
-        owned |= {layer.weight_quantizer, layer.input_quantizer}
-    for name, module in model.named_modules():
+    for name, quantizer in lsq_nn.lone_quantizers(model):
+        memo[id(quantizer)] = freeze_quantizer(name, quantizer)
+    for module in model.modules():
         if isinstance(module, lsq_nn.ExactBatchNorm):
             memo[id(module)] = IntegerBatchNorm(*module.affine_constants(), module.dims)
-        elif isinstance(module, Quantizer) and module not in owned:
-            memo[id(module)] = freeze_quantizer(name, module)
     return copy.deepcopy(model, memo).eval()
 
 

@@ -1,4 +1,4 @@
-"""Engines: nothing but arithmetic.  One table from name to module; issue-independent code asks ``engine(name)``."""
+"""Engines: nothing but arithmetic.  One table from name to module."""
 
 from __future__ import annotations
 

@@ -90,6 +90,12 @@ def quantizers(model: _nn.Module) -> Iterator[tuple[str, Quantizer]]:
             yield name, module
 
 
+def lone_quantizers(model: _nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """(name, quantizer) of those that belong to no layer, each once: a custom layer's own."""
+    owned = {q for _, layer in quantized_layers(model) for q in layer.own_quantizers()}
+    return ((name, q) for name, q in quantizers(model) if q not in owned)
+
+
 def integer_weights(model: _nn.Module) -> dict[str, tuple[Tensor, Tensor, None]]:
     """Name of each layer with a quantized weight -> ``layer.integer_weight()``."""
     return {n: m.integer_weight() for n, m in quantized_layers(model) if m.weight_quantizer is not None}

@@ -47,6 +47,10 @@ class QuantizedLayer(nn.Module):
         except UsageError:
             quantizer.forget()
 
+    def own_quantizers(self) -> tuple[Quantizer, ...]:
+        """The weight's and the input's, those that are there."""
+        return tuple(q for q in (self.weight_quantizer, self.input_quantizer) if q is not None)
+
     def detach_quantizers(self) -> None:
         """Remove both quantizers, so that the state dict is the float layer's again."""
         del self.weight_quantizer, self.input_quantizer

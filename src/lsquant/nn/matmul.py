@@ -26,8 +26,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         grids = self.grids()
         if grids is None:
             return F.linear(*self.float_operands(input), self.bias)
-        group_size = self.weight_quantizer.spec.group_size if self.weight_quantizer is not None else None
-        return ops.linear(input, self.weight, self.bias, *grids, group_size)
+        return ops.linear(input, self.weight, self.bias, *grids)
 
 
 class _QuantConv(QuantizedLayer):
@@ -69,8 +68,7 @@ class _QuantConv(QuantizedLayer):
         conv = (self.stride, padding, self.dilation, transposed, output_padding, self.groups)
         if grids is None:
             return torch.convolution(*self.float_operands(x), self.bias, *conv)
-        group_size = self.weight_quantizer.spec.group_size if self.weight_quantizer is not None else None
-        return ops.convolution(x, self.rows(), self.bias, *grids, *conv, group_size=group_size)
+        return ops.convolution(x, self.rows(), self.bias, *grids, *conv)
 
     def input_features(self, x: Tensor) -> int:
         shape = x.shape[1:] if x.dim() == self.weight.dim() else x.shape

@@ -24,5 +24,4 @@ class QuantConv1D(QuantizedLayer, Conv1D):
         if grids is None:
             values, weight = self.float_operands(x)
             return F.linear(values, weight.t(), self.bias)
-        group_size = self.weight_quantizer.spec.group_size if self.weight_quantizer is not None else None
-        return ops.linear(x, self.rows(), self.bias, *grids, group_size)
+        return ops.linear(x, self.rows(), self.bias, *grids)

@@ -21,13 +21,14 @@ from lsquant.ops.sums import arranged, convolution_of_codes, linear_of_codes
 
 
 class Grid(NamedTuple):
-    """One quantizer as the ops see it: guarded step (1-D float32), bounds, g, LSQ+'s offset."""
+    """One quantizer as the ops see it: guarded step (1-D float32), bounds, g, LSQ+'s offset, size of its groups."""
 
     step: Tensor
     q_min: int
     q_max: int
     gradient_scale: float
     offset: Tensor | None = None
+    group_size: int | None = None
 
 
 _INPUT = "Tensor x, Tensor x_step, Tensor? x_offset, int x_min, int x_max, float x_scale"
@@ -164,33 +165,30 @@ for _op, _back in ((_linear, _linear_backward), (_convolution, _convolution_back
 
 
 def _flat(x_grid: Grid, x: Tensor, w_grid: Grid, weight: Tensor) -> tuple[Any, ...]:
-    (xs, x_min, x_max, xg, xb), (ws, w_min, w_max, wg, _) = x_grid, w_grid
+    (xs, x_min, x_max, xg, xb, _), (ws, w_min, w_max, wg, *_) = x_grid, w_grid
     return x, xs, xb, x_min, x_max, xg, weight, ws, w_min, w_max, wg
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, x_grid: Grid, w_grid: Grid, group_size: int | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, x_grid: Grid, w_grid: Grid) -> Tensor:
     """A quantized linear layer: ``y = fl(fl(acc * fl(s_x s_w)) + b)``, ``acc`` the exact sum of ``(q_x - z) q_w``.
 
     x: (..., in); weight: (out, in); bias: (out,) or None; float32, bfloat16 or float16.  w_grid.step: (1,), (out,) or,
-    with group_size, (out * in / group_size,).  Returns (..., out) in x's dtype (autocast's under autocast).
+    with groups, (out * in / group_size,).  Returns (..., out) in x's dtype (autocast's under autocast).
     """
     if x.shape[-1] != weight.shape[1]:
         raise UsageError(f"linear: the input's last dimension is {x.shape[-1]}, the weight {tuple(weight.shape)}")
-    return _linear(*_flat(x_grid, x, w_grid, weight), bias, group_size, None)
+    return _linear(*_flat(x_grid, x, w_grid, weight), bias, w_grid.group_size, None)
 
 
 def convolution(
     x: Tensor, rows: Tensor, bias: Tensor | None, x_grid: Grid, w_grid: Grid, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int, *,
-    group_size: int | None = None,
+    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
 ) -> Tensor:  # fmt: skip
     """A quantized N-d convolution: ``y = fl(fl(acc * fl(s_x s_w)) + b)`` with exact integer sums; padding is z.
 
     x: (batch, in, *spatial); rows: (out, in / groups, *kernel), also when transposed; bias: (out,) or None.
-    w_grid.step: (1,), (out,) or, with group_size, one per run of the flattened (in / groups * kernel) weights.
+    w_grid.step: (1,), (out,) or, with groups, one per run of the flattened (in / groups * kernel) weights.
     Returns (batch, out, *spatial) in x's dtype (autocast's under autocast) and memory format.
     """
     conv = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
-    return _convolution(*_flat(x_grid, x, w_grid, rows), bias, group_size, *conv, None)
+    return _convolution(*_flat(x_grid, x, w_grid, rows), bias, w_grid.group_size, *conv, None)

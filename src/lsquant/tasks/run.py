@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from lsquant import checkpoint
-from lsquant._util.errors import DamagedFile, MissingFile, UsageError
+from lsquant._util.errors import UsageError
 from lsquant._util.files import read_json, write_json
+from lsquant._util.tensors import read_tensors
 from lsquant.calibration import calibrate
 from lsquant.convert import prepare
 from lsquant.tasks.directory import FORMAT, Run, open_run, start_run
@@ -104,15 +102,9 @@ def load_float(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises: MissingFile; DamagedFile; UsageError for another architecture; each names the file.
     """
-    if not Path(path).is_file():
-        raise MissingFile(f"the float checkpoint {path} does not exist")
+    tensors = read_tensors(path)[1]
     try:
-        model.load_state_dict(load_file(path))
-    except SafetensorError as error:
-        with open(path, "rb") as file:
-            is_zip = file.read(2) == b"PK"
-        hint = "; it looks like torch.save's: write the state dict with safetensors.torch.save_file" if is_zip else ""
-        raise DamagedFile(f"{path} is damaged or no safetensors file: {error}{hint}") from error
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise UsageError(f"{path} is the checkpoint of another architecture: {error}") from error
     return model

@@ -11,17 +11,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import zlib
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from lsquant._util.errors import DamagedFile, MissingFile, UsageError
-from lsquant._util.files import atomic_write
+from lsquant._util.errors import DamagedFile, UsageError
+from lsquant._util.tensors import read_tensors, write_tensors
 
 FORMAT = "lsquant training checkpoint"
 VERSION = 1
@@ -85,9 +81,7 @@ def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """
     structure, tensors = encode(state)
     text = json.dumps(structure, allow_nan=False)
-    metadata = {"format": FORMAT, "version": str(VERSION), "crc32": str(_checksum(text, tensors)), "structure": text}
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    write_tensors(path, tensors, {"format": FORMAT, "version": str(VERSION), "structure": text})
 
 
 def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -95,26 +89,16 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises: MissingFile; DamagedFile naming the file if it is truncated, altered or something else.
     """
-    if not Path(path).is_file():
-        raise MissingFile(f"the checkpoint {path} does not exist")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            found = (metadata.get("format"), metadata.get("version"))
-            if found != (FORMAT, str(VERSION)):
-                raise DamagedFile(
-                    f"{path} is no checkpoint this version reads: it says format {found[0]!r}, version {found[1]!r}; "
-                    f"needed are {FORMAT!r}, version {VERSION}"
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        text = metadata["structure"]
-        if _checksum(text, tensors) != int(metadata["crc32"]):
-            raise DamagedFile(f"the checkpoint {path} is damaged: its checksum does not fit its content")
-        return decode(json.loads(text), tensors)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        if isinstance(error, DamagedFile):
-            raise
-        raise DamagedFile(f"the checkpoint {path} is damaged or not a checkpoint: {error}") from error
+    metadata, tensors, sound = read_tensors(path)
+    found = (metadata.get("format"), metadata.get("version"))
+    if found != (FORMAT, str(VERSION)):
+        raise DamagedFile(
+            f"{path} is no checkpoint this version reads: it says format {found[0]!r}, version {found[1]!r}; "
+            f"needed are {FORMAT!r}, version {VERSION}"
+        )
+    if not sound:
+        raise DamagedFile(f"the checkpoint {path} is damaged: its checksum does not fit its content")
+    return decode(json.loads(metadata["structure"]), tensors)
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
@@ -137,11 +121,3 @@ def load_model_state(model: nn.Module, saved: dict[str, Any]) -> None:
         for name, value in saved["volatile"].items():
             if name in buffers:
                 buffers[name].copy_(value)
-
-
-def _checksum(text: str, tensors: dict[str, torch.Tensor]) -> int:
-    total = zlib.crc32(text.encode())
-    for key in sorted(tensors):
-        total = zlib.crc32(key.encode(), total)
-        total = zlib.crc32(tensors[key].reshape(-1).view(torch.uint8).numpy().data, total)
-    return total

@@ -28,10 +28,7 @@ class Call:
 
 def watched(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> quantized layer or stand-alone quantizer, each once."""
-    layers: dict[str, Any] = dict(lsq_nn.quantized_layers(model))
-    owned = {id(q) for layer in layers.values() for q in (layer.weight_quantizer, layer.input_quantizer)}
-    alone = {n: m for n, m in model.named_modules() if isinstance(m, Quantizer) and id(m) not in owned}
-    return {**layers, **alone}
+    return {**dict(lsq_nn.quantized_layers(model)), **dict(lsq_nn.lone_quantizers(model))}
 
 
 @contextmanager

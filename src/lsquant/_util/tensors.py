@@ -1,0 +1,73 @@
+"""safetensors files that are either the old ones or complete new ones, with a checksum over everything in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lsquant._util.errors import DamagedFile, MissingFile
+from lsquant._util.files import atomic_write
+
+CHECKSUM = "lsquant.checksum"
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file aside and rename it; equal content gives equal bytes.  tensors: contiguous, sharing no memory.
+
+    Raises: MissingFile (the folder), DiskFull; the old file is then unchanged.
+    """
+    with atomic_write(path) as temporary:
+        save_file(tensors, str(temporary), {**metadata, CHECKSUM: _checksum(metadata, tensors)})
+        _sort_header(temporary)
+
+
+def read_tensors(
+    path: str | os.PathLike[str], *, with_tensors: bool = True
+) -> tuple[dict[str, str], dict[str, Tensor], bool]:
+    """(metadata, tensors, whether the checksum is there and fits); without tensors the checksum is not tried.
+
+    Raises: MissingFile; DamagedFile naming the file for what is truncated or no safetensors file.
+    """
+    if not Path(path).is_file():
+        raise MissingFile(f"{path} does not exist")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            names = file.keys() if with_tensors else ()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        with open(path, "rb") as raw:
+            is_zip = raw.read(2) == b"PK"
+        hint = "; it looks like torch.save's: write the state dict with safetensors.torch.save_file" if is_zip else ""
+        raise DamagedFile(f"{path} is damaged or not a safetensors file: {error}{hint}") from error
+    return metadata, tensors, with_tensors and metadata.get(CHECKSUM) == _checksum(metadata, tensors)
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """BLAKE2b over metadata (but the checksum), names, types, shapes and contents, in order of names."""
+    digest = hashlib.blake2b(digest_size=16)
+    known = sorted(item for item in metadata.items() if item[0] != CHECKSUM)
+    listed = [(name, str(t.dtype), tuple(t.shape)) for name, t in sorted(tensors.items())]
+    digest.update(repr((known, listed)).encode())
+    for name, _, _ in listed:
+        digest.update(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sort_header(path: Path) -> None:
+    """Order the header's keys, which the library writes in an order of its own."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.dumps(json.loads(file.read(size)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        data = header.encode()
+        if len(data) <= size:
+            file.seek(8)
+            file.write(data.ljust(size))
