@@ -52,7 +52,7 @@ NEVER = {"export": {"kernels", "training"}}
 OPTIONAL = {
     *("onnx", "onnxruntime", "onnxscript", "onnx_ir", "sklearn", "matplotlib", "PIL"),
     *("transformers", "accelerate", "lightning", "tensorboard", "triton", "gguf", "openvino"),
-    *("compressed_tensors", "scipy"),
+    *("compressed_tensors", "scipy", "pyarrow"),
 }
 
 

@@ -329,7 +329,7 @@ def test_what_is_missing_is_named(own, calibrated, capsys):
         run(command, "model.safetensors", code=2)
         assert "needs --model package.module:build and --data" in capsys.readouterr().err
     run("eval", "model.safetensors", code=2)
-    assert "no measure of its own" in capsys.readouterr().err
+    assert "needs --task TASK" in capsys.readouterr().err
     run("export", "model.safetensors", *CNN[:2], code=2)
     assert "needs --data" in capsys.readouterr().err
     run("check", "model.safetensors", *CNN[2:], code=2)
@@ -374,7 +374,7 @@ def test_train_wrong_tasks(own, capsys):
     for where, text in (
         ("points.py:tsak", "points.py has no 'tsak'; near names: task"),
         ("points.py:half", "is a Linear and no task: it lacks batches, example_input"),
-        ("points", "there is no task 'points'; tasks: digits, or your own as FILE.py:task"),
+        ("points", "there is no task 'points'; tasks: digits, cifar10, or your own as FILE.py:task"),
     ):
         run("train", where, "--bits", "4", "--out", "run", code=2)
         assert text in capsys.readouterr().err

@@ -6,12 +6,15 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
 
+from lsquant import checkpoint
 from lsquant._util.errors import DamagedFile, LsquantError, MissingFile, UsageError
 from lsquant._util.files import read_json
+from lsquant._util.tensors import read_tensors
 from lsquant._version import __version__
 from lsquant.cli import own
 from lsquant.diagnostics import check, collect
@@ -20,7 +23,7 @@ from lsquant.export import export_onnx
 from lsquant.recipe import Recipe
 from lsquant.report.figure import draw_figures
 from lsquant.report.page import Report, with_balance, write_page
-from lsquant.tasks import Run, get_task, open_run, resume_training, run_training
+from lsquant.tasks import Run, get_task, is_run, load_float, open_run, run_training
 from lsquant.training import Log
 from lsquant.verification import verify
 
@@ -49,12 +52,13 @@ def train(a: Namespace) -> Outcome:
     if a.resume and a.overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     if a.resume and (a.task is None or Path(a.out).exists()):
-        _refuse_changes(a, open_run(a.out))
-        metrics = resume_training(a.out, **how)
+        run = open_run(a.out, **_options(a, "data"))
+        _refuse_changes(a, run)
+        metrics = run_training(run, resume=True, **how)
     elif a.task is None:
         raise UsageError("train: name a task (lsquant train digits --bits 2 --out DIR), or --resume a run")
     else:
-        task = get_task(a.task)
+        task = get_task(a.task, **_options(a, "data", "model"))
         settings = replace(task.settings, **{n: value for n in _SETTINGS if (value := getattr(a, n)) is not None})
         init = None if a.init is None else str(a.init)
         run = Run(Path(a.out), task, _recipe(a), settings, init)
@@ -62,11 +66,16 @@ def train(a: Namespace) -> Outcome:
     return {"run": str(a.out), **metrics}, _table(_results(metrics)), True
 
 
+def _options(a: Namespace, *names: str) -> dict[str, Any]:
+    """The task's options that were given on the command line."""
+    return {name: value for name in names if (value := getattr(a, name)) is not None}
+
+
 def _refuse_changes(a: Namespace, run: Run) -> None:
     """--resume takes everything from the run; what is given beside it must be what the run has."""
-    asked = {name: getattr(a, name) for name in (*_SETTINGS, "init", "task") if getattr(a, name) is not None}
-    has = {**run.settings.to_dict(), "init": run.init, "task": run.config()["task"]}
-    differ = [f"{name} is {has[name]!r}, not {value!r}" for name, value in asked.items() if has[name] != value]
+    asked = {name: getattr(a, name) for name in (*_SETTINGS, "init", "task", "model") if getattr(a, name) is not None}
+    has = {**run.task.options, **run.settings.to_dict(), "init": run.init, "task": run.config()["task"]}
+    differ = [f"{name} is {has.get(name)!r}, not {value!r}" for name, value in asked.items() if has.get(name) != value]
     if (a.recipe or a.bits or a.weight_bits or a.activation_bits) and _recipe(a) != run.recipe:
         differ.append("its recipe has other bits")
     if differ:
@@ -113,15 +122,23 @@ def calibrate(a: Namespace) -> Outcome:
 def _run(a: Namespace) -> Run:
     """The run that RUN names; a file is told what it lacks."""
     if Path(a.path).is_file():
-        lacks = "has no measure of its own" if a.run is evaluate else "needs --model package.module:build and --data"
+        lacks = "needs --task TASK" if a.run is evaluate else "needs --model package.module:build and --data"
         raise UsageError(f"{a.path} is a file, not a run directory, and {lacks}")
-    return open_run(a.path)
+    return open_run(a.path, **_options(a, "data"))
 
 
 def evaluate(a: Namespace) -> Outcome:
-    """The metric of a run's trained model."""
-    run = _run(a)
-    metrics = run.task.metric(run.model())
+    """The metric of a run's trained model, or of a float checkpoint or a file of lsquant.save by the task of --task."""
+    if a.task is None or is_run(a.path):
+        run = _run(a)
+        if a.task is not None or a.model is not None:
+            raise UsageError(f"{a.path} is a run and brings its own model: leave out --task and --model")
+        task, model = run.task, run.model()
+    else:
+        task = get_task(a.task, **_options(a, "data", "model"))
+        quantized = "lsquant.format" in read_tensors(a.path, with_tensors=False)[0]
+        model = (checkpoint.load if quantized else load_float)(task.model(), a.path)
+    metrics = task.metric(model)
     return metrics, ", ".join(f"{name} {_measure(name, value)}" for name, value in metrics.items()), True
 
 
@@ -212,8 +229,11 @@ def _train_command(run: Run) -> str:
     """The command that repeats a run made by a preset; a recipe file otherwise."""
     changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(run.task.settings, k)}
     names = {k: f"--{'no-' if v is False else ''}{k.replace('_', '-')}" for k, v in changed.items()}
-    options = " ".join(names[k] + ("" if isinstance(v, bool) else f" {v}") for k, v in changed.items())
-    return f"lsquant train {run.config()['task']} --recipe {run.file('recipe.toml')} --out DIR {options}".rstrip()
+    options = [names[k] + ("" if isinstance(v, bool) else f" {v}") for k, v in changed.items()]
+    given = {**{k: run.task.options.get(k) for k in ("data", "model")}, "init": run.init}
+    options += [f"--{k} {quote(str(v))}" for k, v in given.items() if v is not None]
+    recipe = quote(str(run.file("recipe.toml")))
+    return " ".join(["lsquant train", quote(run.config()["task"]), "--recipe", recipe, "--out DIR", *options])
 
 
 def _json(path: Path, missing: list[str]) -> dict[str, Any]:

@@ -36,8 +36,10 @@ def parser() -> argparse.ArgumentParser:
 
     _train(add("train", commands.train, "train a task's float network, then at low bits with learned steps"))
 
-    sub = add("eval", commands.evaluate, "measure the trained model of a run on the test data")
-    sub.add_argument("path", metavar="RUN", help="run directory")
+    sub = add("eval", commands.evaluate, "measure the trained model of a run, or with --task of FILE, on the test data")
+    sub.add_argument("path", metavar="RUN", help="run directory, or a FILE: a float checkpoint or lsquant.save's")
+    sub.add_argument("--task", metavar="TASK", help="the task that measures FILE")
+    _task_options(sub)
 
     sub = add("calibrate", commands.calibrate, "quantize a model of your own without training and save it")
     _own(sub)
@@ -85,8 +87,14 @@ def _subject(sub: argparse.ArgumentParser) -> None:
 
 def _own(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", metavar="PLACE:NAME", help="package.module:build or FILE.py:build, gives a float model")
-    sub.add_argument("--data", metavar="PLACE:NAME", help="package.module:batches or FILE.py:batches, gives batches")
+    about = "package.module:batches or FILE.py:batches, gives batches; DIR where the data of a RUN has moved"
+    sub.add_argument("--data", metavar="PLACE:NAME", help=about)
     sub.add_argument("--max-batches", type=int, metavar="N", help="look at no more than N batches of --data")
+
+
+def _task_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--data", metavar="DIR", help="folder of the task's data (cifar10)")
+    sub.add_argument("--model", metavar="NAME", help="network of the task (cifar10: resnet20, 32, 44, 56)")
 
 
 def _bits(sub: argparse.ArgumentParser) -> None:
@@ -103,6 +111,7 @@ def _train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     sub.add_argument("--overwrite", action="store_true", help="replace a run that exists")
     _bits(sub)
+    _task_options(sub)
     sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) instead of float training")
     sub.add_argument("--checkpoint-every", type=int, metavar="N", help="also write a checkpoint every N iterations")
     boolean = argparse.BooleanOptionalAction

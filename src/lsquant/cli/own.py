@@ -34,7 +34,7 @@ SHOWN = 3  # findings of one code that are shown in full
 
 def is_own(a: Namespace) -> bool:
     """Whether a command is about the user's own model rather than a run."""
-    return a.model is not None or a.data is not None
+    return a.model is not None or (a.data is not None and not is_run(a.path))
 
 
 def build(a: Namespace) -> nn.Module:

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lsquant._util.batches import evaluating
 from lsquant._util.optional import require
+from lsquant.tasks.metrics import classification_metric
 from lsquant.tasks.protocol import Settings, Split
 from lsquant.training.seeds import generator
 
@@ -86,18 +86,6 @@ class Digits:
 
     def metric(self, model: nn.Module) -> dict[str, float]:
         return classification_metric(model, self.batches("test", batch_size=250))
-
-
-def classification_metric(model: nn.Module, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
-    """accuracy: percent of the samples whose largest logit is the label's; test_loss: mean cross-entropy."""
-    right, loss, count = 0, 0.0, 0
-    with evaluating(model):
-        for x, y in batches:
-            logits = model(x)
-            right += int((logits.argmax(-1) == y).sum())
-            loss += float(F.cross_entropy(logits, y, reduction="sum"))
-            count += len(y)
-    return {"accuracy": 100.0 * right / count, "test_loss": loss / count}
 
 
 def _stratified(labels: torch.Tensor, size: int) -> torch.Tensor:

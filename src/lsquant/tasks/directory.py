@@ -65,7 +65,7 @@ class Run:
             "lsquant": __version__,
             "task": getattr(self.task, "source", self.task.name),
             "init": self.init,
-            "options": self.task.options,
+            "options": dict(self.task.options),
             "settings": self.settings.to_dict(),
         }
 
@@ -89,8 +89,8 @@ def is_run(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
-    """The run in the directory `path`.
+def open_run(path: str | os.PathLike[str], **options: Any) -> Run:
+    """The run in the directory `path`; `options` replace the task's own, as data="DIR" where its data has moved.
 
     Raises: MissingFile if there is none; DamagedFile for an unreadable or newer config.toml.
     """
@@ -110,7 +110,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     if not (folder / "recipe.toml").is_file():
         raise MissingFile(f"{folder} has no recipe.toml: start it anew with --overwrite")
     recipe = Recipe.from_toml((folder / "recipe.toml").read_text(encoding="utf-8"))
-    task = get_task(values["task"], **values.get("options", {}))
+    stored = {} if ":" in values["task"] else values.get("options", {})
+    task = get_task(values["task"], **{**stored, **options})
     return Run(folder, task, recipe, Settings.from_dict(values["settings"]), values.get("init"))
 
 
@@ -160,6 +161,7 @@ def _clear(path: Path) -> None:
 def _check_same(run: Run, old: Run) -> None:
     def flat(what: Run) -> dict[str, Any]:
         config = what.config()
+        config["options"].pop("data", None)  # the same data may lie elsewhere
         return {"recipe": what.recipe, **config.pop("settings"), **config}
 
     new, found = flat(run), flat(old)

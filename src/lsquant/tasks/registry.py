@@ -8,19 +8,21 @@ from difflib import get_close_matches
 from typing import Any
 
 from lsquant._util.errors import UsageError
+from lsquant.tasks.cifar10 import Cifar10
 from lsquant.tasks.digits import Digits
 from lsquant.tasks.loading import call, load_object
 from lsquant.tasks.protocol import Task
 
-TASKS: dict[str, Callable[..., Task]] = {"digits": Digits}
+TASKS: dict[str, Callable[..., Task]] = {"digits": Digits, "cifar10": Cifar10}
 
 
 def get_task(name: str, **options: Any) -> Task:
     """The task `name`, made with `options`; or a user's own, `FILE.py:task`, made by its file.
 
-    Raises: UsageError listing the names, or the task's own for an option.
+    Raises: UsageError listing the names, or the task's options; or the task's own for the value of one.
     """
     if ":" in name:
+        _check_options(name, options, ())
         return _own_task(name)
     if name not in TASKS:
         near = get_close_matches(name, TASKS, 1)
@@ -28,10 +30,14 @@ def get_task(name: str, **options: Any) -> Task:
             f"there is no task {name!r}{f': did you mean {near[0]!r}?' if near else ''}; tasks: {', '.join(TASKS)}, "
             "or your own as FILE.py:task"
         )
-    try:
-        return TASKS[name](**options)
-    except TypeError as error:
-        raise UsageError(f"task {name!r}: {error}") from error
+    _check_options(name, options, tuple(inspect.signature(TASKS[name]).parameters))
+    return TASKS[name](**options)
+
+
+def _check_options(name: str, options: dict[str, Any], known: tuple[str, ...]) -> None:
+    if unknown := [option for option in options if option not in known]:
+        takes = f"; it takes {', '.join(known)}" if known else ": it brings its own"
+        raise UsageError(f"task {name!r} takes no {', '.join(unknown)}{takes}")
 
 
 def _own_task(where: str) -> Task:
