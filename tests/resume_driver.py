@@ -3,10 +3,6 @@
 python resume_driver.py FOLDER NUMBER SEED: one run that is left alone in FOLDER/whole, then NUMBER runs, each killed at
 a random event and resumed, in FOLDER/<event>. Prints a line of JSON: the number of events, and the statuses by event.
 
-python resume_driver.py FOLDER NUMBER SEED digits: a small run of the task digits in FOLDER/whole, then runs that are
-killed from outside, at random times, again and again until they get through, in FOLDER/0, FOLDER/1, ...; stops after
-NUMBER kills. Prints the number of kills, and of runs.
-
 An event is anything after which the state on disk or in memory may have changed: an optimizer step, and before, in the
 middle of and after every write. The process that forks has run no torch operation, so the children are sound.
 """
@@ -18,7 +14,6 @@ import os
 import random
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,8 +24,7 @@ from torch.nn import functional as F
 
 import lsquant
 from lsquant._util import files
-from lsquant.tasks import Run, Settings, get_task, run_training
-from lsquant.training import CosineSchedule, fit, param_groups
+from lsquant.training import CosineSchedule, WeightAverage, fit, param_groups
 from lsquant.training import log as log_module
 from lsquant.training.seeds import generator, seed_everything
 
@@ -123,6 +117,12 @@ def train(folder: Path, kill_at: int | None) -> int:
     lsquant.prepare(model, lsquant.Recipe.preset("w2a2"), example_inputs=torch.zeros(1, 1, 6, 6))
     lsquant.calibrate(model, [next(iter(batches(0)))])
     optimizer = torch.optim.SGD(param_groups(model, 0.05, 1e-4), momentum=0.9)
+    average = WeightAverage(model, 0.9)
+
+    def after_step(iteration: int) -> None:
+        average.update()
+        event()
+
     fit(
         model,
         batches,
@@ -132,7 +132,8 @@ def train(folder: Path, kill_at: int | None) -> int:
         schedule=CosineSchedule(EPOCHS * STEPS, warmup=3),
         clip_norm=1.0,
         evaluate=lambda m: {"noise": float(torch.rand(()))},
-        after_step=lambda iteration: event(),
+        after_step=after_step,
+        extras={"average": average},
         log=folder / "log.jsonl",
         checkpoint=folder / "last.safetensors",
         checkpoint_every=2,
@@ -176,34 +177,5 @@ def main(folder: str, number: str, seed: str) -> None:
     print(json.dumps({"events": total, "statuses": statuses}))
 
 
-def digits(folder: Path) -> None:
-    """A small run of the task digits, resumed from what is there."""
-    settings = Settings(float_epochs=4, epochs=4, float_lr=0.05, distill=True, threads=1)
-    run = Run(folder, get_task("digits", width=4), lsquant.Recipe.preset("w2a2"), settings)
-    run_training(run, resume=True, checkpoint_every=5, quiet=True)
-
-
-def kill_digits(root: Path, number: int, seed: int) -> None:
-    import sklearn.datasets  # noqa: F401  (once, here)
-
-    began = time.monotonic()
-    assert os.waitstatus_to_exitcode(os.waitpid(fork(lambda: digits(root / "whole")), 0)[1]) == 0
-    length, rng, kills, runs = time.monotonic() - began, random.Random(seed), 0, 0
-    while kills < number:
-        status = -1
-        while status != 0:
-            pid = fork(lambda folder=root / str(runs): digits(folder))
-            time.sleep(rng.uniform(0.0, 1.2 * length))
-            os.kill(pid, signal.SIGKILL)  # nothing happens if it has ended: it is waited for only below
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            assert status in (0, -signal.SIGKILL), status
-            kills += status != 0
-        runs += 1
-    print(json.dumps({"kills": kills, "runs": runs}))
-
-
 if __name__ == "__main__":
-    if sys.argv[4:] == ["digits"]:
-        kill_digits(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
-    else:
-        main(*sys.argv[1:])
+    main(*sys.argv[1:])

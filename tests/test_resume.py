@@ -11,32 +11,41 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import nn
 
+from logs import CLOCK, untimed
 from lsquant._util.errors import DamagedFile, UsageError
+from lsquant.tasks.digits import DigitsNet
 from lsquant.training import CosineSchedule, fit, load_state, param_groups
 from lsquant.training.state import encode
 
-DRIVER = Path(__file__).with_name("resume_driver.py")
+DRIVER, SMALL = (Path(__file__).with_name(name) for name in ("resume_driver.py", "small_digits.py"))
+BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "kill_and_resume.py"
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 
 
-def drive(*arguments: object) -> dict:
+def call(*command: object) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(SOURCE), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, str(DRIVER), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    words = list(map(str, command))
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=3600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
 
 
-def content(folder: Path) -> tuple[dict, dict, bytes]:
-    """Structure and tensors of the last checkpoint without the time it took, and the log."""
+def drive(*arguments: object) -> dict:
+    return json.loads(call(sys.executable, DRIVER, *arguments).stdout)
+
+
+def content(folder: Path) -> tuple[dict, dict, list]:
+    """Structure and tensors of the last checkpoint, and the log, without the time it took."""
     state = load_state(folder / "last.safetensors")
-    state["at"].pop("seconds")
+    for values, names in ((state["at"], ("seconds", "log_position")), (state["at"]["row"], CLOCK)):
+        for name in names:
+            del values[name]
     structure, tensors = encode(state)
-    return structure, tensors, (folder / "log.jsonl").read_bytes()
+    return structure, tensors, untimed(folder / "log.jsonl")
 
 
 def check(tmp_path: Path, number: int, seed: int) -> None:
@@ -44,7 +53,8 @@ def check(tmp_path: Path, number: int, seed: int) -> None:
     assert result["events"] > 50
     assert list(result["statuses"].values()) == [[-signal.SIGKILL, 0]] * number, result
     structure, tensors, log = content(tmp_path / "whole")
-    assert len(log.splitlines()) == 4
+    assert len(log) == 4
+    assert sum(name.startswith("extras.average") for name in tensors) > 5
     for event in result["statuses"]:
         message = f"killed at event {event} of {result['events']}"
         resumed = content(tmp_path / event)
@@ -69,24 +79,34 @@ def test_killed_at_20_points_resumes_to_the_same_bits(tmp_path, seed):
     check(tmp_path, 20, seed)
 
 
+# everything that has a state of its own: phases by bits, a teacher's file, averages, statistics estimated at the end
+ALL = "--progressive 8,4 --distill-weight 0.5 --ema 0.9 --bn-batches 3 --clip-norm 1 --warmup 3 --weight-init mse"
+
+
+def kill_digits(tmp_path: Path, kills: int, seed: int) -> None:
+    """By the documented command; killed from outside, at random times, in whatever phase that is."""
+    pytest.importorskip("sklearn")
+    torch.manual_seed(seed)
+    save_file(DigitsNet(6).state_dict(), tmp_path / "teacher.safetensors")
+    options = [*ALL.split(), "--teacher", tmp_path / "teacher.safetensors", "--checkpoint-every", 3, "--quiet"]
+    script = [sys.executable, BENCHMARK, "--kills", kills, "--kill-seed", seed, "--folder", tmp_path / "runs"]
+    done = call(*script, f"{SMALL}:task", "--bits", 2, *options)
+    lines = done.stdout.splitlines()
+    assert lines[-1] == f"{kills} of {kills} runs ended with the bits of the run that was not killed"
+    assert len([line for line in lines if line.endswith(": equal")]) == kills
+    phases = [row["phase"] for row in untimed(tmp_path / "runs" / "whole" / "log.jsonl")]
+    assert phases == ["float", "float", "lsq-8", "lsq-4", "lsq", "lsq"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_digits_killed_3_times_from_outside_end_with_the_same_bits(tmp_path, seed):
+    kill_digits(tmp_path, 3, seed)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_run_of_digits_killed_20_times_from_outside_ends_with_the_same_bits(tmp_path, seed):
-    """Killed at random times, in whatever phase that is, until it gets through; float and low-bit phases."""
-    pytest.importorskip("sklearn")
-    result = drive(tmp_path, 20, seed, "digits")
-    assert result["kills"] >= 20
-    assert result["runs"] >= 1
-    tensors = load_file(tmp_path / "whole" / "model.safetensors")
-    log = (tmp_path / "whole" / "log.jsonl").read_bytes()
-    metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
-    for number in range(result["runs"]):
-        folder = tmp_path / str(number)
-        again = load_file(folder / "model.safetensors")
-        assert again.keys() == tensors.keys()
-        assert all(torch.equal(bits(value), bits(again[key])) for key, value in tensors.items())
-        assert (folder / "log.jsonl").read_bytes() == log
-        assert json.loads((folder / "metrics.json").read_text()) | {"seconds": 0} == metrics | {"seconds": 0}
+def test_digits_killed_50_times_from_outside_end_with_the_same_bits(tmp_path, seed):
+    kill_digits(tmp_path, 50, seed)
 
 
 # ---- what is not the same run is refused ----

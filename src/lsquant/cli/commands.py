@@ -23,14 +23,21 @@ from lsquant.export import export_onnx
 from lsquant.recipe import Recipe
 from lsquant.report.figure import draw_figures
 from lsquant.report.page import Report, with_balance, write_page
-from lsquant.tasks import Run, get_task, is_run, load_float, open_run, run_training
+from lsquant.tasks import Run, Settings, get_task, is_run, load_float, open_run, run_training
+from lsquant.tasks.directory import sha256
 from lsquant.training import Log
 from lsquant.verification import verify
 
 Outcome = tuple[dict[str, Any], str, bool]
 Command = Callable[[Namespace], Outcome]
 BATCH = 250
-_NAMES = {"float": "float32", "rounded": "rounded, not trained", "lsq": "trained with learned steps"}
+_NAMES = {
+    "float": "float32",
+    "teacher": "teacher, float32",
+    "rounded": "rounded, not trained",
+    "raw": "trained, as the optimizer left it",
+    "lsq": "trained with learned steps",
+}
 
 
 def set_up(arguments: Namespace) -> None:
@@ -60,8 +67,9 @@ def train(a: Namespace) -> Outcome:
     else:
         task = get_task(a.task, **_options(a, "data", "model"))
         settings = replace(task.settings, **{n: value for n in _SETTINGS if (value := getattr(a, n)) is not None})
-        init = None if a.init is None else str(a.init)
-        run = Run(Path(a.out), task, _recipe(a), settings, init)
+        if a.teacher is not None and a.distill is False:
+            raise UsageError("--teacher is a file to distill from: leave out --no-distill")
+        run = Run(Path(a.out), task, _recipe(a), settings, a.init, a.teacher)
         metrics = run_training(run, resume=a.resume, overwrite=a.overwrite, **how)
     return {"run": str(a.out), **metrics}, _table(_results(metrics)), True
 
@@ -73,16 +81,19 @@ def _options(a: Namespace, *names: str) -> dict[str, Any]:
 
 def _refuse_changes(a: Namespace, run: Run) -> None:
     """--resume takes everything from the run; what is given beside it must be what the run has."""
-    asked = {name: getattr(a, name) for name in (*_SETTINGS, "init", "task", "model") if getattr(a, name) is not None}
-    has = {**run.task.options, **run.settings.to_dict(), "init": run.init, "task": run.config()["task"]}
+    asked = _options(a, *_SETTINGS, "init", "teacher", "task", "model")
+    has = {**run.task.options, **run.settings.to_dict(), "init": run.init, "teacher": run.teacher}
+    has["task"] = run.config()["task"]
     differ = [f"{name} is {has.get(name)!r}, not {value!r}" for name, value in asked.items() if has.get(name) != value]
     if (a.recipe or a.bits or a.weight_bits or a.activation_bits) and _recipe(a) != run.recipe:
         differ.append("its recipe has other bits")
+    if a.teacher is not None and Path(a.teacher).is_file() and sha256(a.teacher) != run.teacher_sha256:
+        differ.append(f"{a.teacher} is not the file it was")
     if differ:
         raise UsageError(f"{run.path} is another run ({'; '.join(differ)}): --resume goes on with it as it was started")
 
 
-_SETTINGS = ("seed", "batch_size", "float_epochs", "epochs", "lr", "step_lr", "distill", "threads")
+_SETTINGS = tuple(Settings.__dataclass_fields__)  # each has an option of its name
 
 
 def _recipe(a: Namespace) -> Recipe:
@@ -225,12 +236,19 @@ def _files(run: Run) -> Iterable[Path]:
     return [run.file("model.safetensors"), *sorted(run.file("export").glob("*.onnx"))]
 
 
+def _option(name: str, value: Any) -> str:
+    """A setting as on the command line."""
+    flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return flag
+    return f"{flag} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
 def _train_command(run: Run) -> str:
     """The command that repeats a run made by a preset; a recipe file otherwise."""
     changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(run.task.settings, k)}
-    names = {k: f"--{'no-' if v is False else ''}{k.replace('_', '-')}" for k, v in changed.items()}
-    options = [names[k] + ("" if isinstance(v, bool) else f" {v}") for k, v in changed.items()]
-    given = {**{k: run.task.options.get(k) for k in ("data", "model")}, "init": run.init}
+    options = [_option(name, value) for name, value in changed.items() if value is not None]
+    given = {**{k: run.task.options.get(k) for k in ("data", "model")}, "init": run.init, "teacher": run.teacher}
     options += [f"--{k} {quote(str(v))}" for k, v in given.items() if v is not None]
     recipe = quote(str(run.file("recipe.toml")))
     return " ".join(["lsquant train", quote(run.config()["task"]), "--recipe", recipe, "--out DIR", *options])

@@ -114,20 +114,46 @@ def _train(sub: argparse.ArgumentParser) -> None:
     _task_options(sub)
     sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) instead of float training")
     sub.add_argument("--checkpoint-every", type=int, metavar="N", help="also write a checkpoint every N iterations")
+    sub.add_argument("--teacher", metavar="FILE", help="distill from this float checkpoint (.safetensors)")
     boolean = argparse.BooleanOptionalAction
-    sub.add_argument("--distill", action=boolean, default=None, help="train against the float network as well")
-    numbers = {
-        "epochs": "epochs at low bits",
-        "float-epochs": "epochs of the float network",
-        "batch-size": "samples in a training batch",
-    }
-    for name, about in numbers.items():
+    sub.add_argument("--distill", action=boolean, default=None, help="train against the run's float network as well")
+    about = "less weight decay for weights of 2 and 3 bits"
+    sub.add_argument("--weight-decay-by-bits", action=boolean, default=None, help=about)
+    sub.add_argument("--progressive", type=numbers, metavar="N,N", help="train at these bits first, e.g. 8,4")
+    for name, about in _WHOLE.items():
         sub.add_argument(f"--{name}", type=int, metavar="N", help=about)
-    for name, about in {
-        "lr": "learning rate at low bits",
-        "step-lr": "learning rate of the steps (default --lr)",
-    }.items():
+    for name, about in _REAL.items():
         sub.add_argument(f"--{name}", type=float, metavar="X", help=about)
+    for name in ("weight-init", "activation-init"):
+        sub.add_argument(f"--{name}", choices=("paper", "mse"), help="rule of these initial steps")
+
+
+_WHOLE = {
+    "epochs": "epochs at low bits",
+    "float-epochs": "epochs of the float network",
+    "batch-size": "samples in a training batch",
+    "warmup": "iterations in which learning rates rise",
+    "progressive-epochs": "epochs at each of --progressive, taken from --epochs",
+    "bn-batches": "estimate BatchNorm statistics anew on N training batches at the end",
+    "calibration-batches": "batches that set the activation steps",
+}
+_REAL = {
+    "lr": "learning rate at low bits",
+    "step-lr": "learning rate of the steps (default --lr)",
+    "float-lr": "learning rate of the float network",
+    "momentum": "of SGD",
+    "weight-decay": "at low bits",
+    "float-weight-decay": "of the float network",
+    "clip-norm": "largest norm of the gradient at low bits",
+    "distill-weight": "weight of the teacher's part of the loss",
+    "distill-temperature": "temperature of the teacher's part of the loss",
+    "ema": "decay of an average of the weights, which is evaluated and kept, e.g. 0.999",
+}
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """The numbers of "8,4"; a ValueError is argparse's to report."""
+    return tuple(int(part) for part in text.split(","))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,16 +3,18 @@
 config.toml        kind "lsquant run", format; the task, its options and the settings
 recipe.toml        bits by layer
 env.json           versions and hardware, as the run was started
-log.jsonl          one row an epoch: loss, learning rate, metrics, every quantizer's step, R, guard count, clip rate
-metrics.json       the results: float, rounded (the float network at these bits, untrained), lsq
+log.jsonl          one row an epoch: loss, learning rates, metrics, time, every quantizer's step, R, guards, clip rate
+metrics.json       the results: float, teacher, rounded (the float network at these bits, untrained), lsq
 model.safetensors  the trained network: weights, steps, recipe
-last/              checkpoints that a killed run is resumed from: float.safetensors, lsq.safetensors
+last/              what a killed run is resumed from: float.safetensors, lsq.safetensors, teacher.safetensors, and for
+                   progressive bits lsq-8.safetensors and the like
 export/            exported files
 report.html        the report
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tomllib
@@ -24,7 +26,7 @@ from torch import nn
 
 from lsquant import checkpoint
 from lsquant._util.errors import DamagedFile, MissingFile, UsageError
-from lsquant._util.files import atomic_write_text, remove_leftovers, write_json
+from lsquant._util.files import atomic_write, atomic_write_text, remove_leftovers, write_json
 from lsquant._util.toml import to_toml
 from lsquant._version import __version__
 from lsquant.diagnostics.environment import environment
@@ -33,6 +35,7 @@ from lsquant.tasks.protocol import Settings, Task
 from lsquant.tasks.registry import get_task
 
 KIND = "lsquant run"
+TEACHER = "last/teacher.safetensors"
 FORMAT = 1  # of the directory; a newer one is refused
 _CONTENT = (
     "recipe.toml",
@@ -49,13 +52,19 @@ _CONTENT = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run: where it is and everything that decides its numbers. `init`: the float checkpoint it starts from."""
+    """A run: where it is and everything that decides its numbers.
+
+    `init`: the float checkpoint it starts from; `teacher`: another float checkpoint, which it is trained against, and
+    the SHA-256 of that file (None: taken when the run starts).
+    """
 
     path: Path
     task: Task
     recipe: Recipe
     settings: Settings
     init: str | None = None
+    teacher: str | None = None
+    teacher_sha256: str | None = None
 
     def config(self) -> dict[str, Any]:
         """The content of config.toml."""
@@ -65,6 +74,8 @@ class Run:
             "lsquant": __version__,
             "task": getattr(self.task, "source", self.task.name),
             "init": self.init,
+            "teacher": self.teacher,
+            "teacher_sha256": self.teacher_sha256,
             "options": dict(self.task.options),
             "settings": self.settings.to_dict(),
         }
@@ -112,7 +123,8 @@ def open_run(path: str | os.PathLike[str], **options: Any) -> Run:
     recipe = Recipe.from_toml((folder / "recipe.toml").read_text(encoding="utf-8"))
     stored = {} if ":" in values["task"] else values.get("options", {})
     task = get_task(values["task"], **{**stored, **options})
-    return Run(folder, task, recipe, Settings.from_dict(values["settings"]), values.get("init"))
+    files = (values.get(name) for name in ("init", "teacher", "teacher_sha256"))
+    return Run(folder, task, recipe, Settings.from_dict(values["settings"]), *files)
 
 
 def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -135,6 +147,10 @@ def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> Non
     aside = run.path.with_name(f".{run.path.name}.{os.getpid()}.tmp")
     for folder in (aside, aside / "last", aside / "export"):
         folder.mkdir(parents=True, exist_ok=True)
+    if run.teacher is not None:
+        with atomic_write(aside / TEACHER) as copy:
+            shutil.copyfile(run.teacher, copy)
+        check_teacher(run, aside / TEACHER)
     atomic_write_text(aside / "recipe.toml", run.recipe.to_toml())
     write_json(aside / "env.json", {"format": FORMAT, **environment()})
     atomic_write_text(aside / "config.toml", to_toml(run.config()))
@@ -146,6 +162,23 @@ def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> Non
     else:
         os.replace(aside, run.path)
     return None
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of the file's bytes, in hexadecimal. Raises: MissingFile."""
+    if not Path(path).is_file():
+        raise MissingFile(f"{path} does not exist")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_teacher(run: Run, path: Path) -> None:
+    """Raises: MissingFile; DamagedFile if the file at `path` is not the teacher that config.toml names."""
+    if (found := sha256(path)) != run.teacher_sha256:
+        raise DamagedFile(
+            f"{path} is not the teacher of {run.path}: its SHA-256 is {found}, the run was started with "
+            f"{run.teacher_sha256}; put that file back, or start anew with --overwrite"
+        )
 
 
 def _clear(path: Path) -> None:

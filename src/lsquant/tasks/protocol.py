@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Protocol
+from itertools import pairwise
+from math import inf
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import nn
 
 from lsquant._util.errors import UsageError
+from lsquant.quantizer import Method
 
 Split = Literal["train", "calibration", "test"]
 
@@ -18,10 +21,16 @@ Split = Literal["train", "calibration", "test"]
 class Settings:
     """Everything beside the task and the recipe that decides a run's numbers; written to config.toml.
 
-    The float phase is left out when a float checkpoint is given. Learning rates fall to zero along a cosine;
-    `step_lr` None means `lr`; `warmup` counts iterations; `distill` trains against the float network as well;
-    `calibration_batches`: how many batches set the activation steps; `threads`: a run's bits depend on it, None takes
-    torch's present number.
+    The float phase is left out when a float checkpoint is given. In every phase learning rates rise for `warmup`
+    iterations and fall to zero along a cosine; `step_lr` None means `lr`. `clip_norm`: the largest norm of the gradient;
+    it and all below are for low bits alone:
+    distill: train against the float network as well; its weight and temperature are those of `distillation_loss`, and
+        count for another teacher too.
+    progressive, progressive_epochs: more bits first, e.g. (8, 4), each for so many of the `epochs`.
+    ema: decay of an average of the weights (`WeightAverage`) in the last phase, which is evaluated and kept.
+    bn_batches: BatchNorm statistics are estimated anew on so many training batches at the end; 0: they are not.
+    weight_init, activation_init: the rule of the initial steps. calibration_batches: how many set those of activations.
+    threads: a run's bits depend on it; None takes torch's present number.
     """
 
     seed: int = 0
@@ -36,36 +45,70 @@ class Settings:
     weight_decay: float = 1e-4
     weight_decay_by_bits: bool = False
     warmup: int = 0
-    distill: bool = False
     clip_norm: float | None = None
+    distill: bool = False
+    distill_weight: float = 1.0
+    distill_temperature: float = 1.0
+    progressive: tuple[int, ...] = ()
+    progressive_epochs: int = 1
+    ema: float | None = None
+    bn_batches: int = 0
+    weight_init: Method = "paper"
+    activation_init: Method = "mse"
     calibration_batches: int = 32
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "progressive", tuple(self.progressive))
         least = {"batch_size": 1, "float_epochs": 0, "epochs": 0, "calibration_batches": 1, "threads": 1}
-        for name, low in least.items():
+        for name, low in (least | {"warmup": 0, "bn_batches": 0, "progressive_epochs": 1}).items():
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UsageError(f"{name}={value}: it must be at least {low}")
-        for name in ("lr", "float_lr", "step_lr", "momentum", "weight_decay", "float_weight_decay"):
+        rates = ("lr", "float_lr", "step_lr", "momentum", "weight_decay", "float_weight_decay", "distill_weight")
+        for name in (*rates, "clip_norm", "distill_temperature"):
             value = getattr(self, name)
-            if value is not None and not 0.0 <= value < float("inf"):
-                raise UsageError(f"{name}={value}: it must be a number from 0")
+            if value is not None and not (0.0 <= value < inf and (value or name in rates)):
+                raise UsageError(f"{name}={value}: it must be a number {'from' if name in rates else 'above'} 0")
+        if self.ema is not None and not 0.0 < self.ema < 1.0:
+            raise UsageError(f"ema={self.ema}: a decay lies between 0 and 1, e.g. 0.999")
+        bits = self.progressive
+        if any(not 2 <= b <= 8 for b in bits) or any(a <= b for a, b in pairwise(bits)):
+            raise UsageError(f"progressive={bits}: bits from 8 to 2, each fewer than before")
+        if bits and self.last_epochs < 1:
+            raise UsageError(
+                f"progressive={bits}: {self.progressive_epochs} epochs each leave none of epochs={self.epochs} for the "
+                "last bits"
+            )
+        for name in ("weight_init", "activation_init"):
+            if getattr(self, name) not in get_args(Method):
+                raise UsageError(f"{name}={getattr(self, name)!r}: one of {', '.join(get_args(Method))}")
+
+    @property
+    def last_epochs(self) -> int:
+        """Epochs at the recipe's own bits."""
+        return self.epochs - len(self.progressive) * self.progressive_epochs
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """Raises: UsageError naming an unknown setting."""
+        """From a config.toml, which leaves out what is None. Raises: UsageError naming an unknown setting."""
         known = {item.name for item in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UsageError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        return cls(**values)
+        none: dict[str, Any] = {item.name: None for item in fields(cls) if "None" in str(item.type)}
+        return cls(**none | values)
 
 
 class Task(Protocol):
-    """A reproducible job. `name`: as on the command line; `options`: what else it was made from, for config.toml."""
+    """A reproducible job. `name`: as on the command line; `options`: what else it was made from, for config.toml.
+
+    A task may have one method more, `architectures() -> dict[str, Callable[[], nn.Module]]`: by name, the networks that
+    a teacher's checkpoint may be of; the one whose state dict has its keys and shapes is taken. Without it a teacher is
+    a `model()`.
+    """
 
     name: str
     options: dict[str, Any]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +19,25 @@ from lsquant._util.files import read_json, write_json
 from lsquant._util.tensors import read_tensors
 from lsquant.calibration import calibrate
 from lsquant.convert import prepare
-from lsquant.tasks.directory import FORMAT, Run, open_run, start_run
-from lsquant.training import CosineSchedule, Fitted, Log, clip_rates, fit, load_state, param_groups, save_state
+from lsquant.nn import quantized_layers, quantizers
+from lsquant.recipe import Recipe
+from lsquant.tasks.directory import FORMAT, TEACHER, Run, check_teacher, is_run, open_run, sha256, start_run
+from lsquant.tasks.protocol import Task
+from lsquant.training import (
+    CosineSchedule,
+    Fitted,
+    Log,
+    WeightAverage,
+    classification_loss,
+    clip_rates,
+    fit,
+    load_state,
+    param_groups,
+    reestimate_batchnorm,
+    save_state,
+    widened,
+)  # fmt: skip
+from lsquant.training.batchnorm import batchnorms
 from lsquant.training.progress import message
 from lsquant.training.seeds import seed_everything
 from lsquant.training.state import load_model_state, model_state
@@ -27,13 +48,16 @@ def run_training(
 ) -> dict[str, Any]:
     """Train the task of `run` in the directory `run.path` and return the content of metrics.json.
 
-    "float": the float network; "rounded": the same at the recipe's bits, calibrated but not trained; "lsq": trained
-    with learned steps; each with the task's metrics. The same seed gives the same numbers ("seconds" apart).
+    "float": the float network; "teacher": the one of `run.teacher`; "rounded": the float network at the recipe's bits,
+    calibrated but not trained; "lsq": trained with learned steps, with `ema` or `bn_batches` after these; "raw": then
+    the weights as the optimizer left them; each with the task's metrics. The same seed gives the same numbers
+    ("seconds" apart).
     A checkpoint is written at the end of every epoch and every `checkpoint_every` iterations; `resume=True` goes on
     from the last one, wherever the run was killed, and ends with the same bits.
 
     Raises: UsageError if `run.path` exists, without `resume` or `overwrite`; see `fit` for the rest.
     """
+    run = _with_hash(run, resume)
     if not (resume and run.path.exists()):
         _try_out(run)
     start_run(run, resume=resume, overwrite=overwrite)
@@ -48,46 +72,96 @@ def run_training(
 
 
 def _try_out(run: Run) -> None:
-    """Meet a wrong checkpoint or recipe before anything is written or trained."""
+    """Meet a wrong checkpoint or recipe, or missing data, before anything is written or trained."""
+    run.task.steps_per_epoch(run.settings.batch_size)
     model = run.task.model()
     if run.init is not None:
         load_float(model, run.init)
+    if run.teacher is not None:
+        load_teacher(run.task, run.teacher)
+    if run.settings.bn_batches and not batchnorms(model):
+        raise UsageError("bn_batches: this network has no BatchNorm that keeps running statistics; leave it out")
+    for bits in run.settings.progressive:
+        if widened(run.recipe, bits) == run.recipe:
+            raise UsageError(f"progressive={run.settings.progressive}: the recipe has no quantizer below {bits} bits")
     prepare(model, run.recipe, example_inputs=run.task.example_input())
 
 
+def _with_hash(run: Run, resume: bool) -> Run:
+    """With the SHA-256 of its teacher; of a run that is there the teacher's own file is needed no more."""
+    if run.teacher is None or run.teacher_sha256 is not None:
+        return run
+    if resume and is_run(run.path) and not Path(run.teacher).is_file():
+        return replace(run, teacher_sha256=open_run(run.path).teacher_sha256)
+    return replace(run, teacher_sha256=sha256(run.teacher))
+
+
 def _train(run: Run, checkpoint_every: int | None, quiet: bool) -> dict[str, Any]:
-    task, settings, example = run.task, run.settings, run.task.example_input()
-    log, seconds = Log(run.file("log.jsonl")), {}
+    task, settings, done = run.task, run.settings, Fitted()
+    results: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    phase = partial(_phase, run, checkpoint_every=checkpoint_every, quiet=quiet)
+
+    def measure(what: str, network: nn.Module, words: str) -> None:
+        results[what] = task.metric(network)
+        message(f"{words}: {', '.join(f'{name} {value:.4g}' for name, value in results[what].items())}", quiet)
 
     seed_everything(settings.seed, task.name, "float")
     model = task.model()
     if run.init is None:
-        done = _phase(run, model, "float", settings.float_epochs, settings.float_lr, checkpoint_every, quiet)
+        done = phase(model, "float", settings.float_epochs, done)
     else:
-        done = _from_checkpoint(run, model)
+        _from_checkpoint(run, model)
     seconds["float"] = done.seconds
-    results = {"float": task.metric(model)}
-    _say("float", results["float"], quiet)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False) if settings.distill else None
+    measure("float", model, "float")
+    teacher = None
+    if run.teacher is not None:
+        check_teacher(run, run.file(TEACHER))
+        teacher = load_teacher(task, run.file(TEACHER))
+        measure("teacher", teacher, "the teacher")
+    elif settings.distill:
+        teacher = copy.deepcopy(model).eval().requires_grad_(False)
 
     seed_everything(settings.seed, task.name, "lsq")
-    prepare(model, run.recipe, example_inputs=example)
-    batches = task.batches("calibration", batch_size=settings.batch_size, seed=settings.seed)
-    calibrate(model, batches, max_batches=settings.calibration_batches)
-    results["rounded"] = task.metric(model)
-    _say("rounded to these bits without training", results["rounded"], quiet)
-
-    if not run.file("last/lsq.safetensors").exists():
-        log.cut(done.log_position)
-    done = _phase(run, model, "lsq", settings.epochs, settings.lr, checkpoint_every, quiet, teacher)
+    _quantize(run, model, run.recipe)
+    measure("rounded", model, "rounded to these bits without training")
+    for bits in settings.progressive:
+        _quantize(run, model, widened(run.recipe, bits))
+        done = phase(model, f"lsq-{bits}", settings.progressive_epochs, done, teacher)
+        seconds[f"lsq-{bits}"] = done.seconds
+    if settings.progressive:
+        _quantize(run, model, run.recipe)
+    average = None if settings.ema is None else WeightAverage(model, settings.ema)
+    done = phase(model, "lsq", settings.last_epochs, done, teacher, average)
     seconds["lsq"] = done.seconds
-    results["lsq"] = task.metric(model)
-    _say("with learned steps", results["lsq"], quiet)
+    if average is not None or settings.bn_batches:
+        measure("raw", model, "with learned steps, as the optimizer left it")
+    if average is not None:
+        average.apply()
+    if settings.bn_batches:
+        seed_everything(settings.seed, task.name, "bn")
+        batches = task.batches("train", batch_size=settings.batch_size, seed=settings.seed, epoch=settings.epochs)
+        reestimate_batchnorm(model, batches, max_batches=settings.bn_batches)
+    measure("lsq", model, "with learned steps")
 
     checkpoint.save(model.eval(), run.file("model.safetensors"), {"task": task.name})
     metrics = {"format": FORMAT, "task": task.name, "seed": settings.seed, **results, "seconds": seconds}
     write_json(run.file("metrics.json"), metrics)
     return metrics
+
+
+def _quantize(run: Run, model: nn.Module, recipe: Recipe) -> None:
+    """Prepare and calibrate; weight steps whose bits change are set by `weight_init` ("paper" is what prepare does)."""
+    task, settings = run.task, run.settings
+    before = {quantizer: quantizer.requested for _, quantizer in quantizers(model)}
+    prepare(model, recipe, example_inputs=task.example_input())
+    for _, layer in quantized_layers(model) if settings.weight_init != "paper" else ():
+        quantizer = layer.weight_quantizer
+        if quantizer is not None and before.get(quantizer) != quantizer.requested:
+            before[quantizer] = quantizer.requested
+            quantizer.initialize(layer.rows(), settings.weight_init)
+    batches = task.batches("calibration", batch_size=settings.batch_size, seed=settings.seed)
+    calibrate(model, batches, max_batches=settings.calibration_batches, method=settings.activation_init)
 
 
 def resume_training(
@@ -98,19 +172,43 @@ def resume_training(
 
 
 def load_float(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Load a float checkpoint (.safetensors, the keys of `model`) into `model`.
+    """Load a float checkpoint (.safetensors, the keys of `model`, or all of them behind "module.") into `model`.
 
     Raises: MissingFile; DamagedFile; UsageError for another architecture; each names the file.
     """
-    tensors = read_tensors(path)[1]
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(_float_tensors(path))
     except RuntimeError as error:
         raise UsageError(f"{path} is the checkpoint of another architecture: {error}") from error
     return model
 
 
-def _from_checkpoint(run: Run, model: nn.Module) -> Fitted:
+def load_teacher(task: Task, path: str | os.PathLike[str]) -> nn.Module:
+    """The float network in `path`, in eval mode, without gradients: of the task's `architectures` the one that fits.
+
+    Raises: MissingFile; DamagedFile; UsageError naming the file and the architectures if none fits.
+    """
+    known = getattr(task, "architectures", dict)()
+    shapes = {name: tensor.shape for name, tensor in _float_tensors(path).items()}
+    fitting = []
+    for name, build in known.items():
+        with torch.device("meta"):
+            state = build().state_dict()
+        fitting += [name] if {key: tensor.shape for key, tensor in state.items()} == shapes else []
+    if known and not fitting:
+        raise UsageError(f"teacher {path}: its tensors fit none of {', '.join(known)}")
+    network = known[fitting[0]]() if fitting else task.model()
+    return load_float(network, path).eval().requires_grad_(False)
+
+
+def _float_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    tensors = read_tensors(path)[1]
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _from_checkpoint(run: Run, model: nn.Module) -> None:
     """The float network of `run.init`, copied into the run, so that resuming needs that file no more."""
     copied = run.file("last/float.safetensors")
     if copied.exists():
@@ -118,7 +216,6 @@ def _from_checkpoint(run: Run, model: nn.Module) -> Fitted:
     else:
         load_float(model, run.init or "")
         save_state(copied, {"model": model_state(model)})
-    return Fitted()
 
 
 def _phase(
@@ -126,25 +223,34 @@ def _phase(
     model: nn.Module,
     label: str,
     epochs: int,
-    lr: float,
+    before: Fitted,
+    teacher: nn.Module | None = None,
+    average: WeightAverage | None = None,
+    *,
     checkpoint_every: int | None,
     quiet: bool,
-    teacher: nn.Module | None = None,
 ) -> Fitted:
+    """Train for some epochs, after what `before` says; "float" is the phase of that name, all others have low bits."""
+    if not epochs:
+        return replace(before, seconds=0.0)
     task, settings = run.task, run.settings
     low_bit = label != "float"
     groups = param_groups(
         model,
-        lr,
+        settings.lr if low_bit else settings.float_lr,
         settings.weight_decay if low_bit else settings.float_weight_decay,
         step_lr=settings.step_lr if low_bit else None,
         weight_decay_by_bits=settings.weight_decay_by_bits,
     )
     steps = task.steps_per_epoch(settings.batch_size)
+    log, last = Log(run.file("log.jsonl")), run.file(f"last/{label}.safetensors")
+    if not last.exists():
+        log.cut(before.log_position)  # a row may have been written without its checkpoint
 
     def evaluate(network: nn.Module) -> dict[str, Any]:
         sample = task.batches("calibration", batch_size=settings.batch_size, seed=settings.seed)
-        return {**task.metric(network), "quantizers": clip_rates(network, sample, max_batches=1)}
+        with nullcontext() if average is None else average.swapped():
+            return {**task.metric(network), "quantizers": clip_rates(network, sample, max_batches=1)}
 
     return fit(
         model,
@@ -153,17 +259,16 @@ def _phase(
         epochs=epochs,
         steps_per_epoch=steps,
         schedule=CosineSchedule(max(1, epochs * steps), min(settings.warmup, max(0, epochs * steps - 1))),
+        loss=partial(classification_loss, temperature=settings.distill_temperature, weight=settings.distill_weight),
         teacher=teacher,
         clip_norm=settings.clip_norm if low_bit else None,
         evaluate=evaluate,
-        log=run.file("log.jsonl"),
-        checkpoint=run.file(f"last/{label}.safetensors"),
+        after_step=None if average is None else lambda iteration: average.update(),
+        extras={} if average is None else {"average": average},
+        log=log.path,
+        checkpoint=last,
         checkpoint_every=checkpoint_every,
         resume=True,
         label=label,
         quiet=quiet,
     )
-
-
-def _say(what: str, metrics: dict[str, float], quiet: bool) -> None:
-    message(f"{what}: {', '.join(f'{name} {value:.4g}' for name, value in metrics.items())}", quiet)

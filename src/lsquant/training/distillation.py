@@ -37,9 +37,26 @@ def distillation_loss(
     return hard + weight * temperature**2 * soft
 
 
-def classification_loss(output: torch.Tensor, batch: Any, teacher_output: torch.Tensor | None = None) -> torch.Tensor:
-    """The loss of `fit` unless another is given: batch[1] is the target; with a teacher the 1:1 distillation loss."""
+def classification_loss(
+    output: torch.Tensor,
+    batch: Any,
+    teacher_output: torch.Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    weight: float = 1.0,
+) -> torch.Tensor:
+    """The loss of `fit` unless another is given: batch[1] is the target; with a teacher `distillation_loss`."""
     target = batch[1]
     if teacher_output is None:
         return F.cross_entropy(output.reshape(-1, output.shape[-1]), target.reshape(-1))
-    return distillation_loss(output, target, teacher_output)
+    return distillation_loss(output, target, teacher_output, temperature=temperature, weight=weight)
+
+
+def hits(output: Any, batch: Any) -> tuple[torch.Tensor | int, int]:
+    """(targets whose logit is the largest, as a tensor on the device; targets); (0, 0) if batch[1] is no classes."""
+    target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+    if not isinstance(target, torch.Tensor) or target.is_floating_point() or not isinstance(output, torch.Tensor):
+        return 0, 0
+    if output.shape[:-1] != target.shape:
+        return 0, 0
+    return (output.detach().argmax(-1) == target).sum(), target.numel()

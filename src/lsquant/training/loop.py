@@ -16,7 +16,7 @@ from torch import nn
 
 from lsquant._util.batches import run_batch
 from lsquant._util.errors import LsquantError, UsageError
-from lsquant.training.distillation import classification_loss
+from lsquant.training.distillation import classification_loss, hits
 from lsquant.training.facts import quantizer_facts
 from lsquant.training.log import Log
 from lsquant.training.progress import Progress, message
@@ -39,7 +39,8 @@ class Fitted:
     """Where a run is, and what `fit` returns.
 
     `epoch`, `step`: epochs done and iterations done in the present one; `log_position`: bytes of the log;
-    `seconds`: time spent training, over all restarts; `row`: the last epoch's row of the log.
+    `seconds`: time spent training, over all restarts; `row`: the last epoch's row of the log. The rest are sums over
+    the present epoch: its loss, right answers, gradient norms, targets, samples and time.
     """
 
     epoch: int = 0
@@ -48,6 +49,11 @@ class Fitted:
     seconds: float = 0.0
     loss_sum: float = 0.0
     row: dict[str, Any] = field(default_factory=dict)
+    right: float = 0.0
+    norm_sum: float = 0.0
+    targets: int = 0
+    samples: int = 0
+    epoch_seconds: float = 0.0
 
 
 def fit(
@@ -82,10 +88,11 @@ def fit(
     the end of an epoch; `observe(model)`: facts by quantizer, called between backward and step in an epoch's last
     iteration; `after_step(iteration)`: called after every optimizer step; `extras`: other things to checkpoint.
 
-    `log`: a JSON-lines file, one row an epoch. `checkpoint`: one file, replaced at the end of every epoch and every
-    `checkpoint_every` iterations. `resume=True` goes on from it, if it is there, and cuts the log back to it; a
-    complete run is only loaded, its log left alone. The bits are the same if the machine, the versions and the number
-    of threads are.
+    `log`: a JSON-lines file, one row an epoch: loss, learning rates, metrics, facts; accuracy in training where
+    batch[1] is class numbers; the mean norm of the gradient before it is clipped; `seconds`, without `evaluate`, and
+    samples per second. `checkpoint`: one file, replaced at the end of every epoch and every `checkpoint_every`
+    iterations. `resume=True` goes on from it, if it is there, and cuts the log back to it; a complete run is only
+    loaded, its log left alone. The bits are the same if the machine, the versions and the number of threads are.
 
     Raises: UsageError if the checkpoint is of another run; DamagedFile; DiskFull (the last checkpoint stays);
     LsquantError if the loss is not finite (the last checkpoint stays).
@@ -117,7 +124,9 @@ def fit(
         save_state(checkpoint, state | {"extras": {name: extra.state_dict() for name, extra in extras.items()}})
 
     while at.epoch < epochs:
-        loss_sum = torch.tensor(at.loss_sum, dtype=torch.float64, device=next(model.parameters()).device)
+        start = [at.loss_sum, at.right, at.norm_sum]
+        sums = torch.tensor(start, dtype=torch.float64, device=next(model.parameters()).device)
+        clock = time.monotonic() - at.epoch_seconds
         facts: dict[str, dict[str, Any]] = {}
         rest = islice(_rest(batches, at, epoch_rng), steps_per_epoch - at.step)
         bar = Progress(rest, steps_per_epoch, f"{label} {at.epoch + 1}/{epochs}", quiet, start=at.step)
@@ -129,28 +138,34 @@ def fit(
             if teacher is not None:
                 with torch.no_grad():
                     teacher_output = run_batch(teacher, batch, forward)
-            value = loss(run_batch(model, batch, forward), batch, teacher_output)
+            output = run_batch(model, batch, forward)
+            value = loss(output, batch, teacher_output)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             at.step += 1
             if at.step == steps_per_epoch:
                 facts = observe(model)
             if clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+                sums[2] += torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
             optimizer.step()
             if after_step is not None:
                 after_step(iteration)
-            loss_sum += value.detach()
-            bar.note(lambda s=loss_sum, n=at.step: f"loss {s.item() / n:.4f}")
+            sums[0] += value.detach()
+            right, targets = hits(output, batch)
+            sums[1] += right
+            at.targets += targets
+            at.samples += len(output) if isinstance(output, torch.Tensor) and output.ndim else 0
+            bar.note(lambda s=sums, n=at.step: f"loss {s[0].item() / n:.4f}")
             if checkpoint_every and (iteration + 1) % checkpoint_every == 0 and at.step < steps_per_epoch:
-                at.loss_sum = _finite(loss_sum, label, at)
+                _read(sums, clock, label, at)
                 write_checkpoint()
         if at.step != steps_per_epoch:
             raise UsageError(f"batches({at.epoch}) gave {at.step} batches instead of steps_per_epoch={steps_per_epoch}")
-        mean = _finite(loss_sum, label, at) / steps_per_epoch
-        at.epoch, at.step, at.loss_sum = at.epoch + 1, 0, 0.0
-        at.row = _row(label, at.epoch, at.epoch * steps_per_epoch, mean, optimizer, facts, evaluate and evaluate(model))
-        rows.append(at.row)
+        _read(sums, clock, label, at)
+        row = _row(label, at, steps_per_epoch, optimizer, clip_norm is not None)
+        row = _joined(row, facts, evaluate and evaluate(model))
+        at = Fitted(epoch=at.epoch + 1, row=row)
+        rows.append(row)
         epoch_rng = rng_state()
         write_checkpoint()
     at.log_position, at.seconds = rows.position, time.monotonic() - began
@@ -174,31 +189,39 @@ def _rest(batches: Callable[[int], Iterable[Any]], at: Fitted, epoch_rng: dict[s
     return rest
 
 
-def _finite(loss_sum: torch.Tensor, label: str, at: Fitted) -> float:
-    value = loss_sum.item()
-    if not math.isfinite(value):
+def _read(sums: torch.Tensor, clock: float, label: str, at: Fitted) -> None:
+    """Bring the sums of the epoch from the device. Raises: LsquantError if the loss is not finite."""
+    at.loss_sum, at.right, at.norm_sum = sums.tolist()
+    at.epoch_seconds = time.monotonic() - clock
+    if not math.isfinite(at.loss_sum):
         raise LsquantError(
             f"the loss of {label} is not finite in epoch {at.epoch + 1}: lower the learning rate, or set clip_norm; "
             "the last checkpoint is unchanged"
         )
-    return value
 
 
-def _row(
-    label: str,
-    epoch: int,
-    iteration: int,
-    loss: float,
-    optimizer: torch.optim.Optimizer,
-    facts: dict[str, dict[str, Any]],
-    metrics: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """A row of the log. The metrics' own "quantizers" (clip rates) are joined with the facts by name."""
-    groups = optimizer.param_groups
-    row: dict[str, Any] = {"phase": label, "epoch": epoch, "iteration": iteration, "loss": loss, "lr": groups[0]["lr"]}
+def _row(label: str, at: Fitted, steps: int, optimizer: torch.optim.Optimizer, clipped: bool) -> dict[str, Any]:
+    """A row of the log without metrics: of the training in the epoch that ends."""
+    groups, epoch = optimizer.param_groups, at.epoch + 1
+    row: dict[str, Any] = {"phase": label, "epoch": epoch, "iteration": epoch * steps, "loss": at.loss_sum / steps}
+    if at.targets:
+        row["train_accuracy"] = 100.0 * at.right / at.targets
+    if clipped:
+        row["grad_norm"] = at.norm_sum / steps
+    row["lr"] = groups[0]["lr"]
     for group in groups:
         if group.get("name") == "steps" and group["params"]:
             row["step_lr"] = group["lr"]
+    row["seconds"] = round(at.epoch_seconds, 3)
+    if at.samples:
+        row["samples_per_second"] = round(at.samples / max(at.epoch_seconds, 1e-9), 1)
+    return row
+
+
+def _joined(
+    row: dict[str, Any], facts: dict[str, dict[str, Any]], metrics: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Row and metrics; the metrics' own "quantizers" (clip rates) are joined with the facts by name."""
     metrics = dict(metrics or {})
     for name, more in metrics.pop("quantizers", {}).items():
         facts[name] = facts.get(name, {}) | dict(more)

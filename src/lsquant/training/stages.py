@@ -1,0 +1,21 @@
+"""Progressive bits: train at more bits first, then at fewer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lsquant.recipe import Recipe, Rule
+from lsquant.spec import QuantSpec
+
+
+def widened(recipe: Recipe, bits: int) -> Recipe:
+    """The recipe in which every quantizer has at least `bits` bits; what has more, or stays float, is left as it is."""
+
+    def wide(value: object) -> object:
+        return replace(value, bits=max(bits, value.bits)) if isinstance(value, QuantSpec) else value
+
+    def all_wide(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+        return tuple(replace(r, weight=wide(r.weight), activation=wide(r.activation)) for r in rules)  # type: ignore[arg-type]
+
+    halves = {"weight": wide(recipe.weight), "activation": wide(recipe.activation)}
+    return Recipe(**halves, rules=all_wide(tuple(recipe.rules)), preset_rules=all_wide(tuple(recipe.preset_rules)))  # type: ignore[arg-type]
