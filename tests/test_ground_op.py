@@ -164,7 +164,7 @@ class Recorder(TorchDispatchMode):
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "lsquant":
+        if func.namespace in ("lsquant", "lsquant_cpp"):
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 

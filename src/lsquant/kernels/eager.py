@@ -7,15 +7,27 @@ below 2^20 their error is far under one half and rounding gives the integer; abo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lsquant import reference
 from lsquant.reference import quantize as quantize
-from lsquant.reference import quantize_backward as quantize_backward
 
 DIRECT_LIMIT = 2**24
 TRANSFORM_LIMIT = 2**20
+
+
+def why_not() -> str:
+    """Why this engine cannot run: it always can."""
+    return ""
+
+
+def quantize_backward(*args: Any, reuse: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See ``lsquant.reference.quantize_backward``; ``reuse`` (of the gradient's memory) is an offer not taken here."""
+    return reference.quantize_backward(*args)
 
 
 def linear_sums(codes_x: Tensor, codes_w: Tensor, bound: int) -> Tensor:

@@ -27,12 +27,12 @@ def _rest(
 
 
 def _forward(x, step, q_min, q_max, _, axis, group_size, *zero):  # type: ignore[no-untyped-def]
-    return laid_out_like(engine().quantize(x, step, q_min, q_max, axis, group_size, *_rest(*zero)), x)
+    return laid_out_like(engine(x.device.type).quantize(x, step, q_min, q_max, axis, group_size, *_rest(*zero)), x)
 
 
 def _backward(grad, x, step, q_min, q_max, scale, axis, group_size, *zero):  # type: ignore[no-untyped-def]
     kind = (axis, group_size, *_rest(*zero))
-    grad_x, grad_step, grad_offset = engine().quantize_backward(grad, x, step, q_min, q_max, scale, *kind)
+    grad_x, grad_step, grad_offset = engine(x.device.type).quantize_backward(grad, x, step, q_min, q_max, scale, *kind)
     return laid_out_like(grad_x, x), grad_step, step.new_empty(0) if grad_offset is None else grad_offset
 
 
@@ -99,4 +99,11 @@ def fake_quantize(
     tensor = zero_point if isinstance(zero_point, Tensor) else None
     if offset is not None and zero_point is not None:
         raise UsageError("fake_quantize: give zero_point (a fixed integer) or offset (learned, LSQ+), not both")
-    return _op(x, step, q_min, q_max, gradient_scale, axis, group_size, fixed, tensor, offset)
+    args = (x, step, q_min, q_max, gradient_scale, axis, group_size, fixed, tensor, offset)
+    if type(x) in _PLAIN and not torch.compiler.is_compiling():
+        # derivative in C++: the Python one costs more than the arithmetic on small tensors
+        return getattr(engine(x.device.type), "fake_quantize", _op)(*args)
+    return _op(*args)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

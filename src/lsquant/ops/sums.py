@@ -21,7 +21,7 @@ def linear_of_codes(
     scale: ``fl(s_x * s_w)``, (1,) or (out,); with groups (out, in / group_size), and the sums of the groups are added
     in float32 in their order.  bound: largest possible ``sum |q_x||q_w|`` of one sum.  Returns (..., out) float32.
     """
-    sums = engine().linear_sums
+    sums = engine(codes_x.device.type).linear_sums
     if group_size is None:
         y = sums(codes_x, codes_w, bound).mul_(scale)
     else:
@@ -65,7 +65,7 @@ def convolution_of_codes(
         size = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in spans]
         return y.transpose(1, 2).reshape(codes_x.shape[0], codes_w.shape[0], *size)
     conv = (stride, padding, dilation, transposed, output_padding, groups)
-    y = engine().convolution_sums(codes_x, arranged(codes_w, conv), bound, *conv)
+    y = engine(codes_x.device.type).convolution_sums(codes_x, arranged(codes_w, conv), bound, *conv)
     shape = [-1] + [1] * (y.dim() - 2)
     y.mul_(scale.reshape(shape))
     return y if bias is None else y.add_(bias.to(torch.float32).reshape(shape))

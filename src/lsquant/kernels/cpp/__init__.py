@@ -1,0 +1,124 @@
+"""The C++ engine: the fused quantizer, and layers over 8-bit codes, on torch's own threads.
+
+Built at first use (``build.py``).  Functions that return None where they do not apply leave the work to floating point
+over codes, which gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lsquant import reference
+from lsquant._util.errors import UsageError
+from lsquant.kernels.cpp.build import CannotBuild, library
+from lsquant.kernels.eager import convolution_sums as convolution_sums
+from lsquant.kernels.eager import linear_sums as linear_sums
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def why_not() -> str:
+    """Why this engine cannot run; empty when it can."""
+    try:
+        torch.ops.load_library(str(library()))
+    except (CannotBuild, OSError, ImportError) as error:
+        return str(error)
+    torch.library.register_fake("lsquant_cpp::fake_quantize", lambda x, *rest: torch.empty_like(x))
+    torch.library.register_fake("lsquant_cpp::fake_quantize_backward", _fake_backward)
+    return ""
+
+
+def _fake_backward(grad: Tensor, x: Tensor, step: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(step), step.new_empty(0) if rest[-1] is None else step.clone()
+
+
+def _check(x: Tensor, step: Tensor, axis: int | None, group_size: int | None, zero: Tensor | None) -> None:
+    """Raises UsageError, by the reference's own checks, where the shapes do not fit."""
+    if step.dim() == 1 and (zero is None or zero.shape == step.shape):
+        if group_size is None:
+            if axis is None and step.numel() == 1:
+                return
+            if axis is not None and -x.dim() <= axis < x.dim() and step.numel() == x.shape[axis]:
+                return
+        elif x.numel() and group_size > 0 and step.numel() * group_size == x.numel() and axis in (None, 0, -x.dim()):
+            if x.numel() // x.shape[0] % group_size == 0:
+                return
+    reference.step_view(x, step, axis, group_size)
+    if zero is not None and zero.shape != step.shape:
+        raise UsageError(f"zero_point and offset must have the step's shape {tuple(step.shape)}, not {tuple(zero.shape)}")
+
+
+def fake_quantize(
+    x: Tensor, step: Tensor, q_min: int, q_max: int, gradient_scale: float, axis: int | None, group_size: int | None,
+    fixed_zero: int, zero_point: Tensor | None, offset: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The quantizer with its derivative registered in C++; arguments of ``lsquant::fake_quantize``."""
+    _check(x, step, axis, group_size, zero_point if offset is None else offset)
+    rest = (axis, group_size, fixed_zero, zero_point, offset)
+    return torch.ops.lsquant_cpp.fake_quantize(x, step, q_min, q_max, gradient_scale, *rest)
+
+
+def _split(zero_point: int | Tensor | None) -> tuple[int, Tensor | None]:
+    return (0, zero_point) if isinstance(zero_point, Tensor) else (zero_point or 0, None)
+
+
+def quantize(x: Tensor, step: Tensor, q_min: int, q_max: int, axis: int | None, group_size: int | None,
+             zero_point: int | Tensor | None, offset: Tensor | None) -> Tensor:  # fmt: skip
+    """See ``lsquant.reference.quantize``."""
+    return fake_quantize(x, step, q_min, q_max, 1.0, axis, group_size, *_split(zero_point), offset)
+
+
+def quantize_backward(
+    grad: Tensor, x: Tensor, step: Tensor, q_min: int, q_max: int, gradient_scale: float, axis: int | None,
+    group_size: int | None, zero_point: int | Tensor | None, offset: Tensor | None, reuse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """See ``lsquant.reference.quantize_backward``; with ``reuse`` the memory of grad may become the result's."""
+    ops = torch.ops.lsquant_cpp
+    op = ops.fake_quantize_backward_reusing if reuse else ops.fake_quantize_backward
+    rest = (gradient_scale, axis, group_size, *_split(zero_point), offset)
+    grad_x, grad_step, grad_offset = op(grad, x, step, q_min, q_max, *rest)
+    return grad_x, grad_step, None if offset is None else grad_offset
+
+
+def _fits(x: Tensor, weight: Tensor, x_min: int, x_max: int, w_min: int, w_max: int) -> bool:
+    """Whether codes fit 8 bits and sums int32, with the correction of the shift."""
+    top = (x_max - x_min) * max(abs(w_min), abs(w_max))
+    types = x.dtype in _TYPES and weight.dtype in _TYPES
+    return types and x_max - x_min < 256 and weight[0].numel() * top < 2**30 and x.numel() > 0
+
+
+def linear(x: Tensor, x_step: Tensor, x_offset: Tensor | None, x_min: int, x_max: int, weight: Tensor, w_step: Tensor,
+           w_min: int, w_max: int, bias: Tensor | None) -> Tensor | None:  # fmt: skip
+    """``y = fl(fl(acc * fl(s_x s_w)) + b)`` float32, from float input (..., in) and weight (out, in)."""
+    if not weight.numel() or not _fits(x, weight, x_min, x_max, w_min, w_max):
+        return None
+    return torch.ops.lsquant_cpp.linear(x, x_step, x_offset, x_min, x_max, weight, w_step, w_min, w_max, bias)
+
+
+def _plain(x: Tensor, conv: Sequence[Any]) -> bool:
+    """A 2-d convolution that is neither transposed nor grouped."""
+    return x.dim() == 4 and not conv[3] and conv[5] == 1
+
+
+def convolution(x: Tensor, x_step: Tensor, x_offset: Tensor | None, x_min: int, x_max: int, weight: Tensor,
+                w_step: Tensor, w_min: int, w_max: int, bias: Tensor | None, conv: Sequence[Any]) -> Tensor | None:  # fmt: skip
+    """As ``linear`` for a 2-d convolution; conv: stride, padding, dilation, transposed, output_padding, groups."""
+    if not (_plain(x, conv) and weight.numel() and _fits(x, weight, x_min, x_max, w_min, w_max)):
+        return None
+    grid = (x, x_step, x_offset, x_min, x_max, weight, w_step, w_min, w_max)
+    return torch.ops.lsquant_cpp.convolution(*grid, bias, *conv[:3])
+
+
+def weight_gradient(grad: Tensor, x: Tensor, x_step: Tensor, x_offset: Tensor | None, x_min: int, x_max: int,
+                    weight: Tensor, conv: Sequence[Any]) -> Tensor | None:  # fmt: skip
+    """The gradient of a convolution's dequantized weight, float32, from the float input; None where it does not fit."""
+    if not (_plain(x, conv) and x.dtype in _TYPES and x.numel() and weight.numel() <= 2**17):
+        return None
+    kernel = list(weight.shape[2:])
+    return torch.ops.lsquant_cpp.weight_gradient(grad, x, x_step, x_offset, x_min, x_max, kernel, *conv[:3])
