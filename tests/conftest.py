@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,6 +66,15 @@ def data_folder() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("LSQUANT_TEST_DATA names no folder of real data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def cifar10_folder(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the official binary version of CIFAR-10, unpacked from the real data."""
+    pytest.importorskip("PIL")
+    folder = tmp_path_factory.mktemp("cifar10")
+    subprocess.run([sys.executable, str(data_folder / "unpack_cifar10.py"), str(folder)], check=True)
+    return folder
 
 
 @pytest.fixture
