@@ -183,7 +183,7 @@ def test_a_widened_recipe_literal():
 
 
 def test_accuracy_and_gradient_norm_in_training(tmp_path):
-    """One iteration an epoch, learning rate 0: what can be computed beside it."""
+    """One batch again and again, learning rate 0: what can be computed beside it."""
     torch.manual_seed(1)
     model = nn.Linear(3, 4)
     x, y = torch.randn(10, 3), torch.randint(0, 4, (10,))
@@ -191,9 +191,9 @@ def test_accuracy_and_gradient_norm_in_training(tmp_path):
     loss.backward()
     norm = sum(p.grad.square().sum() for p in model.parameters()).sqrt().item()
     right = sum(int(row.argmax()) == int(label) for row, label in zip(model(x), y, strict=True))
-    options = {"epochs": 2, "steps_per_epoch": 1, "log": tmp_path / "log.jsonl", "quiet": True}
+    options = {"epochs": 2, "steps_per_epoch": 3, "log": tmp_path / "log.jsonl", "quiet": True}
     optimizer = torch.optim.SGD(param_groups(model, 0.0))
-    fit(model, lambda epoch: [(x, y)], optimizer, clip_norm=1e-3, **options)
+    fit(model, lambda epoch: [(x, y)] * 3, optimizer, clip_norm=1e-3, **options)
     for row in untimed(tmp_path / "log.jsonl"):
         assert row["train_accuracy"] == 10.0 * right
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
