@@ -47,10 +47,14 @@ class ValueSummary:
     def _compress(self) -> None:
         keys, moments = self._bins or (np.empty(0, np.int64), np.empty((3, 0)))
         for values in self._raw:
-            v = values.astype(np.float64)
-            # the leading 22 bits of a float32: sign, exponent, 13 of the mantissa
-            new, where = np.unique(values.view(np.int32) >> 10, return_inverse=True)
-            fresh = np.stack([np.bincount(where, w, new.size) for w in (None, v, v * v)])
+            ordered = np.sort(values)
+            ordered += np.float32(0.0)  # -0 becomes 0
+            # the leading 22 bits of a float32: sign, exponent, 13 of the mantissa; equal ones lie together
+            new = ordered.view(np.int32) >> 10
+            starts = np.flatnonzero(np.concatenate([[True], new[1:] != new[:-1]]))
+            v = ordered.astype(np.float64)
+            counts = np.diff(starts, append=v.size).astype(np.float64)
+            new, fresh = new[starts], np.stack([counts, np.add.reduceat(v, starts), np.add.reduceat(v * v, starts)])
             keys, where = np.unique(np.concatenate([keys, new]), return_inverse=True)
             both = np.concatenate([moments, fresh], axis=1)
             moments = np.stack([np.bincount(where, row, keys.size) for row in both])

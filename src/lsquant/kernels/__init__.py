@@ -56,7 +56,7 @@ def _choose(device: str) -> ModuleType:
     return _chosen[device]
 
 
-class use_engine:  # noqa: N801  (used like a function)
+class use_engine:
     """``use_engine("eager")`` forces an engine from now on, ``use_engine(None)`` chooses the best again.
 
     As a context manager it does so for a block.  Engines: "eager" (plain PyTorch), "cpp" (C++ on the CPU).

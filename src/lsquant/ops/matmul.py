@@ -115,7 +115,8 @@ def _fake_backward(grad: Tensor, x_args: Sequence[Any], w_args: Sequence[Any], g
     none = x_step.new_empty(0)
     by_x = (torch.empty_like(x), torch.empty_like(x_step)) if need_x else (x.new_empty(0), none)
     grad_b = torch.empty_like(x_step) if need_x and offset is not None else none.clone()
-    return *by_x, grad_b, torch.empty_like(weight), torch.empty_like(w_step), w_step.new_empty(weight.shape[0] if has_bias else 0)
+    by_bias = w_step.new_empty(weight.shape[0] if has_bias else 0)
+    return *by_x, grad_b, torch.empty_like(weight), torch.empty_like(w_step), by_bias
 
 
 def _fake_linear(*a: Any) -> Tensor:

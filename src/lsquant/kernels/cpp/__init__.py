@@ -46,12 +46,12 @@ def _check(x: Tensor, step: Tensor, axis: int | None, group_size: int | None, ze
                 return
             if axis is not None and -x.dim() <= axis < x.dim() and step.numel() == x.shape[axis]:
                 return
-        elif x.numel() and group_size > 0 and step.numel() * group_size == x.numel() and axis in (None, 0, -x.dim()):
-            if x.numel() // x.shape[0] % group_size == 0:
+        elif x.numel() and group_size > 0 and x.numel() // x.shape[0] % group_size == 0:
+            if step.numel() * group_size == x.numel() and axis in (None, 0, -x.dim()):
                 return
     reference.step_view(x, step, axis, group_size)
     if zero is not None and zero.shape != step.shape:
-        raise UsageError(f"zero_point and offset must have the step's shape {tuple(step.shape)}, not {tuple(zero.shape)}")
+        raise UsageError(f"zero_point, offset: they have the step's shape {tuple(step.shape)}, not {tuple(zero.shape)}")
 
 
 def fake_quantize(
@@ -106,8 +106,10 @@ def _plain(x: Tensor, conv: Sequence[Any]) -> bool:
     return x.dim() == 4 and not conv[3] and conv[5] == 1
 
 
-def convolution(x: Tensor, x_step: Tensor, x_offset: Tensor | None, x_min: int, x_max: int, weight: Tensor,
-                w_step: Tensor, w_min: int, w_max: int, bias: Tensor | None, conv: Sequence[Any]) -> Tensor | None:  # fmt: skip
+def convolution(
+    x: Tensor, x_step: Tensor, x_offset: Tensor | None, x_min: int, x_max: int, weight: Tensor, w_step: Tensor,
+    w_min: int, w_max: int, bias: Tensor | None, conv: Sequence[Any],
+) -> Tensor | None:  # fmt: skip
     """As ``linear`` for a 2-d convolution; conv: stride, padding, dilation, transposed, output_padding, groups."""
     if not (_plain(x, conv) and weight.numel() and _fits(x, weight, x_min, x_max, w_min, w_max)):
         return None
