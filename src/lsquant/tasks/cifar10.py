@@ -31,7 +31,7 @@ class Cifar10:
     """The task; see the module.  data: the folder of the images, see `read_cifar10`; model: a key of `DEPTHS`."""
 
     name = "cifar10"
-    settings = Settings(batch_size=128, float_epochs=100, epochs=5, lr=0.01)
+    settings = Settings(batch_size=128, float_epochs=100, epochs=5, lr=0.01, calibration_batches=8)
 
     def __init__(self, data: str | None = None, model: str = "resnet20") -> None:
         if model not in DEPTHS:

@@ -196,7 +196,9 @@ def load_teacher(task: Task, path: str | os.PathLike[str]) -> nn.Module:
     for name, build in known.items():
         with torch.device("meta"):
             state = build().state_dict()
-        fitting += [name] if {key: tensor.shape for key, tensor in state.items()} == shapes else []
+        # checkpoints of old PyTorch do not count batches
+        wanted = {key: t.shape for key, t in state.items() if key in shapes or not key.endswith("num_batches_tracked")}
+        fitting += [name] if wanted == shapes else []
     if known and not fitting:
         raise UsageError(f"teacher {path}: its tensors fit none of {', '.join(known)}")
     network = known[fitting[0]]() if fitting else task.model()
