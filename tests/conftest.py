@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+import lsquant
+from lsquant import kernels
+
 torch.set_num_threads(int(os.environ.get("LSQUANT_TEST_THREADS", "1")))
 # LSQUANT_TEST_SEED=n runs every test from other seeds
 BASE_SEED = int(os.environ.get("LSQUANT_TEST_SEED", "0"))
@@ -48,6 +51,20 @@ def _global_state() -> Iterator[None]:
         torch.set_grad_enabled(before["grad"])
         torch.use_deterministic_algorithms(before["deterministic"])
         pytest.fail(f"the test changed torch's global settings from {before} to {after}")
+
+
+@pytest.fixture(autouse=True)
+def _engine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A parameter `engine` that names one of lsquant's engines forces it; one that cannot run here is skipped."""
+    callspec = getattr(request.node, "callspec", None)
+    name = callspec.params.get("engine") if callspec is not None else None
+    if name not in kernels.ENGINES:
+        yield
+        return
+    if reason := kernels.why_not(name):
+        pytest.skip(f"engine {name}: {reason}")
+    with lsquant.use_engine(name):
+        yield
 
 
 def _settings() -> dict:

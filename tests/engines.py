@@ -9,7 +9,12 @@ from torch import Tensor
 import lsquant
 from cases import Built
 
-ENGINES: dict[str, Callable[..., Tensor]] = {"reference": lsquant.reference.fake_quantize, "op": lsquant.fake_quantize}
+# a test with a parameter `engine` runs with that engine forced (conftest.py)
+ENGINES: dict[str, Callable[..., Tensor]] = {
+    "reference": lsquant.reference.fake_quantize,
+    "eager": lsquant.fake_quantize,
+    "cpp": lsquant.fake_quantize,
+}
 
 BOUND = 256 * 2.0**-24  # of sum |terms|: what the design allows a step gradient to be off
 

@@ -19,6 +19,7 @@ from lsquant.diagnostics import check as check
 from lsquant.diagnostics import sensitivity as sensitivity
 from lsquant.export import export_onnx as export_onnx
 from lsquant.export import onnx_session as onnx_session
+from lsquant.kernels import use_engine as use_engine
 from lsquant.nn import integer_weights as integer_weights
 from lsquant.nn import quantizers as quantizers
 from lsquant.ops import fake_quantize as fake_quantize
@@ -60,6 +61,7 @@ __all__ = [
     "revert",
     "save",
     "sensitivity",
+    "use_engine",
     "verify",
     "write_report",
 ]

@@ -283,7 +283,8 @@ def figure(a: Namespace) -> Outcome:
 def env(a: Namespace) -> Outcome:
     """Versions and hardware."""
     facts = {"lsquant": __version__, **environment()}
-    rows = [(key, value) for key, value in facts.items() if key != "packages"]
+    rows = [(key, value) for key, value in facts.items() if key not in ("engines", "packages")]
+    rows += [(f"engine {name}", state) for name, state in facts["engines"].items()]
     rows += list(facts["packages"].items())
     return facts, _table([(k, ", ".join(v) if isinstance(v, list) else str(v)) for k, v in rows]), True
 

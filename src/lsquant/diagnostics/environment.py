@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lsquant import kernels
+
 _PACKAGES = (
     "lsquant", "torch", "numpy", "safetensors", "onnx", "onnxruntime", "onnxscript", "scikit-learn", "matplotlib",
     "transformers", "triton", "openvino", "gguf",
@@ -16,7 +18,8 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions of python and the packages (absent ones are left out; none is imported), and the hardware."""
+    """Versions of python and the packages (absent ones are left out; none is imported), the hardware, and each engine:
+    "on", or why it is off (one that has to be built is built)."""
     packages = {}
     for name in _PACKAGES:
         try:
@@ -31,6 +34,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "engines": {name: kernels.why_not(name) or "on" for name in kernels.ENGINES},
         "packages": packages,
     }
 
