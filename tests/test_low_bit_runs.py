@@ -22,6 +22,7 @@ from lsquant.cli import commands, main
 from lsquant.tasks import Run, Settings, open_run, resume_training, run_training
 from lsquant.tasks.digits import DigitsNet
 from lsquant.tasks.directory import start_run
+from lsquant.tasks.run import load_teacher
 from lsquant.training import load_state
 from small_digits import SmallDigits, task
 
@@ -161,6 +162,24 @@ def test_teachers_that_do_not_fit_are_named_before_anything_is_written(files, tm
     with pytest.raises(UsageError, match=r"width6\.safetensors is the checkpoint of another architecture"):
         run_training(plain, quiet=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_of_an_old_file_and_of_a_wrapped_model_fits(files, tmp_path):
+    """Without the counters of BatchNorm, which torch once did not have, and with DataParallel's names."""
+    old = {f"module.{n}": t for n, t in load_file(files[6]).items() if not n.endswith("num_batches_tracked")}
+    save_file(old, tmp_path / "old.safetensors")
+    net: Any = load_teacher(task(), tmp_path / "old.safetensors")
+    assert net.stem.weight.shape[0] == 6
+    assert torch.equal(net.head.weight, network(files, 6).head.weight)
+    assert not any(p.requires_grad or p.is_meta for p in net.parameters())
+    assert not net.training
+
+
+@pytest.mark.parametrize("name, blocks", [("resnet20", 3), ("resnet56", 9)])
+def test_published_checkpoints_are_recognised(data_folder, name, blocks):
+    cifar = lsquant.tasks.get_task("cifar10", data="none")
+    net: Any = load_teacher(cifar, data_folder / "checkpoints" / f"cifar10_{name}.safetensors")
+    assert len(net.layer3) == blocks
 
 
 # ---- progressive bits ----
