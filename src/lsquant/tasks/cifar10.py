@@ -87,18 +87,17 @@ def _network(name: str) -> nn.Module:
 def crop_and_flip(x: Tensor, crops: Tensor, flips: Tensor) -> Tensor:
     """Every image padded by 4 zeros, cut to its size from (row, column) = crops[i], and mirrored where flips[i].
 
-    x: (N, 3, H, W) uint8; crops: (N, 2) int64, 0 .. 8; flips: (N,) bool.  Returns x's shape, in channels_last.
+    x: (N, 3, H, W) uint8; crops: (N, 2) int64, 0 .. 8; flips: (N,) bool.  Returns x's shape.
     """
-    n, _, height, width = x.shape
-    padded = F.pad(x, (PAD,) * 4).permute(0, 2, 3, 1).contiguous()
-    rows = crops[:, :1] + torch.arange(height)
-    across = torch.arange(width)
+    n, channels, height, width = x.shape
+    rows, across = crops[:, :1] + torch.arange(height), torch.arange(width)
     columns = crops[:, 1:] + torch.where(flips[:, None], across.flip(0), across)
-    image = torch.arange(n)[:, None, None]
-    return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    at = rows[:, :, None] * (width + 2 * PAD) + columns[:, None, :]
+    padded = F.pad(x, (PAD,) * 4).flatten(2)
+    return padded.gather(2, at.reshape(n, 1, -1).expand(-1, channels, -1)).reshape(x.shape)
 
 
 def normalized(x: Tensor) -> Tensor:
     """(x / 255 - mean) / std, each operation rounded.  x: (N, 3, H, W) uint8.  Returns float32 in channels_last."""
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (MEAN, STD))
-    return x.to(torch.float32, memory_format=torch.channels_last).div_(255.0).sub_(mean).div_(std)
+    return x.to(torch.float32).div_(255.0).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
