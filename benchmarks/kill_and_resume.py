@@ -2,13 +2,15 @@
 
     python benchmarks/kill_and_resume.py --kills 50 digits --bits 2 --float-epochs 2 --epochs 3
 
-What is not an option of this script goes to `lsquant train`, without --out.  It trains once undisturbed, in FOLDER/whole.
-Then, for every kill, it starts the same training in a folder of its own, sends SIGKILL after a random part of the time
-that the first one took, resumes it by `lsquant train --resume`, and compares model.safetensors byte for byte,
-metrics.json and log.jsonl apart from times.  A run that is through before its kill does not count and is repeated.  The
-folder of an equal run is deleted, one that differs is kept.  Exit code 0 if all were equal.
+What is not an option of this script goes to `lsquant train`, without --out.  It trains twice undisturbed, in
+FOLDER/whole and FOLDER/again, which must be equal.  Then, for every kill, it starts the same training in a new folder,
+sends SIGKILL after a random part of the time that the second one took, resumes it by `lsquant train --resume`, and
+compares model.safetensors byte for byte, metrics.json and log.jsonl apart from times.  A run that is through before its
+kill does not count and is repeated.  The folder of an equal run is deleted, one that differs is kept.  Exit code 0 if
+all were equal.
 
-The runs are children of this process, forked after the imports, so that a kill costs no start of Python.
+The runs are children of this process, forked after it has imported what the first one imported, so that a kill costs no
+start of Python and falls into the training, not into imports.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ def child(*arguments: object, output: Path) -> int:
         try:
             with open(output, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
                 status = lsquant([str(a) for a in arguments])
+            output.with_suffix(".modules").write_text("\n".join(sys.modules))
         finally:
             os._exit(status)
     return pid
@@ -72,10 +75,16 @@ def differences(run: Path, whole: tuple[bytes, list[dict], dict]) -> list[str]:
 
 def kill_and_resume(folder: Path, kills: int, seed: int, arguments: list[str]) -> list[tuple[float, list[str]]]:
     """(share of the whole time after which it was killed, names of the files that differ) for every kill."""
-    began = time.monotonic()
     train(folder / "whole.txt", *arguments, "--out", folder / "whole")
+    for name in (folder / "whole.modules").read_text().splitlines():
+        with contextlib.suppress(ImportError):  # the task's own file
+            importlib.import_module(name)
+    began = time.monotonic()
+    train(folder / "again.txt", *arguments, "--out", folder / "again")
     length, rng, found = time.monotonic() - began, random.Random(seed), []
     whole = content(folder / "whole")
+    if different := differences(folder / "again", whole):
+        raise SystemExit(f"two runs left alone differ in {', '.join(different)}: {folder}")
     while len(found) < kills:
         run, output = folder / str(len(found)), folder / f"{len(found)}.txt"
         at = rng.random()
@@ -108,8 +117,6 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         parser.error(f"{folder} is not empty")
-    if "digits" in arguments:
-        importlib.import_module("sklearn.datasets")
     found = kill_and_resume(folder, options.kills, options.kill_seed, arguments)
     equal = sum(not different for _, different in found)
     print(f"{equal} of {len(found)} runs ended with the bits of the run that was not killed")
