@@ -1,0 +1,200 @@
+"""The engines: which one serves, how the C++ one is built, and its layers over codes against float64 and threads."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import lsquant
+from lsquant import kernels, ops
+
+needs_cpp = pytest.mark.skipif(bool(kernels.why_not("cpp")), reason="the C++ engine cannot be built here")
+
+
+# ---------------------------------------------------------------------------------------------- the choice
+
+
+def test_a_forced_engine_serves_until_it_is_let_go() -> None:
+    with lsquant.use_engine("eager"):
+        assert kernels.engine("cpu").__name__ == "lsquant.kernels.eager"
+        with lsquant.use_engine(None):
+            assert kernels.engine("cpu").__name__ == "lsquant.kernels." + ("eager" if kernels.why_not("cpp") else "cpp")
+        assert kernels.engine("cpu").__name__ == "lsquant.kernels.eager"
+
+
+def test_an_unknown_engine_is_an_error_that_names_the_engines() -> None:
+    with pytest.raises(lsquant.UsageError, match=r"fast.*eager, cpp"):
+        lsquant.use_engine("fast")
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    env.pop("LSQUANT_ENGINE", None) if "LSQUANT_ENGINE" not in environment else None
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+
+
+USE = """
+import torch, lsquant
+for _ in range(2): print(lsquant.fake_quantize(torch.tensor([0.8]), torch.tensor([0.5]), 0, 3, 1.0))
+"""
+
+
+def test_without_a_compiler_the_eager_engine_serves_and_says_so_once(tmp_path: Path) -> None:
+    done = run(USE, LSQUANT_CACHE=str(tmp_path), PATH="", CXX="")
+    assert done.stdout == "tensor([1.])\n" * 2
+    assert done.stderr.count("engine cpp is off") == 1
+    assert "no C++ compiler" in done.stderr
+
+
+def test_a_forced_engine_that_cannot_run_is_an_error(tmp_path: Path) -> None:
+    done = run(USE, LSQUANT_CACHE=str(tmp_path), PATH="", CXX="", LSQUANT_ENGINE="cpp")
+    assert done.returncode != 0
+    assert "UsageError" in done.stderr
+    assert "no C++ compiler" in done.stderr
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
+    broken = tmp_path / "c++"
+    broken.write_text("#!/bin/sh\necho 'products.cpp:1: error: out of ideas' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    done = run(USE, LSQUANT_CACHE=str(tmp_path / "cache"), CXX=str(broken))
+    assert done.stdout == "tensor([1.])\n" * 2
+    assert "out of ideas" in done.stderr
+    assert not list((tmp_path / "cache").glob("*.so"))
+
+
+@needs_cpp
+@pytest.mark.slow
+def test_processes_that_start_together_build_once(tmp_path: Path) -> None:
+    env = {**os.environ, "LSQUANT_CACHE": str(tmp_path)}
+    both = [subprocess.Popen([sys.executable, "-c", USE], env=env, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    said = [p.communicate() for p in both]
+    assert [out for out, _ in said] == ["tensor([1.])\n" * 2] * 2
+    assert sum("building" in error for _, error in said) == 1
+    assert len(list(tmp_path.glob("*.so"))) == 1
+    assert not list(tmp_path.glob("build-*"))
+
+
+@needs_cpp
+def test_denormals_survive_the_engine() -> None:
+    lsquant.fake_quantize(torch.ones(4), torch.ones(1), -8, 7, 1.0)
+    assert (torch.tensor([1e-40]) * torch.ones(1)).item() > 0
+
+
+# ---------------------------------------------------------------------------------------------- layers over codes
+
+# batch, channels, size, outputs, kernel, stride, padding, dilation: odd numbers, one pixel, more images than threads
+GEOMETRIES = [
+    (2, 16, 8, 16, (3, 3), 1, 1, 1), (3, 3, 9, 20, (3, 3), 2, 1, 1), (1, 5, 7, 33, (3, 1), 1, 2, 2),
+    (2, 24, 5, 16, (1, 1), 1, 0, 1), (4, 7, 6, 5, (2, 3), 1, 0, 1), (17, 4, 6, 8, (3, 3), 2, 1, 1),
+    (2, 1, 9, 17, (5, 5), 3, 2, 1), (1, 10, 1, 40, (1, 1), 1, 0, 1),
+]  # fmt: skip
+# bits and sign of the input, bits of the weight: with saturating pairs (8/8, 8/7) and the shortest chains
+GRIDS = [(4, False, 4), (2, False, 2), (8, True, 8), (8, False, 8), (3, True, 5), (8, False, 7), (5, True, 2)]
+
+
+def bounds(bits: int, signed: bool) -> tuple[int, int]:
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def codes(v: Tensor, step: Tensor, low: int, high: int, z: float = 0.0) -> Tensor:
+    return (torch.clamp(torch.round(v / step) + z, low, high) - z).double()
+
+
+@needs_cpp
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_convolutions_are_the_exact_sum_rounded_once(geometry: tuple, grid: tuple) -> None:
+    n, c, size, out, kernel, stride, padding, dilation = geometry
+    signed, (low, high), (w_low, w_high) = grid[1], bounds(grid[0], grid[1]), bounds(grid[2], True)
+    for layout, channel, bias, offset in itertools.product((0, 1), (0, 1), (0, 1), (0, 1) if not signed else (0,)):
+        x, w = torch.randn(n, c, size, size), torch.randn(out, c, *kernel)
+        x[0, 0, 0, 0], w[0] = 1e9, -1e9  # the extreme codes
+        x = x.contiguous(memory_format=torch.channels_last) if layout else x
+        s, sw = torch.tensor([2.0 / high]), torch.rand(out if channel else 1) * 0.1 + 1.0 / w_high
+        b = torch.randn(out) if bias else None
+        z = float(torch.clamp(torch.round(torch.tensor(0.7) / s), low, high)) if offset else 0.0
+        grids = ops.Grid(s, low, high, 1.0, torch.tensor([-0.7]) if offset else None), ops.Grid(sw, w_low, w_high, 1.0)
+        conv = ([stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], 1)
+        with lsquant.use_engine("cpp"):
+            y = ops.convolution(x, w, b, *grids, *conv)
+        rows = sw.reshape(-1, 1, 1, 1)
+        acc = F.conv2d(codes(x, s, low, high, z), codes(w, rows, w_low, w_high), None, stride, padding, dilation)
+        wanted = acc.float() * (s * sw).reshape(-1, 1, 1)
+        wanted = wanted if b is None else wanted + b.reshape(-1, 1, 1)
+        assert torch.equal(y, wanted)
+        if layout and c > 1 and size > 1:
+            assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@needs_cpp
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("shape", [(5, 7, 3), (100, 64, 48), (33, 130, 17), (2, 3, 1030)], ids=str)
+def test_linear_layers_are_the_exact_sum_rounded_once(shape: tuple, grid: tuple) -> None:
+    rows, inputs, out = shape
+    (low, high), (w_low, w_high) = bounds(grid[0], grid[1]), bounds(grid[2], True)
+    x, w, b = torch.randn(rows, inputs), torch.randn(out, inputs), torch.randn(out)
+    s, sw = torch.tensor([2.0 / high]), torch.rand(out) * 0.1 + 1.0 / w_high
+    with lsquant.use_engine("cpp"):
+        y = ops.linear(x, w, b, ops.Grid(s, low, high, 1.0), ops.Grid(sw, w_low, w_high, 1.0))
+    acc = codes(x, s, low, high) @ codes(w, sw[:, None], w_low, w_high).t()
+    assert torch.equal(y, acc.float() * (s * sw) + b)
+
+
+@needs_cpp
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_gradient_of_a_convolutions_weight(geometry: tuple, layout: torch.memory_format) -> None:
+    n, c, size, out, kernel, stride, padding, dilation = geometry
+    x = torch.randn(n, c, size, size).contiguous(memory_format=layout)
+    w = (torch.rand(out, c, *kernel) * 0.8 - 0.4).requires_grad_()  # all inside: its gradient is not masked
+    s, sw = torch.tensor([0.3]), torch.tensor([0.1])
+    conv = ([stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], 1)
+    with lsquant.use_engine("cpp"):
+        y = ops.convolution(x, w, None, ops.Grid(s, -8, 7, 1.0), ops.Grid(sw, -8, 7, 1.0), *conv)
+        up = torch.randn(y.shape)
+        (got,) = torch.autograd.grad(y, w, up)
+    w64 = w.detach().double().requires_grad_()
+    F.conv2d(codes(x, s, -8, 7) * s.double(), w64, None, stride, padding, dilation).backward(up.double())
+    assert w64.grad is not None
+    assert (got.double() - w64.grad).abs().max() <= 1e-5 * w64.grad.abs().max() * 4
+
+
+@needs_cpp
+def test_layers_have_the_same_bits_for_any_number_of_threads() -> None:
+    x = torch.randn(9, 20, 14, 14).contiguous(memory_format=torch.channels_last)
+    w, s, sw = torch.randn(36, 20, 3, 3), torch.tensor([0.3]), torch.tensor([0.1])
+    up = torch.randn(9, 36, 14, 14).contiguous(memory_format=torch.channels_last)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with lsquant.use_engine("cpp"):
+                y = ops.convolution(
+                    x,
+                    w,
+                    None,
+                    ops.Grid(s, -8, 7, 1.0),
+                    ops.Grid(sw, -8, 7, 1.0),
+                    [1, 1],
+                    [1, 1],
+                    [1, 1],
+                    False,
+                    [0, 0],
+                    1,
+                )
+            numbers = (x, s, None, -8, 7, [3, 3], [1, 1], [1, 1], [1, 1])
+            found.append((y, torch.ops.lsquant_cpp.weight_gradient(up, *numbers)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
