@@ -58,7 +58,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "teacher": ("distillation from ResNet-56", {}, {"teacher": True}),
     "progressive": ("8 bits, then 4, an epoch each, then the bits", {"progressive": (8, 4)}, {}),
 }
-LOOK = 2000  # test images looked at on the way; the result is of all
+LOOK = 1000  # test images looked at on the way; the result is of all
 
 
 class Part(Cifar10):
