@@ -290,6 +290,22 @@ def test_autocast_rounds_the_output_and_nothing_else(make, shape, low_input):
     assert x.grad.dtype == x.dtype
 
 
+@pytest.mark.parametrize("engine", ["eager", "cpp"])
+def test_under_autocast_the_two_backward_products_are_computed_in_its_dtype(engine):
+    x = (torch.rand(9, 40) * 1.2 - 0.6).requires_grad_()
+    layer = ready(nn.Linear(40, 6, bias=False), x.detach(), 8, 8)
+    for quantizer in layer.own_quantizers():
+        quantizer.step.data.fill_(2.0**-6)  # everything is inside
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    up = torch.randn(9, 6).bfloat16()
+    of_x, of_weight = torch.autograd.grad(y, (x, layer.weight), up)
+    x_hat, w_hat = (torch.round(t.detach() * 64) / 64 for t in (x, layer.weight))
+    assert_same(of_weight, (up.t() @ x_hat.bfloat16()).float())
+    assert_same(of_x, (up @ w_hat.bfloat16()).float())
+    assert not torch.equal(of_x, up.float() @ w_hat), "float32 would give something else"
+
+
 # ---- NaN and infinity ----
 
 

@@ -34,6 +34,7 @@ class Grid(NamedTuple):
 _INPUT = "Tensor x, Tensor x_step, Tensor? x_offset, int x_min, int x_max, float x_scale"
 _WEIGHT = "Tensor weight, Tensor w_step, int w_min, int w_max, float w_scale"
 _CONV = ", int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
+_WANTED = ", bool need_x, bool has_bias, ScalarType? low"
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"  # x, its step and offset; weight, its step; bias
 
 
@@ -70,47 +71,52 @@ def _forward(x_args: Sequence[Any], w_args: Sequence[Any], bias: Tensor | None, 
     return y.to(out_dtype or x.dtype).contiguous()
 
 
-def _backward(grad: Tensor, x_args: Sequence[Any], w_args: Sequence[Any], group_size: int | None,
-              conv: Sequence[Any], need_x: bool, has_bias: bool) -> tuple[Tensor, ...]:  # fmt: skip
+def _backward(
+    grad: Tensor, x_args: Sequence[Any], w_args: Sequence[Any], group_size: int | None, conv: Sequence[Any],
+    need_x: bool, has_bias: bool, low: torch.dtype | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """low: autocast's dtype, in which the two products are computed then; steps, codes and their sums are not."""
     x, x_step, x_offset, x_min, x_max, x_scale = x_args
     weight, w_step, w_min, w_max, _ = w_args
     w_layout = (_axis(w_step, group_size), group_size, None, None)
-    empty, up = x_step.new_empty(0), grad.to(torch.float32)
+    dtype = low or torch.float32
+    empty, up = x_step.new_empty(0), grad.to(dtype)
     kernels, grad_w = engine(x.device.type), None
-    if conv and group_size is None and (fused := getattr(kernels, "weight_gradient", None)):
+    if conv and group_size is None and low is None and (fused := getattr(kernels, "weight_gradient", None)):
         grad_w = fused(up, *x_args[:5], weight, conv)
     x_layout = (None, None, None, x_offset)
     if grad_w is None:
-        x_hat = kernels.quantize(x.float(), x_step, x_min, x_max, *x_layout)
+        x_hat = kernels.quantize(x.float(), x_step, x_min, x_max, *x_layout).to(dtype)
     else:  # only its shape is looked at
         x_hat = x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32)
     grad_x = w_hat = empty
     if need_x or conv:
-        w_hat = kernels.quantize(weight.float(), w_step, w_min, w_max, *w_layout)
+        w_hat = kernels.quantize(weight.float(), w_step, w_min, w_max, *w_layout).to(dtype)
     if conv:
         mask = [need_x, grad_w is None, False]
         if any(mask):
             grads = torch.ops.aten.convolution_backward(up, x_hat, arranged(w_hat, conv), None, *conv, mask)
             grad_x, grad_w = grads[0], arranged(grads[1], conv) if grad_w is None else grad_w
-        grad_bias = up.sum([0, *range(2, up.dim())]) if has_bias else empty.clone()
+        grad_bias = up.sum([0, *range(2, up.dim())], dtype=torch.float32) if has_bias else empty.clone()
     else:
         rows = up.reshape(-1, weight.shape[0])
         grad_w = rows.t() @ x_hat.reshape(-1, weight.shape[1])
-        grad_bias = rows.sum(0) if has_bias else empty.clone()
+        grad_bias = rows.sum(0, dtype=torch.float32) if has_bias else empty.clone()
         if need_x:
             grad_x = (rows @ w_hat).reshape(x.shape)
     del x_hat, w_hat
     by_x = x.new_empty(0), empty, empty.clone()
     if need_x:
         grids = (x, x_step, x_min, x_max, x_scale, *x_layout)
+        grad_x = grad_x if grad_x.dtype == x.dtype else grad_x.to(torch.float32)
         grad_x, grad_step, grad_b = kernels.quantize_backward(grad_x, *grids, reuse=True)
         by_x = laid_out_like(grad_x, x), grad_step, empty if grad_b is None else grad_b
-    grad_w, grad_ws, _ = kernels.quantize_backward(grad_w, *w_args, *w_layout)
+    grad_w, grad_ws, _ = kernels.quantize_backward(grad_w.to(torch.float32), *w_args, *w_layout)
     return *by_x, laid_out_like(grad_w, weight), grad_ws, grad_bias
 
 
-def _fake_backward(grad: Tensor, x_args: Sequence[Any], w_args: Sequence[Any], group_size: int | None,
-                   conv: Sequence[Any], need_x: bool, has_bias: bool) -> tuple[Tensor, ...]:  # fmt: skip
+def _fake_backward(grad: Tensor, x_args: Sequence[Any], w_args: Sequence[Any], need_x: bool,
+                   has_bias: bool) -> tuple[Tensor, ...]:  # fmt: skip
     (x, x_step, offset, *_), (weight, w_step, *_) = x_args, w_args
     none = x_step.new_empty(0)
     by_x = (torch.empty_like(x), torch.empty_like(x_step)) if need_x else (x.new_empty(0), none)
@@ -137,9 +143,9 @@ _linear = Op(
 )
 _linear_backward = Op(
     "linear_backward",
-    f"(Tensor grad, {_INPUT}, {_WEIGHT}, int? group_size, bool need_x, bool has_bias) -> {_GRADIENTS}",
-    lambda grad, *a: _backward(grad, a[:6], a[6:11], a[11], (), a[12], a[13]),
-    lambda grad, *a: _fake_backward(grad, a[:6], a[6:11], a[11], (), a[12], a[13]),
+    f"(Tensor grad, {_INPUT}, {_WEIGHT}, int? group_size{_WANTED}) -> {_GRADIENTS}",
+    lambda grad, *a: _backward(grad, a[:6], a[6:11], a[11], (), *a[12:]),
+    lambda grad, *a: _fake_backward(grad, a[:6], a[6:11], *a[12:14]),
 )
 _convolution = Op(
     "convolution",
@@ -149,9 +155,9 @@ _convolution = Op(
 )
 _convolution_backward = Op(
     "convolution_backward",
-    f"(Tensor grad, {_INPUT}, {_WEIGHT}, int? group_size{_CONV}, bool need_x, bool has_bias) -> {_GRADIENTS}",
-    lambda grad, *a: _backward(grad, a[:6], a[6:11], a[11], a[12:18], a[18], a[19]),
-    lambda grad, *a: _fake_backward(grad, a[:6], a[6:11], a[11], a[12:18], a[18], a[19]),
+    f"(Tensor grad, {_INPUT}, {_WEIGHT}, int? group_size{_CONV}{_WANTED}) -> {_GRADIENTS}",
+    lambda grad, *a: _backward(grad, a[:6], a[6:11], a[11], a[12:18], *a[18:]),
+    lambda grad, *a: _fake_backward(grad, a[:6], a[6:11], *a[18:20]),
 )
 
 
@@ -159,14 +165,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, x_step, x_offset, *ctx.x_numbers = inputs[:6]
     weight, w_step, *ctx.w_numbers = inputs[6:11]
     ctx.save_for_backward(x, x_step, weight, w_step, *([] if x_offset is None else [x_offset]))
-    ctx.bias_dtype, ctx.rest = None if inputs[11] is None else inputs[11].dtype, inputs[12:-1]
+    ctx.bias_dtype, ctx.rest, ctx.low = None if inputs[11] is None else inputs[11].dtype, inputs[12:-1], inputs[-1]
 
 
 def _differentiate(ctx: Any, grad: Tensor, backward: Any) -> Any:
     x, x_step, weight, w_step, *offset = ctx.saved_tensors
     need_x, has_bias = any(ctx.needs_input_grad[:3]), ctx.bias_dtype is not None
     x_args = (x, x_step, offset[0] if offset else None, *ctx.x_numbers)
-    gx, gs, gb, gw, gws, g_bias = backward(grad, *x_args, weight, w_step, *ctx.w_numbers, *ctx.rest, need_x, has_bias)
+    gx, gs, gb, gw, gws, g_bias = backward(
+        grad, *x_args, weight, w_step, *ctx.w_numbers, *ctx.rest, need_x, has_bias, ctx.low
+    )
     by_x = (gx, gs, gb if offset else None) if need_x else (None, None, None)
     by_bias = None if ctx.bias_dtype is None else g_bias.to(ctx.bias_dtype)
     return *by_x, None, None, None, gw, gws, None, None, None, by_bias, *([None] * (len(ctx.rest) + 1))
