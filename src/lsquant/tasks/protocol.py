@@ -22,8 +22,8 @@ class Settings:
     """Everything beside the task and the recipe that decides a run's numbers; written to config.toml.
 
     The float phase is left out when a float checkpoint is given. In every phase learning rates rise for `warmup`
-    iterations and fall to zero along a cosine; `step_lr` None means `lr`. `clip_norm`: the largest norm of the gradient;
-    it and all below are for low bits alone:
+    iterations and fall to zero along a cosine; `step_lr` None means `lr`. `clip_norm`, the largest norm of the
+    gradient, and all below are for low bits alone:
     distill: train against the float network as well; its weight and temperature are those of `distillation_loss`, and
         count for another teacher too.
     progressive, progressive_epochs: more bits first, e.g. (8, 4), each for so many of the `epochs`.
