@@ -40,16 +40,8 @@ def _fake_backward(grad: Tensor, x: Tensor, step: Tensor, *rest: Any) -> tuple[T
 
 def _check(x: Tensor, step: Tensor, axis: int | None, group_size: int | None, zero: Tensor | None) -> None:
     """Raises UsageError, by the reference's own checks, where the shapes do not fit."""
-    if step.dim() == 1 and (zero is None or zero.shape == step.shape):
-        if group_size is None:
-            if axis is None and step.numel() == 1:
-                return
-            if axis is not None and -x.dim() <= axis < x.dim() and step.numel() == x.shape[axis]:
-                return
-        elif x.numel() and group_size > 0 and x.numel() // x.shape[0] % group_size == 0:
-            if step.numel() * group_size == x.numel() and axis in (None, 0, -x.dim()):
-                return
-    reference.step_view(x, step, axis, group_size)
+    if axis is not None or group_size is not None or step.shape != (1,):
+        reference.step_view(x, step, axis, group_size)
     if zero is not None and zero.shape != step.shape:
         raise UsageError(f"zero_point, offset: they have the step's shape {tuple(step.shape)}, not {tuple(zero.shape)}")
 
