@@ -20,7 +20,7 @@ import torch
 
 from lsquant._util.errors import LsquantError
 
-SOURCES = ("quantize.cpp", "products.cpp", "binding.cpp")
+SOURCES = ("quantize.cpp", "products.cpp", "gradients.cpp", "binding.cpp")
 ARITHMETIC = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")  # never -ffast-math
 LEVELS = {
     "AVX512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),

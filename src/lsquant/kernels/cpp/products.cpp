@@ -1,11 +1,12 @@
-// Convolution and linear layers over codes: the exact integer sums forward, and the weight's gradient.
+// Convolution and linear layers over codes: the exact integer sums.
 //
-// Forward: an image is quantized into 8-bit codes in a buffer that stays in the cache, with its padding, and multiplied
+// An image is quantized into 8-bit codes in a buffer that stays in the cache, with its padding, and multiplied
 // from there.  Codes are shifted to start at 0 (u8); the shift times the sum of the weights is taken off the int32 sum.
 // Without a dot-product instruction u8 x s8 pairs are added in int16 first, at most `chain` of them, so that nothing
 // saturates; weights whose pairs would are split, w = 2 (w >> 1) + (w & 1), and multiplied in two passes.
 #include "common.h"
 #include "products.h"
+#include "codes.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -16,50 +17,7 @@
 namespace lsquant {
 namespace {
 
-constexpr int64_t PANEL = 16;  // output channels multiplied at once
-
 struct Run { int64_t offset, words; };  // bytes from a window's first; 4-byte words that lie together
-
-// ---- codes ----
-
-// shifted codes of n values that lie together; returns whether one is NaN or infinite
-template <class T, class C>
-bool codes_of(const T* x, C* to, int64_t n, const InputGrid& q, float shift) {
-  int32_t bad = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const float v = load(x[i]);
-    float code = rounded(v / q.step) + q.zero;
-    code = code < q.q_min ? q.q_min : code;
-    code = code > q.q_max ? q.q_max : code;
-    bad |= v - v == 0.0f ? 0 : 1;
-    if constexpr (std::is_same_v<C, float>) to[i] = v - v == 0.0f ? code - shift : __builtin_nanf("");
-    else to[i] = C(int32_t(code - shift));
-  }
-  return bad != 0;
-}
-
-// one image into `to`, (height + 2 pad, width + 2 pad, padded channels)
-template <class T, class C>
-bool quantize_image(const T* x, C* to, C* scratch, const Shape& s, int64_t channels, const InputGrid& q, float shift) {
-  const int64_t row = (s.w + 2 * s.pad_w) * channels;
-  bool bad = false;
-  for (int64_t h = 0; h < s.h; ++h) {
-    C* place = to + (h + s.pad_h) * row + s.pad_w * channels;
-    if (s.channels_last && channels == s.c) {
-      bad |= codes_of(x + h * s.w * s.c, place, s.w * s.c, q, shift);
-      continue;
-    }
-    if (s.channels_last) {
-      bad |= codes_of(x + h * s.w * s.c, scratch, s.w * s.c, q, shift);
-      for (int64_t w = 0; w < s.w; ++w) std::copy_n(scratch + w * s.c, s.c, place + w * channels);
-      continue;
-    }
-    for (int64_t c = 0; c < s.c; ++c) bad |= codes_of(x + (c * s.h + h) * s.w, scratch + c * s.w, s.w, q, shift);
-    for (int64_t w = 0; w < s.w; ++w)
-      for (int64_t c = 0; c < s.c; ++c) place[w * channels + c] = scratch[c * s.w + w];
-  }
-  return bad;
-}
 
 // ---- integer sums of MR windows with one panel ----
 
@@ -237,7 +195,7 @@ void forward(Type type, const void* x, const Shape& s, const InputGrid& q, const
       for (int64_t task = begin; task < end; ++task) {
         const int64_t n = task / shares, share = task % shares;
         if (n != there)
-          bad = quantize_image(static_cast<const T*>(x) + n * image_in, buffer.data, scratch.data, s, channels, q, q.q_min);
+          bad = quantize_image(static_cast<const T*>(x) + n * image_in, buffer.data, scratch.data, s, width, channels, q, q.q_min);
         there = n;
         for (int64_t panel = share * p.panels / shares; panel < (share + 1) * p.panels / shares; ++panel) {
           const int64_t first = panel * PANEL, count = std::min(PANEL, p.out - first);
@@ -288,110 +246,6 @@ void forward(Type type, const void* x, const Shape& s, const InputGrid& q, const
     });
   };
   type == Type::f32 ? images(float{}) : type == Type::bf16 ? images(bf16{}) : images(f16{});
-}
-
-// ---- the weight's gradient ----
-
-namespace {
-
-// to[N][PANEL] += sum over windows of x[window + 0 .. N - 1] * up[window][panel]
-template <int N>
-void outer(const float* x, int64_t row, int64_t pixel, const float* up, int64_t up_row, int64_t up_pixel, int64_t rows,
-           int64_t columns, float* to) {
-#if defined(__AVX2__) && defined(__FMA__)
-  __m256 low[N], high[N];
-#pragma GCC unroll 8
-  for (int c = 0; c < N; ++c) low[c] = _mm256_load_ps(to + c * PANEL), high[c] = _mm256_load_ps(to + c * PANEL + 8);
-  for (int64_t h = 0; h < rows; ++h) {
-    const float *p = x + h * row, *g = up + h * up_row;
-    for (int64_t w = 0; w < columns; ++w, p += pixel, g += up_pixel) {
-      const __m256 g0 = _mm256_loadu_ps(g), g1 = _mm256_loadu_ps(g + 8);
-#pragma GCC unroll 8
-      for (int c = 0; c < N; ++c) {
-        const __m256 v = _mm256_broadcast_ss(p + c);
-        low[c] = _mm256_fmadd_ps(v, g0, low[c]), high[c] = _mm256_fmadd_ps(v, g1, high[c]);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (int c = 0; c < N; ++c) _mm256_store_ps(to + c * PANEL, low[c]), _mm256_store_ps(to + c * PANEL + 8, high[c]);
-#else
-  for (int64_t h = 0; h < rows; ++h)
-    for (int64_t w = 0; w < columns; ++w)
-      for (int64_t c = 0; c < N; ++c)
-        for (int64_t o = 0; o < PANEL; ++o) to[c * PANEL + o] += x[h * row + w * pixel + c] * up[h * up_row + w * up_pixel + o];
-#endif
-}
-
-}  // namespace
-
-void weight_gradient(Type type, const void* x, const float* up, const Shape& s, int64_t out, const InputGrid& q, float* to) {
-  const int64_t channels = std::max<int64_t>(4, (s.c + 1) / 2 * 2), taps = s.kernel_h * s.kernel_w, panels = (out + PANEL - 1) / PANEL;
-  const int64_t height = s.h + 2 * s.pad_h, width = s.w + 2 * s.pad_w, pixels = s.out_h * s.out_w;
-  const int64_t size = height * width * channels, one = taps * channels * PANEL, total = panels * one;
-  // the shape alone decides who adds what, so that the bits do not depend on the number of threads
-  const int64_t slabs = std::max<int64_t>(1, std::min<int64_t>({16, s.n, (int64_t(4) << 20) / total}));
-  const int64_t shares = std::min<int64_t>(panels, (16 + slabs - 1) / slabs);
-  const int64_t lines = std::max<int64_t>(1, 256 / s.out_w);
-  const bool direct = s.channels_last && out % PANEL == 0;
-  Buffer<float> partial(slabs * total);
-  std::fill_n(partial.data, slabs * total, 0.0f);
-
-  auto images = [&](auto tag) {
-    using T = decltype(tag);
-    parallel(slabs * shares, 1, [&](int64_t begin, int64_t end) {
-      Buffer<float> buffer(size + 16), scratch(s.w * s.c + 16), arranged(direct ? 0 : pixels * PANEL);
-      std::fill_n(buffer.data, size + 16, 0.0f);
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t slab = task / shares, share = task % shares;
-        for (int64_t n = slab * s.n / slabs; n < (slab + 1) * s.n / slabs; ++n) {
-          const T* image = static_cast<const T*>(x) + n * s.c * s.h * s.w;
-          quantize_image(image, buffer.data, scratch.data, s, channels, q, q.zero);
-          for (int64_t panel = share * panels / shares; panel < (share + 1) * panels / shares; ++panel) {
-            const int64_t first = panel * PANEL, count = std::min(PANEL, out - first);
-            const float* g = up + n * pixels * out + first;
-            int64_t up_pixel = out;
-            if (!direct) {
-              for (int64_t i = 0; i < pixels; ++i)
-                for (int64_t o = 0; o < PANEL; ++o)
-                  arranged.data[i * PANEL + o] =
-                      o >= count ? 0.0f : s.channels_last ? g[i * out + o] : up[(n * out + first + o) * pixels + i];
-              g = arranged.data;
-              up_pixel = PANEL;
-            }
-            float* sums = partial.data + slab * total + panel * one;
-            for (int64_t oh = 0; oh < s.out_h; oh += lines) {
-              const int64_t rows = std::min(lines, s.out_h - oh);
-              for (int64_t tap = 0; tap < taps; ++tap) {
-                const int64_t kh = tap / s.kernel_w, kw = tap % s.kernel_w;
-                const float* from =
-                    buffer.data + ((oh * s.stride_h + kh * s.dilation_h) * width + kw * s.dilation_w) * channels;
-                const int64_t row = s.stride_h * width * channels, pixel = s.stride_w * channels;
-                for (int64_t c = 0; c < channels;) {
-                  const int64_t rest = channels - c, block = rest == 4 || rest == 8 ? 4 : 6;
-                  (block == 6 ? outer<6> : outer<4>)(from + c, row, pixel, g + oh * s.out_w * up_pixel, s.out_w * up_pixel,
-                                                     up_pixel, rows, s.out_w, sums + (tap * channels + c) * PANEL);
-                  c += block;
-                }
-              }
-            }
-          }
-        }
-      }
-    });
-  };
-  type == Type::f32 ? images(float{}) : type == Type::bf16 ? images(bf16{}) : images(f16{});
-
-  parallel(out, std::max<int64_t>(1, 4096 / (taps * s.c)), [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o)
-      for (int64_t tap = 0; tap < taps; ++tap)
-        for (int64_t c = 0; c < s.c; ++c) {
-          float sum = 0.0f;
-          for (int64_t slab = 0; slab < slabs; ++slab)
-            sum += partial.data[slab * total + o / PANEL * one + (tap * channels + c) * PANEL + o % PANEL];
-          to[(o * taps + tap) * s.c + c] = sum * q.step;
-        }
-  });
 }
 
 }  // namespace lsquant
