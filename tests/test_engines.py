@@ -168,11 +168,35 @@ def test_the_gradient_of_a_convolutions_weight(geometry: tuple, layout: torch.me
     assert (got.double() - w64.grad).abs().max() <= 1e-5 * w64.grad.abs().max() * 4
 
 
+# batch, channels, size, outputs, padding: odd sizes, a panel that is not full, fewer images than threads
+@needs_cpp
+@pytest.mark.parametrize(
+    "shape", [(2, 32, 8, 32, 1), (3, 33, 7, 40, 1), (1, 50, 5, 32, 0), (2, 32, 6, 48, 2), (70, 64, 4, 64, 1)], ids=str
+)
+def test_the_gradient_of_a_convolutions_input(shape: tuple) -> None:
+    n, c, size, out, padding = shape
+    last = torch.channels_last
+    x = (torch.rand(n, c, size, size + 1) * 0.8 - 0.4).contiguous(memory_format=last).requires_grad_()  # all inside
+    w = torch.randn(out, c, 3, 3).contiguous(memory_format=last)
+    s, sw = torch.tensor([0.1]), torch.tensor([0.3])
+    conv = ([1, 1], [padding] * 2, [1, 1], False, [0, 0], 1)
+    with lsquant.use_engine("cpp"):
+        y = ops.convolution(x, w, None, ops.Grid(s, -8, 7, 1.0), ops.Grid(sw, -8, 7, 1.0), *conv)
+        up = torch.randn(y.shape).contiguous(memory_format=last)
+        assert kernels.engine().input_gradient(up, x, w, conv) is not None, "the fused one is what is tested"
+        (got,) = torch.autograd.grad(y, x, up)
+    x64 = x.detach().double().requires_grad_()
+    F.conv2d(x64, codes(w, sw, -8, 7) * sw.double(), None, 1, padding).backward(up.double())
+    assert x64.grad is not None
+    assert got.is_contiguous(memory_format=last)
+    assert (got.double() - x64.grad).abs().max() <= 1e-6 * x64.grad.abs().max() * 8
+
+
 @needs_cpp
 def test_layers_have_the_same_bits_for_any_number_of_threads() -> None:
     x = torch.randn(9, 20, 14, 14).contiguous(memory_format=torch.channels_last)
-    w, s, sw = torch.randn(36, 20, 3, 3), torch.tensor([0.3]), torch.tensor([0.1])
-    up = torch.randn(9, 36, 14, 14).contiguous(memory_format=torch.channels_last)
+    w, s, sw = torch.randn(40, 20, 3, 3), torch.tensor([0.3]), torch.tensor([0.1])
+    up = torch.randn(9, 40, 14, 14).contiguous(memory_format=torch.channels_last)
     found = []
     before = torch.get_num_threads()
     try:
@@ -193,7 +217,8 @@ def test_layers_have_the_same_bits_for_any_number_of_threads() -> None:
                     1,
                 )
             numbers = (x, s, None, -8, 7, [3, 3], [1, 1], [1, 1], [1, 1])
-            found.append((y, torch.ops.lsquant_cpp.weight_gradient(up, *numbers)))
+            of_x = torch.ops.lsquant_cpp.input_gradient(up, w, list(x.shape), [1, 1])
+            found.append((y, torch.ops.lsquant_cpp.weight_gradient(up, *numbers), of_x))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:

@@ -89,14 +89,18 @@ def _backward(
         x_hat = kernels.quantize(x.float(), x_step, x_min, x_max, *x_layout).to(dtype)
     else:  # only its shape is looked at
         x_hat = x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32)
-    grad_x = w_hat = empty
+    grad_x: Any = None
+    w_hat = empty
     if need_x or conv:
         w_hat = kernels.quantize(weight.float(), w_step, w_min, w_max, *w_layout).to(dtype)
     if conv:
-        mask = [need_x, grad_w is None, False]
+        if need_x and grad_w is not None and (fused := getattr(kernels, "input_gradient", None)):
+            grad_x = fused(up, x, w_hat, conv)
+        mask = [need_x and grad_x is None, grad_w is None, False]
         if any(mask):
             grads = torch.ops.aten.convolution_backward(up, x_hat, arranged(w_hat, conv), None, *conv, mask)
-            grad_x, grad_w = grads[0], arranged(grads[1], conv) if grad_w is None else grad_w
+            grad_x = grads[0] if mask[0] else grad_x
+            grad_w = arranged(grads[1], conv) if mask[1] else grad_w
         grad_bias = up.sum([0, *range(2, up.dim())], dtype=torch.float32) if has_bias else empty.clone()
     else:
         rows = up.reshape(-1, weight.shape[0])

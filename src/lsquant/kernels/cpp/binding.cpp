@@ -198,6 +198,18 @@ Tensor weight_gradient_cpu(const Tensor& grad, INPUT_ARGUMENTS, at::IntArrayRef 
   return to;
 }
 
+// the input's gradient of a 3x3 convolution, channels last: (n, in, h, w) float32
+Tensor input_gradient_cpu(const Tensor& grad, const Tensor& weight, at::IntArrayRef size, at::IntArrayRef padding) {
+  const auto format = at::MemoryFormat::ChannelsLast;
+  const Tensor up = grad.to(at::kFloat).contiguous(format), rows = weight.contiguous(format);
+  Tensor to = at::empty(size, up.options(), format);
+  Shape s{};
+  s.n = size[0], s.c = size[1], s.h = size[2], s.w = size[3], s.out_h = grad.size(2), s.out_w = grad.size(3);
+  s.pad_h = padding[0], s.pad_w = padding[1];
+  input_gradient(up.const_data_ptr<float>(), rows.const_data_ptr<float>(), s, grad.size(1), to.mutable_data_ptr<float>());
+  return to;
+}
+
 // ---- the derivative ----
 
 template <class F>
@@ -283,6 +295,7 @@ TORCH_LIBRARY(lsquant_cpp, m) {
   m.def("convolution(" INPUT_SCHEMA ", Tensor weight, Tensor w_step, int w_min, int w_max, Tensor? bias, int[] stride, "
         "int[] padding, int[] dilation) -> Tensor");
   m.def("linear(" INPUT_SCHEMA ", Tensor weight, Tensor w_step, int w_min, int w_max, Tensor? bias) -> Tensor");
+  m.def("input_gradient(Tensor grad, Tensor weight, int[] size, int[] padding) -> Tensor");
   m.def("weight_gradient(Tensor grad, " INPUT_SCHEMA ", int[] kernel, int[] stride, int[] padding, int[] dilation) -> Tensor");
 }
 
@@ -293,6 +306,7 @@ TORCH_LIBRARY_IMPL(lsquant_cpp, CPU, m) {
   m.impl("convolution", convolution_cpu);
   m.impl("linear", linear_cpu);
   m.impl("weight_gradient", weight_gradient_cpu);
+  m.impl("input_gradient", input_gradient_cpu);
 }
 
 TORCH_LIBRARY_IMPL(lsquant_cpp, AutogradCPU, m) {

@@ -1,4 +1,6 @@
-// The gradient of a convolution's weight: sums over windows of the upstream gradient times the dequantized input, whose
+// The gradients of a convolution.
+//
+// Of the weight: sums over windows of the upstream gradient times the dequantized input, whose
 // codes are made anew from the float input.  The shape alone decides who adds what (slabs of images), so that the bits do
 // not depend on the number of threads.
 #include "codes.h"
@@ -227,6 +229,122 @@ void weight_gradient(Type type, const void* x, const float* up, const Shape& s, 
         if (fast) taps_of(sums.data(), done.data());
         for (int64_t tap = 0; tap < taps; ++tap) to[(o * taps + tap) * s.c + c] = (fast ? done : sums)[tap] * q.step;
       }
+  });
+}
+
+// ---- the input's gradient of a 3x3 convolution, by F(2x2, 3x3) ----
+
+namespace {
+
+// to[N][PANEL] = sum over k of a[n][k] * b[k][PANEL]; rows of a are `row` apart
+template <int N>
+void multiply(const float* a, int64_t row, const float* b, int64_t count, float* to) {
+#if defined(__AVX2__) && defined(__FMA__)
+  __m256 low[N], high[N];
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) low[n] = high[n] = _mm256_setzero_ps();
+  for (int64_t k = 0; k < count; ++k, b += PANEL) {
+    const __m256 b0 = _mm256_load_ps(b), b1 = _mm256_load_ps(b + 8);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const __m256 v = _mm256_broadcast_ss(a + n * row + k);
+      low[n] = _mm256_fmadd_ps(v, b0, low[n]), high[n] = _mm256_fmadd_ps(v, b1, high[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n) _mm256_store_ps(to + n * PANEL, low[n]), _mm256_store_ps(to + n * PANEL + 8, high[n]);
+#else
+  std::fill_n(to, N * PANEL, 0.0f);
+  for (int64_t k = 0; k < count; ++k)
+    for (int n = 0; n < N; ++n)
+      for (int64_t c = 0; c < PANEL; ++c) to[n * PANEL + c] += a[n * row + k] * b[k * PANEL + c];
+#endif
+}
+
+// weights (out, 3, 3, in), turned round, into [panel of in][16][out][PANEL]
+void transform_weights(const float* weight, int64_t out, int64_t in, float* to) {
+  const int64_t panels = (in + PANEL - 1) / PANEL;
+  parallel(panels * out, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t lane = 0; lane < PANEL; ++lane) {
+        const int64_t panel = i / out, o = i % out, c = panel * PANEL + lane;
+        float half[4][3];
+        for (int64_t kw = 0; kw < 3; ++kw) {
+          auto w = [&](int64_t kh) { return c < in ? weight[((o * 3 + 2 - kh) * 3 + 2 - kw) * in + c] : 0.0f; };
+          half[0][kw] = w(0), half[3][kw] = w(2);
+          half[1][kw] = 0.5f * (w(0) + w(1) + w(2)), half[2][kw] = 0.5f * (w(0) - w(1) + w(2));
+        }
+        for (int64_t p = 0; p < 4; ++p) {
+          const float *h = half[p], all[4] = {h[0], 0.5f * (h[0] + h[1] + h[2]), 0.5f * (h[0] - h[1] + h[2]), h[2]};
+          for (int64_t r = 0; r < 4; ++r) to[((panel * 16 + p * 4 + r) * out + o) * PANEL + lane] = all[r];
+        }
+      }
+  });
+}
+
+// 16 products of a tile, `stride` apart, into (2, 2) outputs of a panel
+void transform_back(const float* m, int64_t stride, float* to[4], int64_t count) {
+  alignas(32) float out[4][PANEL];
+  for (int64_t c = 0; c < PANEL; c += 8) {
+    Eight half[2][4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      const Eight m0 = get(m + j * stride + c), m1 = get(m + (4 + j) * stride + c), m2 = get(m + (8 + j) * stride + c),
+                  m3 = get(m + (12 + j) * stride + c);
+      half[0][j] = m0 + m1 + m2, half[1][j] = m1 - m2 + m3;
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      const Eight* h = half[i];
+      put(out[2 * i] + c, h[0] + h[1] + h[2]), put(out[2 * i + 1] + c, h[1] - h[2] + h[3]);
+    }
+  }
+  for (int i = 0; i < 4; ++i)
+    if (to[i]) std::copy_n(out[i], count, to[i]);
+}
+
+}  // namespace
+
+void input_gradient(const float* up, const float* weight, const Shape& s, int64_t out, float* to) {
+  const int64_t tiles_h = (s.h + 1) / 2, tiles_w = (s.w + 1) / 2, panels = (s.c + PANEL - 1) / PANEL;
+  const int64_t height = 2 * tiles_h + 2, width = 2 * tiles_w + 2, size = height * width * out + 16;
+  const int64_t lines = std::max<int64_t>(1, std::max<int64_t>(24, 2048 / out) / tiles_w);
+  const int64_t block = lines * tiles_w, stride = block * out + 16, product_stride = (block + 6) * PANEL + 16;
+  const int64_t pad_h = 2 - s.pad_h, pad_w = 2 - s.pad_w, units = s.n * tiles_h, blocks = (units + lines - 1) / lines;
+  Buffer<float> weights(panels * 16 * out * PANEL);
+  transform_weights(weight, out, s.c, weights.data);
+  parallel(blocks, 1, [&](int64_t begin, int64_t end) {
+    Buffer<float> image(size), gradients(16 * stride + 6 * out), products(16 * product_stride);
+    std::fill_n(image.data, size, 0.0f);
+    int64_t there = -1;
+    for (int64_t first = begin * lines; first < std::min(units, end * lines); first += lines) {
+      const int64_t rows = std::min(lines, units - first), tiles = rows * tiles_w;
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t n = (first + r) / tiles_h, h = 2 * ((first + r) % tiles_h);
+        for (int64_t i = 0; n != there && i < s.out_h; ++i)
+          std::copy_n(up + (n * s.out_h + i) * s.out_w * out, s.out_w * out, image.data + ((i + pad_h) * width + pad_w) * out);
+        there = n;
+        for (int64_t t = 0; t < tiles_w; ++t)
+          transform_input(image.data + (h * width + 2 * t) * out, width * out, out,
+                          gradients.data + (r * tiles_w + t) * out, stride);
+      }
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t count = std::min(PANEL, s.c - panel * PANEL);
+        for (int64_t p = 0; p < 16; ++p) {
+          const float *a = gradients.data + p * stride, *b = weights.data + (panel * 16 + p) * out * PANEL;
+          float* m = products.data + p * product_stride;
+          for (int64_t t = 0; t < tiles; t += 6) multiply<6>(a + t * out, out, b, out, m + t * PANEL);  // beyond: not read
+        }
+        for (int64_t t = 0; t < tiles; ++t) {
+          const int64_t unit = first + t / tiles_w, n = unit / tiles_h, h = 2 * (unit % tiles_h), w = 2 * (t % tiles_w);
+          float* corner = to + ((n * s.h + h) * s.w + w) * s.c + panel * PANEL;
+          const bool down = h + 1 < s.h, right = w + 1 < s.w;
+          float* places[4] = {corner, right ? corner + s.c : nullptr, down ? corner + s.w * s.c : nullptr,
+                              down && right ? corner + (s.w + 1) * s.c : nullptr};
+          transform_back(products.data + t * PANEL, product_stride, places, count);
+        }
+      }
+    }
   });
 }
 

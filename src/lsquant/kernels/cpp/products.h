@@ -38,4 +38,8 @@ void forward(Type type, const void* x, const Shape&, const InputGrid&, const Pac
 // to: (out, taps, channels) float32, sum over windows of up * (code - z) * step
 void weight_gradient(Type type, const void* x, const float* up, const Shape&, int64_t out, const InputGrid&, float* to);
 
+// to: (n, h, w, c) float32 from up (n, out_h, out_w, out) and weight (out, 3, 3, c), dequantized.  3x3, stride 1, padding at
+// most 2, `out` a multiple of 8.
+void input_gradient(const float* up, const float* weight, const Shape&, int64_t out, float* to);
+
 }  // namespace lsquant
