@@ -2,10 +2,12 @@
 # make demo      digits at 2 bits: train, export, verify, report (about a minute on 2 cores)
 # make test      the tests; make test-all adds the slow ones
 # make package   the wheel, built, installed elsewhere and used
+# make bench     speed and memory against the float model and others: results/bench, and the tables of docs/benchmarks.md
 # make lint      ruff and pyright; make docs: the documentation site in site/; make figure: docs/figures
 #
 # PYTHON=python3.12   the interpreter that .venv is made from (3.11 or later)
 # CONSTRAINTS=        empty: take the newest versions instead of the pinned ones
+# BENCH=...           arguments of benchmarks/speed.py, for instance BENCH='resnet20 --threads 1'
 # TORCH=...           another way to name torch to pip, for instance the path of a wheel
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,6 +16,7 @@ TORCH ?= torch
 EXTRAS ?= all
 JOBS ?= auto
 DEMO ?= runs/digits-w2a2
+BENCH ?= --profile
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -21,7 +24,7 @@ PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAIN
 # each test process computes on one thread; JOBS processes use the cores
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: install demo test test-all lint docs figure package clean
+.PHONY: install demo test test-all bench lint docs figure package clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -46,6 +49,11 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) -m ""
+
+# takes long, and wants a machine that does nothing else
+bench: $(STAMP)
+	$(BIN)/python benchmarks/speed.py $(BENCH)
+	$(BIN)/python benchmarks/tables.py
 
 # the wheel, built, checked and installed into an environment of its own; the digits line run with it from elsewhere
 package: $(STAMP)
