@@ -66,7 +66,8 @@ def test_training_is_that_of_one_process(found):
     A sample's codes and sums do not depend on its batch, so only the order of additions differs.  A gradient in two
     orders differs by at most 2 (16 + 3 * 24) 2^-24 = 1e-5 of the size of its terms (16 samples; 24 terms a product, 3
     products deep), an update by as much of what it moves; 4 updates with momentum that feed each other: 1e-4 of the
-    largest distance moved in the tensor, and one rounding of the parameter (2^-23) an update.
+    largest distance moved in the tensor, and one rounding of the parameter (2^-23) an update.  The terms of a step's
+    gradient cancel: they are some ten times as large, in sum, as what moves it.
     """
     zero = found[0]["training"]
     model = ddp_worker.make()
@@ -82,7 +83,7 @@ def test_training_is_that_of_one_process(found):
             assert torch.equal(end, alone[name]), name
             continue
         moved = float((end - zero["start"][name]).abs().max())
-        bound = 1e-4 * moved + ddp_worker.UPDATES * 2.0**-23 * float(end.abs().max())
+        bound = (1e-3 if name.endswith("step") else 1e-4) * moved + ddp_worker.UPDATES * 2.0**-23 * float(end.abs().max())
         assert float((end - alone[name]).abs().max()) <= bound, name
 
 
