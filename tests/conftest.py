@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.util
 import os
 import random
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,9 +25,26 @@ torch.set_num_threads(int(os.environ.get("LSQUANT_TEST_THREADS", "1")))
 # LSQUANT_TEST_SEED=n runs every test from other seeds
 BASE_SEED = int(os.environ.get("LSQUANT_TEST_SEED", "0"))
 
+# without a GPU the Triton engine is tested through Triton's interpreter; Triton reads this when it is imported
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # the same examples in every run, unless other seeds are asked for; no deadline: machines differ
 hypothesis.settings.register_profile("lsquant", deadline=None, derandomize=BASE_SEED == 0, print_blob=True)
 hypothesis.settings.load_profile("lsquant")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Triton's interpreter is slow: a third of the tests that run it, chosen by their names, is in the fast suite."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec is not None and callspec.params.get("engine") == "triton":
+            long = hasattr(getattr(item, "obj", None), "hypothesis") or "many" in item.name or "threads" in item.name
+            if long or zlib.crc32(item.name.encode()) % 3:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +83,9 @@ def _engine(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     if reason := kernels.why_not(name):
         pytest.skip(f"engine {name}: {reason}")
-    with lsquant.use_engine(name):
+    # the interpreter computes with NumPy, which warns of what a GPU does silently
+    quiet = np.errstate(all="ignore") if name == "triton" else contextlib.nullcontext()
+    with quiet, lsquant.use_engine(name):
         yield
 
 

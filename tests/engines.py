@@ -9,11 +9,21 @@ from torch import Tensor
 import lsquant
 from cases import Built
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton engine: a GPU, or Triton's interpreter
+
+
+def on_device(x: Tensor, step: Tensor, *numbers: Any, **extras: Any) -> Tensor:
+    """`fake_quantize` where the Triton engine computes; the result is brought back."""
+    moved = {key: value.to(DEVICE) if isinstance(value, Tensor) else value for key, value in extras.items()}
+    return lsquant.fake_quantize(x.to(DEVICE), step.to(DEVICE), *numbers, **moved).to(x.device)
+
+
 # a test with a parameter `engine` runs with that engine forced (conftest.py)
 ENGINES: dict[str, Callable[..., Tensor]] = {
     "reference": lsquant.reference.fake_quantize,
     "eager": lsquant.fake_quantize,
     "cpp": lsquant.fake_quantize,
+    "triton": on_device,
 }
 
 BOUND = 256 * 2.0**-24  # of sum |terms|: what the design allows a step gradient to be off

@@ -11,10 +11,12 @@ import os
 import sys
 from types import ModuleType, TracebackType
 
+import torch
+
 from lsquant._util.errors import UsageError
 
-ENGINES = {"eager": "lsquant.kernels.eager", "cpp": "lsquant.kernels.cpp"}
-PREFERRED = {"cpu": ("cpp", "eager")}  # by device; eager serves everywhere
+ENGINES = {"eager": "lsquant.kernels.eager", "cpp": "lsquant.kernels.cpp", "triton": "lsquant.kernels.triton"}
+PREFERRED = {"cpu": ("cpp", "eager"), "cuda": ("triton", "eager")}  # by device; eager serves everywhere
 VARIABLE = "LSQUANT_ENGINE"  # forces an engine, as use_engine does
 
 _forced: str | None = os.environ.get(VARIABLE) or None
@@ -27,7 +29,18 @@ def engine(device: str = "cpu") -> ModuleType:
     Raises: UsageError naming the reason when the forced one cannot run.
     """
     found = _chosen.get(device)
+    found = visible(device) if found is None else found
     return found if found is not None else _choose(device)
+
+
+def visible(device: str) -> ModuleType | None:
+    """The Triton engine where it serves and torch.compile is tracing: the compiler is shown its kernels.  Else None."""
+    traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if device != "cuda" or not traced or _forced not in (None, "triton"):
+        return None
+    from lsquant.kernels import triton  # the compiler cannot trace import_module
+
+    return None if triton.why_not() else triton
 
 
 def why_not(name: str) -> str:
@@ -59,7 +72,7 @@ def _choose(device: str) -> ModuleType:
 class use_engine:
     """``use_engine("eager")`` forces an engine from now on, ``use_engine(None)`` chooses the best again.
 
-    As a context manager it does so for a block.  Engines: "eager" (plain PyTorch), "cpp" (C++ on the CPU).
+    As a context manager it does so for a block.  Engines: "eager" (plain PyTorch), "cpp" (C++, CPU), "triton" (CUDA).
     Raises: UsageError for an unknown engine, or one that cannot run, with the reason.
     """
 

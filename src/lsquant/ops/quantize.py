@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lsquant._util.errors import UsageError
-from lsquant.kernels import engine
+from lsquant.kernels import engine, visible
 from lsquant.ops.registration import Op, laid_out_like
 
 _ARGUMENTS = (
@@ -52,12 +52,25 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.kinds = (zero_point is not None, offset is not None)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> Any:
+def _differentiate(ctx: Any, grad: Tensor, backward: Any = _backward_op) -> Any:
     x, step, *small = ctx.saved_tensors
     zero_point = small.pop(0) if ctx.kinds[0] else None
     offset = small.pop(0) if ctx.kinds[1] else None
-    grad_x, grad_step, grad_offset = _backward_op(grad, x, step, *ctx.numbers, zero_point, offset)
+    grad_x, grad_step, grad_offset = backward(grad, x, step, *ctx.numbers, zero_point, offset)
     return grad_x, grad_step, None, None, None, None, None, None, None, None if offset is None else grad_offset
+
+
+class _Visible(torch.autograd.Function):
+    """The op for torch.compile where the engine's kernels can be shown to the compiler: not opaque."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        _setup(ctx, args, None)
+        return _forward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _differentiate(ctx, *grads, backward=_backward)
 
 
 _op.differentiate(_differentiate, _setup)
@@ -103,6 +116,8 @@ def fake_quantize(
     if type(x) in _PLAIN and not torch.compiler.is_compiling():
         # derivative in C++: the Python one costs more than the arithmetic on small tensors
         return getattr(engine(x.device.type), "fake_quantize", _op)(*args)
+    if visible(x.device.type) is not None:
+        return _Visible.apply(*args)
     return _op(*args)
 
 
