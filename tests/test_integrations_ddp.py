@@ -83,7 +83,8 @@ def test_training_is_that_of_one_process(found):
             assert torch.equal(end, alone[name]), name
             continue
         moved = float((end - zero["start"][name]).abs().max())
-        bound = (1e-3 if name.endswith("step") else 1e-4) * moved + ddp_worker.UPDATES * 2.0**-23 * float(end.abs().max())
+        relative = 1e-3 if name.endswith("step") else 1e-4
+        bound = relative * moved + ddp_worker.UPDATES * 2.0**-23 * float(end.abs().max())
         assert float((end - alone[name]).abs().max()) <= bound, name
 
 

@@ -81,7 +81,9 @@ def _backward(
     w_layout = (_axis(w_step, group_size), group_size, None, None)
     dtype = low or torch.float32
     empty, up = x_step.new_empty(0), grad.to(dtype)
-    kernels, grad_w = engine(x.device.type), None
+    kernels = engine(x.device.type)
+    grad_w: Any = None
+    grad_x: Any = None
     if conv and group_size is None and low is None and (fused := getattr(kernels, "weight_gradient", None)):
         grad_w = fused(up, *x_args[:5], weight, conv)
     x_layout = (None, None, None, x_offset)
@@ -89,7 +91,6 @@ def _backward(
         x_hat = kernels.quantize(x.float(), x_step, x_min, x_max, *x_layout).to(dtype)
     else:  # only its shape is looked at
         x_hat = x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32)
-    grad_x: Any = None
     w_hat = empty
     if need_x or conv:
         w_hat = kernels.quantize(weight.float(), w_step, w_min, w_max, *w_layout).to(dtype)
