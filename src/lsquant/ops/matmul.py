@@ -82,8 +82,8 @@ def _backward(
     dtype = low or torch.float32
     empty, up = x_step.new_empty(0), grad.to(dtype)
     kernels = engine(x.device.type)
-    grad_w: Any = None
-    grad_x: Any = None
+    grad_x: Tensor | None = None
+    grad_w: Tensor | None = None
     if conv and group_size is None and low is None and (fused := getattr(kernels, "weight_gradient", None)):
         grad_w = fused(up, *x_args[:5], weight, conv)
     x_layout = (None, None, None, x_offset)
@@ -113,9 +113,11 @@ def _backward(
     by_x = x.new_empty(0), empty, empty.clone()
     if need_x:
         grids = (x, x_step, x_min, x_max, x_scale, *x_layout)
+        assert grad_x is not None
         grad_x = grad_x if grad_x.dtype == x.dtype else grad_x.to(torch.float32)
         grad_x, grad_step, grad_b = kernels.quantize_backward(grad_x, *grids, reuse=True)
         by_x = laid_out_like(grad_x, x), grad_step, empty if grad_b is None else grad_b
+    assert grad_w is not None
     grad_w, grad_ws, _ = kernels.quantize_backward(grad_w.to(torch.float32), *w_args, *w_layout)
     return *by_x, laid_out_like(grad_w, weight), grad_ws, grad_bias
 
