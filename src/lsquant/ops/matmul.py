@@ -115,11 +115,11 @@ def _backward(
         grids = (x, x_step, x_min, x_max, x_scale, *x_layout)
         assert grad_x is not None
         grad_x = grad_x if grad_x.dtype == x.dtype else grad_x.to(torch.float32)
-        grad_x, grad_step, grad_b = kernels.quantize_backward(grad_x, *grids, reuse=True)
-        by_x = laid_out_like(grad_x, x), grad_step, empty if grad_b is None else grad_b
+        of_x, grad_step, grad_b = kernels.quantize_backward(grad_x, *grids, reuse=True)
+        by_x = laid_out_like(of_x, x), grad_step, empty if grad_b is None else grad_b
     assert grad_w is not None
-    grad_w, grad_ws, _ = kernels.quantize_backward(grad_w.to(torch.float32), *w_args, *w_layout)
-    return *by_x, laid_out_like(grad_w, weight), grad_ws, grad_bias
+    of_w, grad_ws, _ = kernels.quantize_backward(grad_w.to(torch.float32), *w_args, *w_layout)
+    return *by_x, laid_out_like(of_w, weight), grad_ws, grad_bias
 
 
 def _fake_backward(grad: Tensor, x_args: Sequence[Any], w_args: Sequence[Any], need_x: bool,
