@@ -2,8 +2,8 @@
 
 Every measurement is a fresh process, started by ``python benchmarks/speed.py memory``.  Kept: the bytes of the storages
 saved for backward, each counted once, without parameters and buffers.  Peak: the largest resident size (VmHWM) during
-three steps, less the resident size right before them, after two steps with a small batch and after free memory was
-given back.
+three steps, less the resident size right before them, after two steps with two samples (compiled: with all, so that
+compiling does not count) and after free memory was given back.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def peak(network: Network) -> int:
         network.step()
         return torch.cuda.max_memory_allocated() - before
     x, target = network.x, network.target
-    network.x, network.target = x[:2].detach().requires_grad_(x.requires_grad), target[:2]
+    if network.run is network.model:
+        network.x, network.target = x[:2].detach().requires_grad_(x.requires_grad), target[:2]
     for _ in range(2):
         network.step()
     network.x, network.target = x, target

@@ -111,7 +111,8 @@ def test_memory(tmp_path: Path) -> None:
 
 def test_saved_bytes_are_those_of_the_input_and_what_the_loss_needs(bench) -> None:
     network = bench("network_speed").Network
-    model, x, target = nn.Linear(4, 8, bias=False), torch.randn(2, 4), torch.randn(2, 8)
+    model, target = nn.Linear(4, 8, bias=False), torch.randn(2, 8)
+    x = torch.randn(2, 4, requires_grad=True)
     optimizer = torch.optim.SGD(model.parameters())
     found = bench("memory").kept(network(model, model, x, target, False, optimizer))
     assert found == (2 * 4 + 2 * 8) * 4  # the weight is a parameter, the output is not kept
@@ -252,7 +253,8 @@ def test_the_table_of_the_quantizer(bench, tmp_path: Path) -> None:
 
 
 def test_commands_that_cannot_be_are_refused(bench, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in ((["nothing"], "no workload 'nothing'"), (["vit", "--repeats", "0"], "at least 1")):
+    refused = {"nothing": "no workload 'nothing'", "vit --repeats 0": "at least 1", "vit --threads 0": "at least 1"}
+    for line, message in refused.items():
         with pytest.raises(SystemExit, match="2"):
-            bench("speed").main(arguments)
+            bench("speed").main(line.split())
         assert message in capsys.readouterr().err
