@@ -125,13 +125,17 @@ def outcome(network: Network, exact: bool) -> dict[str, Tensor]:
 
 
 def checked(name: str, network: Network, wanted: dict[str, Tensor], autocast: bool) -> str:
-    """Relative differences from the first contender of the kind; raises RuntimeError where they are no rounding."""
+    """Relative differences from the first contender of the kind; raises RuntimeError where they are no rounding.
+
+    Quantized networks are allowed more: where a rounding error flips a code, the difference grows from layer to layer.
+    """
     found = outcome(network, exact=name.startswith("lsquant") and not name.endswith("compiled"))
     if not wanted:
         wanted.update(found)
     gaps = {what: float((found[what] - right).norm() / right.norm()) for what, right in wanted.items()}
     text = "off by " + ", ".join(f"{gap:.1e} ({what})" for what, gap in gaps.items())
-    if not max(gaps.values()) < (0.3 if autocast else 1e-3 if name.startswith("float") else 0.1):
+    allowed = (0.05 if autocast else 1e-3) if name.startswith("float") else (0.5 if autocast else 0.2)
+    if not max(gaps.values()) < allowed:
         raise RuntimeError(f"{name} is {text} from others that should compute the same")
     return text
 

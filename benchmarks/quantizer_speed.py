@@ -109,8 +109,6 @@ def contenders(p: Problem, options: Options) -> Iterator[Contender]:
 
     def contender(name: str, make: Callable[[Problem], Quantize], engine: str | None = None, profiled: bool = False,
                   q: Problem = p) -> Contender:  # fmt: skip
-        if name != BASELINE and not options.selects(name):
-            return Contender(name, None, BASELINE, check="left out: not asked for")
         try:
             quantize = make(q)
             with lsquant.use_engine(engine):
@@ -121,15 +119,17 @@ def contenders(p: Problem, options: Options) -> Iterator[Contender]:
         return Contender(name, lambda: results(quantize, x, upstream), BASELINE, engine, check, profiled)
 
     yield contender(BASELINE, identity, profiled=True)
+    best = engines(options.device)[-1]
     for name, make in PEERS.items():
-        yield contender(name, make)
-    for name in engines(options.device):
-        yield contender(f"lsquant, {name}", ours, name, profiled=True)
-    yield contender("lsquant, compiled", ours_compiled)
-    if p.axis is not None:
-        best = engines(options.device)[-1]
-        alone = p._replace(step=p.step[:1], axis=None)
-        yield contender(f"lsquant, {best}, per tensor", ours, best, q=alone)
+        if options.selects(name):
+            yield contender(name, make)
+    for engine in engines(options.device):
+        if options.selects(name := f"lsquant, {engine}"):
+            yield contender(name, ours, engine, profiled=True)
+    if options.selects("lsquant, compiled"):
+        yield contender("lsquant, compiled", ours_compiled)
+    if p.axis is not None and options.selects(name := f"lsquant, {best}, per tensor"):
+        yield contender(name, ours, best, q=p._replace(step=p.step[:1], axis=None))
 
 
 def run(options: Options) -> list[Row]:
@@ -145,7 +145,7 @@ def run(options: Options) -> list[Row]:
                 measure(field, options)
                 new = list(rows("quantizer", configuration, PHASE, field, options))
                 show(new)
-                found += [row for row in new if row.check != "left out: not asked for"]
+                found += new
                 for c in field:
                     if options.profile and c.profile and c.call and type_name == "float32" and layout.axis is None:
                         profile(f"quantizer {elements}", c, options)

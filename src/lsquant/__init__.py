@@ -17,8 +17,13 @@ from lsquant.diagnostics import Finding as Finding
 from lsquant.diagnostics import Sensitivity as Sensitivity
 from lsquant.diagnostics import check as check
 from lsquant.diagnostics import sensitivity as sensitivity
+from lsquant.export import Packed as Packed
+from lsquant.export import PackedQuantizer as PackedQuantizer
 from lsquant.export import export_onnx as export_onnx
+from lsquant.export import export_packed as export_packed
+from lsquant.export import load_packed as load_packed
 from lsquant.export import onnx_session as onnx_session
+from lsquant.export import read_packed as read_packed
 from lsquant.kernels import use_engine as use_engine
 from lsquant.nn import integer_weights as integer_weights
 from lsquant.nn import quantizers as quantizers
@@ -30,12 +35,15 @@ from lsquant.report.page import write_report as write_report
 from lsquant.spec import QuantSpec as QuantSpec
 from lsquant.training import param_groups as param_groups
 from lsquant.verification import Verdict as Verdict
+from lsquant.verification import export_vectors as export_vectors
 from lsquant.verification import verify as verify
 
 __all__ = [
     "Changes",
     "Finding",
     "LsquantError",
+    "Packed",
+    "PackedQuantizer",
     "QuantSpec",
     "Quantizer",
     "Recipe",
@@ -48,14 +56,18 @@ __all__ = [
     "check",
     "disabled",
     "export_onnx",
+    "export_packed",
+    "export_vectors",
     "fake_quantize",
     "integer_weights",
     "load",
+    "load_packed",
     "nn",
     "onnx_session",
     "param_groups",
     "prepare",
     "quantizers",
+    "read_packed",
     "reference",
     "resolved_recipe",
     "revert",

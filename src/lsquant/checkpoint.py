@@ -36,6 +36,18 @@ def save(model: nn.Module, path: Path_, metadata: Mapping[str, str] | None = Non
     model = unwrapped(model)
     if not any(True for _ in quantized_layers(model)):
         raise UsageError("save: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
+    stored, aliases = stored_once(model)
+    ours = {
+        "lsquant.format": FORMAT,
+        "lsquant.recipe": resolved_recipe(model).to_toml(),
+        "lsquant.aliases": json.dumps(aliases),
+        "lsquant.versions": json.dumps({"lsquant": VERSION, "torch": torch.__version__}),
+    }
+    write_tensors(path, stored, {**(metadata or {}), **ours})
+
+
+def stored_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict with tied tensors once and views whole, and the names left out -> the names stored."""
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     owner: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
@@ -46,13 +58,7 @@ def save(model: nn.Module, path: Path_, metadata: Mapping[str, str] | None = Non
         else:  # a view of another tensor is stored whole, as safetensors wants it
             part = tensor.untyped_storage().nbytes() != tensor.nbytes
             stored[name] = tensor.detach().clone() if part else tensor.detach().contiguous()
-    ours = {
-        "lsquant.format": FORMAT,
-        "lsquant.recipe": resolved_recipe(model).to_toml(),
-        "lsquant.aliases": json.dumps(aliases),
-        "lsquant.versions": json.dumps({"lsquant": VERSION, "torch": torch.__version__}),
-    }
-    write_tensors(path, stored, {**(metadata or {}), **ours})
+    return stored, aliases
 
 
 def read_metadata(path: Path_) -> dict[str, str]:
@@ -64,6 +70,8 @@ def _read(path: Path_, with_tensors: bool) -> tuple[dict[str, str], dict[str, Te
     metadata, tensors, sound = read_tensors(path, with_tensors=with_tensors)
     version = metadata.get("lsquant.format")
     if version is None:
+        if "lsquant.packed" in metadata:
+            raise UsageError(f"{path} is a packed file: use lsquant.load_packed(model, path)")
         raise UsageError(
             f"{path} was not written by lsquant.save: it has no recipe. For a float checkpoint use "
             "model.load_state_dict(safetensors.torch.load_file(path)), before or after prepare"
@@ -88,6 +96,14 @@ def load(model: nn.Module, path: Path_) -> nn.Module:
         recipe = Recipe.from_toml(metadata["lsquant.recipe"])
     except (KeyError, ValueError, AttributeError) as error:
         raise DamagedFile(f"{path}: its lsquant metadata is damaged: {error}") from error
+    return restore(model, recipe, tensors, path)
+
+
+def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: Path_) -> nn.Module:
+    """Prepare the model by the recipe and load the state dict ``tensors`` of the file ``path``, or leave it unchanged.
+
+    Raises: UsageError for another architecture.
+    """
     _check_architecture(model, tensors, path)
     was_float = not any(float_type(m) for m in model.modules())
     try:

@@ -62,6 +62,12 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
     return digest.hexdigest()
 
 
+def header_size(path: str | os.PathLike[str]) -> int:
+    """Bytes before the data of the tensors."""
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
 def _sort_header(path: Path) -> None:
     """Order the header's keys, which the library writes in an order of its own."""
     with open(path, "rb+") as file:

@@ -14,12 +14,12 @@ import torch
 from lsquant import checkpoint
 from lsquant._util.errors import DamagedFile, LsquantError, MissingFile, UsageError
 from lsquant._util.files import read_json
-from lsquant._util.tensors import read_tensors
+from lsquant._util.tensors import header_size, read_tensors
 from lsquant._version import __version__
 from lsquant.cli import own
 from lsquant.diagnostics import check, collect
 from lsquant.diagnostics.environment import environment
-from lsquant.export import export_onnx
+from lsquant.export.packed import PROFILE as PACKED
 from lsquant.recipe import Recipe
 from lsquant.report.figure import draw_figures
 from lsquant.report.page import Report, with_balance, write_page
@@ -157,16 +157,15 @@ def evaluate(a: Namespace) -> Outcome:
 
 
 def export(a: Namespace) -> Outcome:
-    """Write RUN/export/PROFILE.onnx."""
+    """Write RUN/export/PROFILE.onnx, or packed.safetensors."""
     if own.is_own(a):
         return own.export(a)
     run = _run(a)
-    path = Path(a.out) if a.out else run.file(f"export/{a.profile}.onnx")
+    path = Path(a.out) if a.out else run.file(f"export/{own.file_name(a.profile)}")
     if not a.out:
         path.parent.mkdir(exist_ok=True)
-    export_onnx(run.model(), path, run.task.example_input(), profile=a.profile, opset=a.opset)
-    size = path.stat().st_size
-    return {"file": str(path), "profile": a.profile, "bytes": size}, f"{path}: {size:,} bytes", True
+    few = next(iter(run.task.batches("test", batch_size=own.VECTORS))) if a.vectors else None
+    return own.written(a, run.model(), path, run.task.example_input(), few)
 
 
 def verify_(a: Namespace) -> Outcome:
@@ -174,7 +173,7 @@ def verify_(a: Namespace) -> Outcome:
     if own.is_own(a):
         return own.verify_(a)
     run = _run(a)
-    path = Path(a.file) if a.file else run.file(f"export/{a.profile}.onnx")
+    path = Path(a.file) if a.file else run.file(f"export/{own.file_name(a.profile)}")
     if not path.is_file():
         raise MissingFile(f"{path} does not exist: lsquant export {a.path} --profile {a.profile} writes it")
     verdict = verify(run.model(), path, run.task.batches("test", batch_size=BATCH))
@@ -212,7 +211,10 @@ def report(a: Namespace) -> Outcome:
     packed = sum(f.size or 0 for f in facts)
     floats = sum(4 * f.elements for f in facts if f.kind == "weight")
     files = [("quantized weights in float32", floats), ("the same packed, with steps", packed)]
-    files += [(str(f.relative_to(run.path)), f.stat().st_size) for f in _files(run)]
+    for file in _files(run):
+        files.append((str(file.relative_to(run.path)), file.stat().st_size))
+        if file.stem == PACKED:
+            files.append((f"{files[-1][0]}: header", header_size(file)))
     results = _results(metrics)
     texts = [str(v.get("text", "")) for v in verdicts if v]
     how = [_train_command(run)] + [f"lsquant {c} {run.path}" for c in ("export", "verify", "report")]
@@ -220,9 +222,10 @@ def report(a: Namespace) -> Outcome:
     recipe = run.recipe.to_toml()
     write_page(Report(title, facts, recipe, results, texts, files, how, env, missing), path)
     levels = {v["profile"]: v["level"] for v in verdicts if v}
+    runtimes = {v["profile"]: v["runtime"] for v in verdicts if v}
     text = _table(
         [*results, *((name, f"{size:,} bytes") for name, size in files)]
-        + [(f"ONNX Runtime, profile {name}", _said(level)) for name, level in levels.items()]
+        + [(f"profile {name}, {runtimes[name]}", _said(level)) for name, level in levels.items()]
         + [("report", str(path))]
     )
     return {"report": str(path), "metrics": metrics, "verdicts": levels, "files": dict(files)}, text, True
@@ -233,7 +236,8 @@ def _said(level: str) -> str:
 
 
 def _files(run: Run) -> Iterable[Path]:
-    return [run.file("model.safetensors"), *sorted(run.file("export").glob("*.onnx"))]
+    exported = [*run.file("export").glob("*.onnx"), *run.file("export").glob("*.safetensors")]
+    return [run.file("model.safetensors"), *sorted(exported)]
 
 
 def _option(name: str, value: Any) -> str:

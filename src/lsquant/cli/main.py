@@ -11,6 +11,7 @@ from lsquant._util.files import json_text
 from lsquant._version import __version__
 from lsquant.cli import commands
 from lsquant.export.onnx import PROFILES
+from lsquant.export.packed import PROFILE as PACKED
 from lsquant.tasks import TASKS
 from lsquant.verification import LEVELS
 
@@ -48,16 +49,18 @@ def parser() -> argparse.ArgumentParser:
     _bits(sub)
     sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) for the model")
 
-    sub = add("export", commands.export, "write the trained integers of a run or FILE as an ONNX file")
+    sub = add("export", commands.export, "write the trained integers of a run or FILE as ONNX or packed")
     _subject(sub)
     _profile(sub)
     sub.add_argument("--opset", type=int, metavar="N", help="operator set (default: the lowest that suffices)")
-    sub.add_argument("--out", metavar="FILE", help="default: RUN/export/PROFILE.onnx, or beside FILE")
+    sub.add_argument("--out", metavar="FILE", help="default: RUN/export/PROFILE.onnx or packed.safetensors, or by FILE")
+    about = "also write inputs, codes and outputs of 4 samples as FILE.npz, and check_vectors.py beside it"
+    sub.add_argument("--vectors", metavar="FILE", help=about)
 
     sub = add("verify", commands.verify_, "compare an exported file with the trained model on the test set")
     _subject(sub)
     _profile(sub)
-    sub.add_argument("--file", metavar="FILE", help="the ONNX file (default: where export writes it)")
+    sub.add_argument("--file", metavar="FILE", help="the exported file (default: where export writes it)")
     sub.add_argument("--require", choices=LEVELS[1:], default=LEVELS[-1], help="level needed for exit code 0")
 
     sub = add("check", commands.check_, "say what is wrong with a trained model; exit code 1 if it is an error")
@@ -77,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _profile(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--profile", default="exact", help=f"one of {', '.join(PROFILES)} (default exact)")
+    sub.add_argument("--profile", default="exact", help=f"one of {', '.join((*PROFILES, PACKED))} (default exact)")
 
 
 def _subject(sub: argparse.ArgumentParser) -> None:

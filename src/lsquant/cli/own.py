@@ -16,19 +16,24 @@ from lsquant import calibration, checkpoint
 from lsquant._util.batches import take
 from lsquant._util.errors import MissingFile, UsageError
 from lsquant._util.files import write_json
+from lsquant._util.tensors import header_size
 from lsquant.convert import prepare
 from lsquant.diagnostics import Finding
 from lsquant.diagnostics.checks import SEVERITIES
-from lsquant.export import export_onnx
+from lsquant.export import export_onnx, export_packed
+from lsquant.export.capture import map_tensors
+from lsquant.export.packed import PROFILE as PACKED
 from lsquant.recipe import Recipe
 from lsquant.report.page import write_report
 from lsquant.tasks import is_run, load_float
 from lsquant.tasks.loading import call, load_object
 from lsquant.training.progress import message
 from lsquant.training.seeds import seed_everything
-from lsquant.verification import Verdict, verify
+from lsquant.verification import Verdict, export_vectors, verify
+from lsquant.verification.vectors import CHECKER
 
 Outcome = tuple[dict[str, Any], str, bool]
+VECTORS = 4  # samples of --vectors
 SHOWN = 3  # findings of one code that are shown in full
 
 
@@ -87,19 +92,41 @@ def calibrate(a: Namespace, recipe: Recipe) -> Outcome:
 
 
 def export(a: Namespace) -> Outcome:
-    """Write FILE's integers as ONNX, beside it unless --out says where."""
+    """Write FILE's integers, beside it unless --out says where."""
     model = trained(a)
-    path = Path(a.out) if a.out else Path(a.path).with_suffix(f".{a.profile}.onnx")
+    path = Path(a.out) if a.out else Path(a.path).with_suffix(f".{file_name(a.profile)}")
     example = next(iter(take(batches(a), 1)))
-    export_onnx(model, path, example, profile=a.profile, opset=a.opset)
-    size = path.stat().st_size
-    return {"file": str(path), "profile": a.profile, "bytes": size}, f"{path}: {size:,} bytes", True
+    return written(a, model, path, example, map_tensors(example, lambda t: t[:VECTORS] if t.dim() else t))
+
+
+def file_name(profile: str) -> str:
+    """Of an exported file."""
+    return f"{profile}.safetensors" if profile == PACKED else f"{profile}.onnx"
+
+
+def written(a: Namespace, model: nn.Module, path: Path, example: Any, few: Any) -> Outcome:
+    """The outcome of ``export``.  few: a batch for --vectors."""
+    if a.profile == PACKED and a.opset is not None:
+        raise UsageError("--opset belongs to ONNX files: leave it out with --profile packed")
+    if a.profile == PACKED:
+        export_packed(model, path)
+    else:
+        export_onnx(model, path, example, profile=a.profile, opset=a.opset)
+    result = {"file": str(path), "profile": a.profile, "bytes": path.stat().st_size}
+    text = f"{path}: {result['bytes']:,} bytes"
+    if a.profile == PACKED:
+        result["header"] = header_size(path)
+        text += f", {result['header']:,} of them header"
+    if a.vectors:
+        result["vectors"] = str(export_vectors(model, a.vectors, few))
+        text += f"\n{a.vectors}; on the device: python {CHECKER} FILE.onnx {Path(a.vectors).name}"
+    return result, text, True
 
 
 def verify_(a: Namespace) -> Outcome:
     """Compare the exported file with FILE's model on the batches of --data."""
     model = trained(a)
-    path = Path(a.file) if a.file else Path(a.path).with_suffix(f".{a.profile}.onnx")
+    path = Path(a.file) if a.file else Path(a.path).with_suffix(f".{file_name(a.profile)}")
     if not path.is_file():
         raise MissingFile(f"{path} does not exist: lsquant export {a.path} --profile {a.profile} ... writes it")
     verdict = verify(model, path, batches(a), max_batches=a.max_batches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from lsquant import nn as lsq_nn
 from lsquant._util.batches import Forward, evaluating, run_batch, take
 from lsquant._util.errors import DamagedFile, UsageError
 from lsquant._util.optional import require
-from lsquant.export.lowering import Facts
+from lsquant.export.lowering import Facts, array
 from lsquant.export.onnx import initializers, load_onnx
 from lsquant.quantizer import Quantizer
 from lsquant.verification.onnx_runner import OnnxRunner
-from lsquant.verification.recorder import Call, input_codes, layer_input, recording, watched
+from lsquant.verification.packed_runner import verify_packed
+from lsquant.verification.recorder import Call, input_codes, layer_input, recording, samples, watched
 from lsquant.verification.verdict import Tally, Verdict
 
 
@@ -30,17 +32,21 @@ def verify(
     forward: Forward | None = None,
     max_batches: int | None = None,
 ) -> Verdict:
-    """Compare an ONNX file with the trained model it was exported from, on data, in ONNX Runtime.
+    """Compare a file with the trained model it was exported from, on data.
+
+    An ONNX file is run in ONNX Runtime; a packed file is reloaded and run in PyTorch, where its codes are the weights.
 
     model: the trained model; it is run in eval mode and left as it was.  batches: as for ``calibrate``; all of them
     unless max_batches says less.  forward: ``forward(model, batch)`` where a batch is not simply the model's input.
 
     Levels: ``weights``, the file's codes and steps are the trained ones; ``layers``, every layer fed the trained
     model's own input gives its codes and outputs; ``codes``, all codes are equal end to end; ``outputs``, the
-    unmodified file gives bit-equal outputs.  Run with the session options the file recommends, and in a plain session.
+    unmodified file gives bit-equal outputs.  ONNX Runtime: with the options that the file recommends, and without any.
 
     Raises: MissingFile, DamagedFile, MissingExtra; UsageError where the file is of another model.
     """
+    if _is_safetensors(path):
+        return verify_packed(model, path, batches, forward, max_batches)
     ort = require("onnxruntime", extra="onnx")
     proto, metadata = load_onnx(path)
     facts: list[Facts] = metadata["layers"]
@@ -63,7 +69,7 @@ def verify(
                 for session in sessions.values():
                     session.compare(call, file)
             counts["batches"] += 1
-            counts["samples"] += _samples(calls)
+            counts["samples"] += samples(calls)
     common = {"path": file, "profile": metadata["profile"], "layers": len(modules), **counts}
     runtime = f"ONNX Runtime {ort.__version__} (CPU)"
     verdicts = {
@@ -74,14 +80,12 @@ def verify(
     return replace(best, plain=verdicts.get("plain", best))
 
 
-def _samples(calls: list[Call]) -> int:
-    first = [*calls[0].inputs, *calls[0].keywords.values()]
-    return sum(c.shape[0] if c.dim() else 1 for c in first[:1])
-
-
-def array(t: Tensor) -> np.ndarray:
-    """A NumPy copy on the CPU."""
-    return np.ascontiguousarray(t.detach().cpu().numpy())
+def _is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """By content: eight bytes of length, then JSON."""
+    if not Path(path).is_file():
+        return str(path).endswith(".safetensors")
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 class _Session:

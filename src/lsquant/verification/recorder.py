@@ -62,6 +62,12 @@ def recording(model: nn.Module) -> Iterator[list[Call]]:
             handle.remove()
 
 
+def samples(calls: list[Call]) -> int:
+    """The size of a batch: the first dimension of the model's first input."""
+    first = [*calls[0].inputs, *calls[0].keywords.values()]
+    return sum(c.shape[0] if c.dim() else 1 for c in first[:1])
+
+
 @torch.no_grad()
 def layer_input(layer: Any, x: Tensor) -> Tensor:
     """What a layer quantizes: its input, padded where the padding mode is not zeros."""
@@ -77,4 +83,5 @@ def input_codes(layer: Any, x: Tensor) -> Tensor | None:
     if quantizer is None:
         return None
     step, q_min, q_max = quantizer.effective_step(), quantizer.q_min, quantizer.q_max
-    return reference.codes(x, step, q_min, q_max, axis=quantizer.axis, offset=quantizer.offset)
+    layout = {"axis": quantizer.axis, "group_size": quantizer.spec.group_size}
+    return reference.codes(x, step, q_min, q_max, **layout, offset=quantizer.offset)

@@ -1,0 +1,49 @@
+"""Codes of 2 to 8 bits, densely in bytes: eight neighbours make ``bits`` bytes, lowest bits first."""
+
+from __future__ import annotations
+
+import numpy as np
+
+CHUNK = 1 << 20
+"""Codes handled at a time, a multiple of 8: bounds the memory that packing takes beside its result."""
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """A stream of bits, least significant first: code i is at bits ``i * bits`` and above, in two's complement.
+
+    codes: integers, any shape, row by row.  Returns uint8, ``ceil(size * bits / 8)`` bytes; bits left over are 0.
+    """
+    flat = codes.reshape(-1)
+    out = np.empty((-(-flat.size // 8), bits), np.uint8)
+    for start in range(0, flat.size, CHUNK):
+        part = flat[start : start + CHUNK]
+        words = np.zeros((-(-part.size // 8), 8), np.uint64)
+        words.reshape(-1)[: part.size] = part.astype(np.int64) & (2**bits - 1)
+        joined = np.bitwise_or.reduce(words << _shifts(bits), axis=1).astype("<u8")
+        out[start // 8 : start // 8 + len(words)] = joined.view(np.uint8).reshape(-1, 8)[:, :bits]
+    return out.reshape(-1)[: _bytes(flat.size, bits)]
+
+
+def unpack(data: np.ndarray, bits: int, count: int, signed: bool) -> np.ndarray:
+    """The inverse of ``pack``: int8 (signed) or uint8, (count,).  Raises: ValueError for another number of bytes."""
+    if data.size != _bytes(count, bits):
+        raise ValueError(f"{count} codes of {bits} bits take {_bytes(count, bits)} bytes, not {data.size}")
+    out = np.empty(count, np.int8 if signed else np.uint8)
+    sign = 2 ** (bits - 1) if signed else 0
+    for start in range(0, count, CHUNK):
+        part = data[start // 8 * bits :][: CHUNK // 8 * bits]
+        words = np.zeros((-(-part.size // bits), 8), np.uint8)
+        rows = np.zeros(len(words) * bits, np.uint8)
+        rows[: part.size] = part
+        words[:, :bits] = rows.reshape(-1, bits)
+        codes = (words.view("<u8") >> _shifts(bits)).astype(np.int16) & (2**bits - 1)
+        out[start : start + CHUNK] = ((codes ^ sign) - sign).reshape(-1)[: min(CHUNK, count - start)]
+    return out
+
+
+def _bytes(count: int, bits: int) -> int:
+    return (count * bits + 7) // 8
+
+
+def _shifts(bits: int) -> np.ndarray:
+    return np.arange(8, dtype=np.uint64) * np.uint64(bits)

@@ -1,0 +1,26 @@
+"""Run an ONNX file on golden vectors, compare its outputs bit for bit: python check_vectors.py FILE.onnx VECTORS.npz"""
+
+import sys
+
+import numpy as np
+import onnxruntime
+
+
+def main(file: str, vectors: str) -> int:
+    """0 where every output has the bits of the trained model, else 1."""
+    golden = np.load(vectors)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    names = [x.name for x in session.get_inputs()]  # found by name, else in order
+    feeds = {n: golden[f"input/{n}" if f"input/{n}" in golden else f"input/{i}"] for i, n in enumerate(names)}
+    outputs = [np.asarray(y) for y in session.run(None, feeds)]
+    wrong = int(len(outputs) != sum(name.startswith("output/") for name in golden))
+    for i, got in enumerate(outputs):
+        want = golden[f"output/{i}"]
+        equal = got.shape == want.shape and got.dtype == want.dtype and got.tobytes() == want.tobytes()
+        print(f"output {i}: {'equal, bit for bit' if equal else 'DIFFERENT'}")
+        wrong |= not equal
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,114 @@
+"""A packed file as a judge sees it: reloaded into a copy of the model, which runs beside the trained one."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lsquant import nn as lsq_nn
+from lsquant._util.batches import Forward, evaluating, run_batch, take
+from lsquant._util.errors import UsageError
+from lsquant.convert import revert
+from lsquant.export.lowering import array
+from lsquant.export.packed import load_packed, read_packed
+from lsquant.verification.recorder import Call, input_codes, layer_input, recording, samples, watched
+from lsquant.verification.verdict import Check, Tally, Verdict
+
+Modules = dict[str, nn.Module]
+
+
+def verify_packed(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    batches: Iterable[Any],
+    forward: Forward | None,
+    max_batches: int | None,
+) -> Verdict:
+    """As ``verify``, for a file of ``export_packed``.  Raises: as ``load_packed``."""
+    twin = load_packed(revert(copy.deepcopy(model)), path)
+    checks = [compare_packed(model, path)]
+    tallies = [
+        Tally("layers", "input codes, layer by layer"),
+        Tally("layers", "outputs, layer by layer"),
+        Tally("codes", "input codes, end to end"),
+        Tally("outputs", "outputs of the reloaded model"),
+    ]
+    mine, theirs = watched(model), watched(twin)
+    count = total = 0
+    with evaluating(model), evaluating(twin):
+        for batch in take(batches, max_batches):
+            with recording(twin) as got:
+                run_batch(twin, batch, forward)
+            with recording(model) as want, _layer_by_layer(mine, theirs, *tallies[:2]):
+                run_batch(model, batch, forward)
+            if not want:
+                raise UsageError("verify: forward(model, batch) did not call the model")
+            for one, other in zip(got, want, strict=True):
+                for (name, number), (x, _) in other.layers.items():
+                    _add(tallies[2], name, _codes(theirs, one, name, number), _of(mine[name], x))
+                for i, (y, expected) in enumerate(zip(one.outputs, other.outputs, strict=True)):
+                    _add(tallies[3], f"output {i}", y, expected)
+            count, total = count + 1, total + samples(want)
+    checks += [tally.check() for tally in tallies]
+    runtime = f"PyTorch {torch.__version__}, reloaded"
+    return Verdict(os.fspath(path), "packed", runtime, {}, len(mine), count, total, tuple(checks))
+
+
+@contextmanager
+def _layer_by_layer(mine: Modules, theirs: Modules, codes: Tally, outputs: Tally) -> Iterator[None]:
+    """While the block runs every layer's twin is given what the layer is given."""
+
+    def hook(name: str) -> Any:
+        def compare(layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            x = (*args, *kwargs.values())[0]
+            _add(codes, name, _of(theirs[name], x), _of(layer, x))
+            _add(outputs, name, theirs[name](*args, **kwargs), output)
+
+        return compare
+
+    handles = [layer.register_forward_hook(hook(name), with_kwargs=True) for name, layer in mine.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _of(layer: nn.Module, x: Tensor) -> Tensor | None:
+    return input_codes(layer, layer_input(layer, x))
+
+
+def _codes(layers: Modules, call: Call, name: str, number: int) -> Tensor | None:
+    return _of(layers[name], call.layers[name, number][0]) if (name, number) in call.layers else None
+
+
+def _add(tally: Tally, name: str, got: Tensor | None, want: Tensor | None) -> None:
+    if want is not None:
+        tally.add(name, np.zeros(0) if got is None else _array(got), _array(want))
+
+
+def _array(t: Tensor) -> np.ndarray:
+    """NumPy has no bfloat16: its values are compared as float32."""
+    return array(t.float() if t.dtype == torch.bfloat16 else t)
+
+
+def compare_packed(model: nn.Module, path: str | os.PathLike[str]) -> Check:
+    """The level ``weights``: codes, steps and zero points in the file against the trained ones."""
+    tally, stored = Tally("weights", "weight codes, steps and zero points"), read_packed(path).quantizers
+    names = {quantizer: name for name, quantizer in lsq_nn.quantizers(model)}
+    for quantizer, name in names.items():
+        found = stored.get(name)
+        _add(tally, name, found and found.step, quantizer.effective_step())
+        _add(tally, name, found and found.zero_point, quantizer.zero_point())
+    for _, layer in lsq_nn.quantized_layers(model):
+        if layer.weight_quantizer is not None:
+            found = stored.get(names[layer.weight_quantizer])
+            _add(tally, names[layer.weight_quantizer], found and found.codes, layer.integer_weight()[0])
+    return tally.check()
