@@ -1,4 +1,4 @@
-"""Random layers and networks: trained model = integer model = ONNX profile ``exact`` in ONNX Runtime, no bit differs.
+"""Random layers and networks: trained = integer model = packed and reloaded = ONNX ``exact``, no bit differs.
 
 Many seeds share one graph, each with its own input and output, because exporting is slow.  Run one seed alone with
 ``trained_net(seed)`` of random_nets.py.
@@ -21,7 +21,7 @@ from lsquant.export.onnx import onnx_model
 from lsquant.integer import IntegerLayer, integer_model
 from lsquant.verification.recorder import layer_input, recording
 from lsquant.verification.verdict import different
-from random_nets import Side, trained_net
+from random_nets import Net, Side, trained_net
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -39,11 +39,18 @@ def check_equal(first: int, path: Path) -> None:
     assert verdict.plain is not None
     assert verdict.plain.exact, f"seeds {first} to {first + PER_GRAPH - 1}:\n{verdict.plain}"
     assert all(check.compared > 0 for check in verdict.checks)
-    integer = integer_model(side)
-    with torch.no_grad():
-        for (inputs,) in batches:
-            for seed, y, want in zip(range(first, first + PER_GRAPH), integer(inputs), side(inputs), strict=True):
-                assert not different(y.numpy(), want.numpy()).any(), f"integer model, seed {seed}"
+    seeds = range(first, first + PER_GRAPH)
+    lsquant.export_packed(side, path.with_suffix(".packed"))
+    fresh = [Net(seed) for seed in seeds]
+    for one, other in zip(fresh, side.nets, strict=True):
+        for block, trained in zip(one.blocks, other.blocks, strict=True):
+            block.act = trained.act  # may have been exchanged
+    reloaded = lsquant.load_packed(Side(fresh), path.with_suffix(".packed")).eval()
+    for name, other in (("integer model", integer_model(side)), ("packed file", reloaded)):
+        with torch.no_grad():
+            for (inputs,) in batches:
+                for seed, y, want in zip(seeds, other(inputs), side(inputs), strict=True):
+                    assert not different(y.numpy(), want.numpy()).any(), f"{name}, seed {seed}"
 
 
 @pytest.mark.parametrize("first", range(0, 100, PER_GRAPH))
