@@ -161,6 +161,8 @@ lsquant.save(model, "m.safetensors")
 other = lsquant.load(net(), "m.safetensors")
 assert torch.equal(other.eval()(x), model.eval()(x))
 assert list(lsquant.integer_weights(model)) == ["0", "5", "6"]
+lsquant.export_packed(model, "p.safetensors")
+assert lsquant.verify(model, "p.safetensors", [x]).exact
 for use, extra in (
     (lambda: lsquant.export_onnx(model, "m.onnx", x), "lsquant[onnx]"),
     (lambda: lsquant.verify(model, "m.onnx", [x]), "lsquant[onnx]"),
