@@ -173,7 +173,7 @@ def test_size():
     tasks = sum(size for file, size in sizes.items() if part(file) == "tasks")
     whole = sum(sizes.values())
     assert core <= 2840, f"the core has {core} lines of code"
-    assert whole <= 7600, f"the package has {whole} lines of code"
+    assert whole <= 9500, f"the package has {whole} lines of code"
     assert tasks <= 0.15 * whole, f"tasks/ has {tasks} of {whole} lines"
     for file in FILES:
         total = len(file.read_text().splitlines())
