@@ -12,7 +12,7 @@ import torch
 
 import oracle
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Case:
             v = np.where(towards == 0, v, np.nextafter(v, towards)).astype(np.float32)
             return np.where(np.abs(v) < 1e-30, np.float32(0), v)  # no denormals
         if self.values == "huge":  # v/s overflows float32, beside ordinary values and zeros of both signs
-            limit = {"float32": 3.3e38, "bfloat16": 3.3e38, "float16": 6.5e4}[self.dtype]
+            limit = 6.5e4 if self.dtype == "float16" else 3.3e38
             big = np.where(rng.integers(0, 2, self.shape) > 0, limit, -limit).astype(np.float32)
             usual = (rng.standard_normal(self.shape) * s64 * q_max).astype(np.float32)
             choice = [big, usual, np.float32(0.0), np.float32(-0.0)]
@@ -207,7 +207,7 @@ def _zero_points() -> list[Case]:
 
 def _types() -> list[Case]:
     cases = []
-    for dtype in ("bfloat16", "float16"):
+    for dtype in ("bfloat16", "float16", "float64"):
         for values in ("normal", "ties", "boundaries", "huge"):
             cases.append(Case(f"{dtype}-{values}", dtype=dtype, values=values, shape=(9, 40)))
         cases += [

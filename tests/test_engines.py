@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lsquant
+import oracle
+from engines import assert_same
 from lsquant import kernels, ops
+from test_layers import array, expected, ready
 
 needs_cpp = pytest.mark.skipif(bool(kernels.why_not("cpp")), reason="the C++ engine cannot be built here")
 
@@ -223,3 +226,45 @@ def test_layers_have_the_same_bits_for_any_number_of_threads() -> None:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- float64
+
+
+@pytest.mark.parametrize("engine", ["eager", "cpp"])
+def test_float64_is_quantized_in_float32(engine: str) -> None:
+    x = torch.randn(3, 40, dtype=torch.float64).requires_grad_()
+    step, upstream = torch.tensor([0.3], requires_grad=True), torch.randn(3, 40, dtype=torch.float64)
+    y = lsquant.fake_quantize(x, step, -8, 7, 0.5)
+    of_x, of_step = torch.autograd.grad(y, [x, step], upstream)
+    case = (array(x), array(step), -8, 7)
+    assert_same(y.detach(), torch.tensor(oracle.fake_quantize(*case)).double())
+    assert_same(of_x, torch.tensor(oracle.element_gradient(array(upstream), *case)).double())
+    assert of_step.item() == pytest.approx(oracle.step_gradient(array(upstream), *case, 0.5)[0][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["eager", "cpp"])
+def test_a_model_in_float64(engine: str) -> None:
+    """Outputs and gradients are the oracle's for the values rounded to float32."""
+    conv, head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8 * 25, 4)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    model = ready(nn.Sequential(conv, nn.ReLU(), nn.Flatten(), head).double(), x)
+    layers, y = (model[0], model[3]), model(x)
+    hidden = expected(layers[0], x).double()
+    inputs = (x, hidden.relu().flatten(1))
+    assert_same(model[0](x).detach(), hidden)
+    assert_same(y.detach(), expected(layers[1], inputs[1]).double())
+
+    y.square().sum().backward()
+    cases = [[(array(v), array(q.step), q.q_min, q.q_max) for v, q in ((x, layer.input_quantizer),
+             (layer.weight, layer.weight_quantizer))] for x, layer in zip(inputs, layers, strict=True)]  # fmt: skip
+    hats = [[torch.tensor(oracle.fake_quantize(*case)).double() for case in pair] for pair in cases]
+    up = 2 * y.detach()
+    of_hidden = torch.tensor(oracle.element_gradient(up @ hats[1][1], *cases[1][0])).reshape(hidden.shape)
+    hats[0][1].requires_grad_()
+    F.conv2d(hats[0][0], hats[0][1], padding=1).backward(of_hidden * (hidden > 0))
+    for layer, case, of_hat in zip(layers, cases, (hats[0][1].grad, up.t() @ hats[1][0]), strict=True):
+        wanted = torch.tensor(oracle.element_gradient(of_hat, *case[1])).double()
+        assert wanted.abs().max() > 0.1
+        assert (layer.weight.grad - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        assert {q.step.grad.dtype for q in layer.own_quantizers()} == {torch.float32}

@@ -1,7 +1,7 @@
 """Engines: nothing but arithmetic.  One table from name to lazily imported module, and the choice between them.
 
 Every engine has ``quantize`` and ``quantize_backward``; what else one has (``fake_quantize``, ``linear``,
-``convolution``, ``weight_gradient``) is used where it fits and replaced by floating point over codes where not.
+``convolution``, ``weight_gradient``, ``input_gradient``) is used where it fits, else floating point over codes serves.
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ from types import ModuleType, TracebackType
 import torch
 
 from lsquant._util.errors import UsageError
+from lsquant.kernels import eager
 
 ENGINES = {"eager": "lsquant.kernels.eager", "cpp": "lsquant.kernels.cpp", "triton": "lsquant.kernels.triton"}
 PREFERRED = {"cpu": ("cpp", "eager"), "cuda": ("triton", "eager")}  # by device; eager serves everywhere
+TYPES = (torch.float32, torch.bfloat16, torch.float16)  # of input that the fused engines take
 VARIABLE = "LSQUANT_ENGINE"  # forces an engine, as use_engine does
 
 _forced: str | None = os.environ.get(VARIABLE) or None
 _chosen: dict[str, ModuleType] = {}
 
 
-def engine(device: str = "cpu") -> ModuleType:
+def engine(device: str = "cpu", dtype: torch.dtype = torch.float32) -> ModuleType:
     """The module of the engine for tensors on ``device`` ("cpu", "cuda"): the forced one, else the first that runs.
 
+    Other types than ``TYPES`` (float64) are left to plain PyTorch.
     Raises: UsageError naming the reason when the forced one cannot run.
     """
+    if dtype not in TYPES:
+        return eager
     found = _chosen.get(device)
     found = visible(device) if found is None else found
     return found if found is not None else _choose(device)

@@ -48,12 +48,16 @@ def _axis(w_step: Tensor, group_size: int | None) -> int | None:
     return 0 if group_size is None and w_step.numel() > 1 else None
 
 
+def _engine(x: Tensor, weight: Tensor) -> Any:
+    return engine(x.device.type, torch.promote_types(x.dtype, weight.dtype))
+
+
 def _forward(x_args: Sequence[Any], w_args: Sequence[Any], bias: Tensor | None, group_size: int | None,
              conv: Sequence[Any], out_dtype: torch.dtype | None) -> Tensor:  # fmt: skip
     x, x_step, x_offset, x_min, x_max, _ = x_args
     weight, w_step, w_min, w_max, _ = w_args
     y = None
-    if group_size is None and (fused := getattr(engine(x.device.type), "convolution" if conv else "linear", None)):
+    if group_size is None and (fused := getattr(_engine(x, weight), "convolution" if conv else "linear", None)):
         y = fused(*x_args[:5], weight, w_step, w_min, w_max, bias, *([conv] if conv else []))
     if y is not None:
         return y.to(out_dtype or x.dtype)
@@ -81,7 +85,7 @@ def _backward(
     w_layout = (_axis(w_step, group_size), group_size, None, None)
     dtype = low or torch.float32
     empty, up = x_step.new_empty(0), grad.to(dtype)
-    kernels = engine(x.device.type)
+    kernels = _engine(x, weight)
     grad_x: Tensor | None = None
     grad_w: Tensor | None = None
     if conv and group_size is None and low is None and (fused := getattr(kernels, "weight_gradient", None)):

@@ -27,12 +27,13 @@ def _rest(
 
 
 def _forward(x, step, q_min, q_max, _, axis, group_size, *zero):  # type: ignore[no-untyped-def]
-    return laid_out_like(engine(x.device.type).quantize(x, step, q_min, q_max, axis, group_size, *_rest(*zero)), x)
+    quantize = engine(x.device.type, x.dtype).quantize
+    return laid_out_like(quantize(x, step, q_min, q_max, axis, group_size, *_rest(*zero)), x)
 
 
 def _backward(grad, x, step, q_min, q_max, scale, axis, group_size, *zero):  # type: ignore[no-untyped-def]
-    kind = (axis, group_size, *_rest(*zero))
-    grad_x, grad_step, grad_offset = engine(x.device.type).quantize_backward(grad, x, step, q_min, q_max, scale, *kind)
+    kind, kernels = (axis, group_size, *_rest(*zero)), engine(x.device.type, x.dtype)
+    grad_x, grad_step, grad_offset = kernels.quantize_backward(grad, x, step, q_min, q_max, scale, *kind)
     return laid_out_like(grad_x, x), grad_step, step.new_empty(0) if grad_offset is None else grad_offset
 
 
@@ -92,7 +93,7 @@ def fake_quantize(
 ) -> Tensor:
     """``(clip(round(x / s) + z, q_min, q_max) - z) * s``, differentiable in x, step and offset as LSQ defines it.
 
-    x: any shape, float32, bfloat16 or float16 (computed in float32).
+    x: any shape, float32, bfloat16, float16, or float64, slowly (computed in float32).
     step: (1,), (x.shape[axis],) or (groups,) float32, > 0, already guarded; groups are runs of ``group_size`` along the
     dimensions after the first, row-major.
     gradient_scale: g, multiplies the gradients of step and offset.
@@ -115,7 +116,7 @@ def fake_quantize(
     args = (x, step, q_min, q_max, gradient_scale, axis, group_size, fixed, tensor, offset)
     if type(x) in _PLAIN and not torch.compiler.is_compiling():
         # derivative in C++: the Python one costs more than the arithmetic on small tensors
-        return getattr(engine(x.device.type), "fake_quantize", _op)(*args)
+        return getattr(engine(x.device.type, x.dtype), "fake_quantize", _op)(*args)
     if visible(x.device.type) is not None:
         return _Visible.apply(*args)
     return _op(*args)

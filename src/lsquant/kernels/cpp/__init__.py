@@ -19,8 +19,6 @@ from lsquant.kernels.cpp.build import CannotBuild, library
 from lsquant.kernels.eager import convolution_sums as convolution_sums
 from lsquant.kernels.eager import linear_sums as linear_sums
 
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 @cache
 def why_not() -> str:
@@ -81,8 +79,7 @@ def quantize_backward(
 def _fits(x: Tensor, weight: Tensor, x_min: int, x_max: int, w_min: int, w_max: int) -> bool:
     """Whether codes fit 8 bits and sums int32, with the correction of the shift."""
     top = (x_max - x_min) * max(abs(w_min), abs(w_max))
-    types = x.dtype in _TYPES and weight.dtype in _TYPES
-    return types and x_max - x_min < 256 and weight[0].numel() * top < 2**30 and x.numel() > 0
+    return x_max - x_min < 256 and weight[0].numel() * top < 2**30 and x.numel() > 0
 
 
 def linear(x: Tensor, x_step: Tensor, x_offset: Tensor | None, x_min: int, x_max: int, weight: Tensor, w_step: Tensor,
@@ -112,7 +109,7 @@ def convolution(
 def weight_gradient(grad: Tensor, x: Tensor, x_step: Tensor, x_offset: Tensor | None, x_min: int, x_max: int,
                     weight: Tensor, conv: Sequence[Any]) -> Tensor | None:  # fmt: skip
     """The gradient of a convolution's dequantized weight, float32, from the float input; None where it does not fit."""
-    if not (_plain(x, conv) and x.dtype in _TYPES and x.numel() and weight.numel() <= 2**17):
+    if not (_plain(x, conv) and x.numel() and weight.numel() <= 2**17):
         return None
     kernel = list(weight.shape[2:])
     return torch.ops.lsquant_cpp.weight_gradient(grad, x, x_step, x_offset, x_min, x_max, kernel, *conv[:3])
