@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lsquant._util.errors import UsageError
 from lsquant._util.optional import require
-from lsquant.integer import FrozenQuantizer, IntegerConv2d, IntegerLayer
+from lsquant.integer import FrozenQuantizer, IntegerConv, IntegerLayer
 
 FLOAT = 1  # onnx.TensorProto.FLOAT
 
@@ -117,7 +117,7 @@ def _exact(graph: Graph, layer: IntegerLayer, facts: Facts, name: str) -> None:
     dtype = np.uint8 if wide else np.int8
     stored = (array(codes).astype(np.int16) + facts.weight_offset).astype(dtype)
     weight_point = graph.constant(f"{dtype.__name__}_{facts.weight_offset}", dtype(facts.weight_offset))
-    if isinstance(layer, IntegerConv2d):
+    if isinstance(layer, IntegerConv):
         if layer.group_size is not None:
             raise UsageError(
                 f"{name}: a convolution with group-wise weight steps has no exact form in ONNX; "
@@ -186,7 +186,7 @@ def _add_bias(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, y: str
         graph.nodes[-1].output[0] = facts.output
         return
     values = array(layer.bias)
-    shaped = values.reshape(-1, 1, 1) if isinstance(layer, IntegerConv2d) else values
+    shaped = values.reshape(-1, 1, 1) if isinstance(layer, IntegerConv) else values
     graph.node("Add", [y, graph.constant(f"{name}.bias", shaped)], facts.output, "Add_bias")
 
 
@@ -194,12 +194,13 @@ def _per_channel(values: np.ndarray) -> np.ndarray:
     return values.reshape(()) if values.size == 1 else values.reshape(-1, 1, 1)
 
 
-def _geometry(layer: IntegerConv2d) -> dict[str, Any]:
-    top, bottom, left, right = layer.node_padding
+def _geometry(layer: IntegerConv) -> dict[str, Any]:
+    """Attributes of a convolution, in any of ONNX' operators."""
+    before, after = zip(*layer.node_padding, strict=True)
     return {
-        "kernel_shape": layer.kernel,
+        "kernel_shape": layer.kernel_size,
         "strides": layer.stride,
-        "pads": [top, left, bottom, right],
+        "pads": [*before, *after],
         "dilations": layer.dilation,
         "group": layer.groups,
     }
@@ -272,7 +273,7 @@ def _qdq(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, rank: int) 
         standard = layer.codes is not None
         x = dequantize(graph, codes, layer.input, name, f"{graph.prefix}/dequantized", rank, standard)
     product = f"{graph.prefix}/product"
-    if isinstance(layer, IntegerConv2d):
+    if isinstance(layer, IntegerConv):
         graph.node("Conv", [x, _weight(graph, layer, facts, name, transposed=False)], product, **_geometry(layer))
     elif rank == 2:
         graph.node("Gemm", [x, _weight(graph, layer, facts, name, transposed=False)], product, transB=1)

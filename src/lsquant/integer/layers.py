@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lsquant import nn as lsq_nn
 from lsquant import ops, reference
 
 Marker = str | None
@@ -99,15 +100,15 @@ class IntegerLayer(nn.Module):
         """What is done to the input before it is quantized: nothing, or the padding of a non-zero padding mode."""
         return x
 
-    def output_shape(self, x: Tensor) -> tuple[Any, ...]:
+    def output_shape(self, x: Tensor, *extra: Any) -> tuple[Any, ...]:
         """Shape of the output for an input that went through ``before``."""
         raise NotImplementedError
 
-    def sums(self, codes_x: Tensor, codes_w: Tensor, bound: int) -> Tensor:
+    def sums(self, codes_x: Tensor, codes_w: Tensor, bound: int, *extra: Any) -> Tensor:
         """The output from centred codes, ``fl(fl(acc * scale) + b)``."""
         raise NotImplementedError
 
-    def in_float(self, x: Tensor, weight: Tensor) -> Tensor:
+    def in_float(self, x: Tensor, weight: Tensor, *extra: Any) -> Tensor:
         """The float layer, for layers of which only one side is quantized."""
         raise NotImplementedError
 
@@ -130,83 +131,96 @@ class IntegerLayer(nn.Module):
         terms = self.group_size or self.codes[0].numel()
         return terms * max(abs(low), abs(high)) * max(abs(q) for q in self.weight_bounds)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, *extra: Any) -> Tensor:
+        """extra: what else ``sums`` and the others of this kind of layer need."""
         x = self.before(input)
         if self.marker is not None:
-            return mark("Layer", x, self.marker, self.output_shape(x))
+            return mark("Layer", x, self.marker, self.output_shape(x, *extra))
         if self.scale is None or self.codes is None or self.input is None:
-            return self.in_float(x if self.input is None else self.input(x), self.weight_values())
-        return self.sums(self.input.centred_codes(x), self.codes.to(torch.float32), self.bound())
+            return self.in_float(x if self.input is None else self.input(x), self.weight_values(), *extra)
+        return self.sums(self.input.centred_codes(x), self.codes.to(torch.float32), self.bound(), *extra)
 
 
 class IntegerLinear(IntegerLayer):
     """``nn.Linear`` over codes; with groups, the sums of the groups are added in float32 in their order."""
 
-    def output_shape(self, x: Tensor) -> tuple[Any, ...]:
+    def output_shape(self, x: Tensor, *extra: Any) -> tuple[Any, ...]:
         weight = self.codes if self.codes is not None else self.weight
         assert weight is not None
         return (*x.shape[:-1], weight.shape[0])
 
-    def sums(self, codes_x: Tensor, codes_w: Tensor, bound: int) -> Tensor:
+    def sums(self, codes_x: Tensor, codes_w: Tensor, bound: int, *extra: Any) -> Tensor:
         assert self.scale is not None
         return ops.linear_of_codes(codes_x, codes_w, self.scale, self.bias, bound, self.group_size)
 
-    def in_float(self, x: Tensor, weight: Tensor) -> Tensor:
+    def in_float(self, x: Tensor, weight: Tensor, *extra: Any) -> Tensor:
         return F.linear(x, weight, self.bias)
 
 
-class IntegerConv2d(IntegerLayer):
-    """``nn.Conv2d`` over codes.  padding: (top, bottom, left, right) in elements, of code z."""
+class IntegerConv(IntegerLayer):
+    """A convolution of one to three dimensions over codes, transposed or not.
 
-    def __init__(self, *args: Any, source: nn.Conv2d) -> None:
+    codes, weight: rows (out, in / groups, *kernel), also when transposed.  padding: (before, after) of each dimension,
+    in elements, of code z.
+    """
+
+    def __init__(self, *args: Any, source: Any) -> None:
         super().__init__(*args)
-        self.stride, self.dilation, self.groups = list(source.stride), list(source.dilation), source.groups
-        self.kernel, self.padding_mode = list(source.kernel_size), source.padding_mode
+        self.kernel_size, self.stride, self.dilation = source.kernel_size, source.stride, source.dilation
+        self.transposed, self.groups, self.padding_mode = source.transposed, source.groups, source.padding_mode
+        self.output_padding = source.output_padding
         if source.padding == "same":
-            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True)]
-            self.padding = (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
+            total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+            self.padding = [(t // 2, t - t // 2) for t in total]
         else:
-            rows, columns = (0, 0) if source.padding == "valid" else source.padding  # type: ignore[misc]
-            self.padding = (int(rows), int(rows), int(columns), int(columns))
+            pads = [0] * len(self.kernel_size) if source.padding == "valid" else source.padding
+            self.padding = [(int(p), int(p)) for p in pads]
 
     @property
-    def node_padding(self) -> tuple[int, int, int, int]:
+    def node_padding(self) -> list[tuple[int, int]]:
         """The zero padding that remains to be done by the convolution itself."""
-        return self.padding if self.padding_mode == "zeros" else (0, 0, 0, 0)
+        return self.padding if self.padding_mode == "zeros" else [(0, 0)] * len(self.padding)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) if input.dim() == 4 else super().forward(input.unsqueeze(0)).squeeze(0)
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        batched = input.dim() == len(self.kernel_size) + 2
+        x = input if batched else input.unsqueeze(0)
+        extra = list(lsq_nn.output_padding(self, x, output_size)) if self.transposed else [0] * len(self.padding)
+        y = super().forward(x, extra)
+        return y if batched else y.squeeze(0)
 
     def before(self, x: Tensor) -> Tensor:
-        if self.padding_mode == "zeros":
-            return x
-        top, bottom, left, right = self.padding
-        return F.pad(x, (left, right, top, bottom), mode=self.padding_mode)
+        return x if self.padding_mode == "zeros" else F.pad(x, _flat(self.padding), mode=self.padding_mode)
 
-    def output_shape(self, x: Tensor) -> tuple[Any, ...]:
+    def output_shape(self, x: Tensor, extra: list[int]) -> tuple[Any, ...]:
         weight = self.codes if self.codes is not None else self.weight
         assert weight is not None
-        top, bottom, left, right = self.node_padding
-        size = [x.shape[-2] + top + bottom, x.shape[-1] + left + right]
-        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel, strict=True)]
-        spatial = [(n - r) // s + 1 for n, r, s in zip(size, reach, self.stride, strict=True)]
-        return (*x.shape[:-3], weight.shape[0], *spatial)
+        sides = zip(x.shape[2:], self.node_padding, self.kernel_size, self.dilation, self.stride, extra, strict=True)
+        if self.transposed:
+            spatial = [(n - 1) * s - a - b + d * (k - 1) + 1 + e for n, (a, b), k, d, s, e in sides]
+        else:
+            spatial = [(n + a + b - d * (k - 1) - 1) // s + 1 for n, (a, b), k, d, s, _ in sides]
+        return (x.shape[0], weight.shape[0], *spatial)
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        top, bottom, left, right = self.node_padding
-        if top == bottom and left == right:
-            return x, [top, left]
-        return F.pad(x, (left, right, top, bottom)), [0, 0]
+    def _operands(self, x: Tensor, extra: list[int]) -> tuple[Tensor, list[Any]]:
+        """The input, padded where sides differ, and the arguments of torch.convolution after the bias."""
+        padding = [a for a, _ in self.node_padding]
+        if any(a != b for a, b in self.node_padding):
+            x, padding = F.pad(x, _flat(self.node_padding)), [0] * len(padding)
+        return x, [self.stride, padding, self.dilation, self.transposed, extra, self.groups]
 
-    def sums(self, codes_x: Tensor, codes_w: Tensor, bound: int) -> Tensor:
+    def sums(self, codes_x: Tensor, codes_w: Tensor, bound: int, extra: list[int]) -> Tensor:
         assert self.scale is not None
-        x, padding = self._padded(codes_x)
-        geometry = (self.stride, padding, self.dilation, False, [0, 0], self.groups)
-        return ops.convolution_of_codes(x, codes_w, self.scale, self.bias, bound, *geometry, self.group_size)
+        x, conv = self._operands(codes_x, extra)
+        return ops.convolution_of_codes(x, codes_w, self.scale, self.bias, bound, *conv, group_size=self.group_size)
 
-    def in_float(self, x: Tensor, weight: Tensor) -> Tensor:
-        x, padding = self._padded(x)
-        return F.conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+    def in_float(self, x: Tensor, weight: Tensor, extra: list[int]) -> Tensor:
+        x, conv = self._operands(x, extra)
+        return torch.convolution(x, ops.arranged(weight, conv), self.bias, *conv)
+
+
+def _flat(sides: list[tuple[int, int]]) -> list[int]:
+    """As F.pad takes them, the last dimension first."""
+    return [side for pair in reversed(sides) for side in pair]
 
 
 class IntegerBatchNorm(nn.Module):

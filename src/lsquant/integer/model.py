@@ -9,8 +9,10 @@ from torch import nn
 
 from lsquant import nn as lsq_nn
 from lsquant._util.errors import UsageError
-from lsquant.integer.layers import FrozenQuantizer, IntegerBatchNorm, IntegerConv2d, IntegerLayer, IntegerLinear
+from lsquant.integer.layers import FrozenQuantizer, IntegerBatchNorm, IntegerConv, IntegerLayer, IntegerLinear
 from lsquant.quantizer import Quantizer
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def integer_model(model: nn.Module) -> nn.Module:
@@ -44,23 +46,24 @@ def freeze_quantizer(name: str, quantizer: Quantizer) -> FrozenQuantizer:
 
 
 def freeze_layer(name: str, layer: Any) -> IntegerLayer:
-    """The frozen counterpart of a QuantLinear or QuantConv2d."""
+    """The frozen counterpart of a quantized Linear or convolution."""
     weights: Quantizer | None = layer.weight_quantizer
     codes, step, bounds, group_size = None, None, (0, 0), None
     label = name or type(layer).__name__
     if weights is not None:
         _check_weights(f"{label}.weight_quantizer", weights)
         codes, step, zero_point = layer.integer_weight()
+        codes = layer.rearranged(codes)
         if zero_point is not None:
             raise UsageError(f"{label}: weights with a zero point (offset=True) have no integer model yet")
         bounds, group_size = (weights.q_min, weights.q_max), weights.spec.group_size
     inputs = layer.input_quantizer
     frozen = None if inputs is None else freeze_quantizer(f"{label}.input_quantizer", inputs)
-    common = (frozen, codes, step, bounds, layer.weight if weights is None else None, layer.bias, group_size)
+    common = (frozen, codes, step, bounds, layer.rows() if weights is None else None, layer.bias, group_size)
     if isinstance(layer, nn.Linear):
         return IntegerLinear(*common)
-    if isinstance(layer, nn.Conv2d):
-        return IntegerConv2d(*common, source=layer)
+    if isinstance(layer, CONVOLUTIONS):
+        return IntegerConv(*common, source=layer)
     kind = type(layer).__name__.removeprefix("Quant")
     raise UsageError(
         f"{label}: {kind} cannot be exported yet; leave it in floating point before training: skip=[{label!r}]"

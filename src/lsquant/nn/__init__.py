@@ -23,6 +23,7 @@ from lsquant.nn.matmul import QuantConvTranspose1d as QuantConvTranspose1d
 from lsquant.nn.matmul import QuantConvTranspose2d as QuantConvTranspose2d
 from lsquant.nn.matmul import QuantConvTranspose3d as QuantConvTranspose3d
 from lsquant.nn.matmul import QuantLinear as QuantLinear
+from lsquant.nn.matmul import output_padding as output_padding
 from lsquant.nn.norm import ExactBatchNorm as ExactBatchNorm
 from lsquant.nn.norm import ExactBatchNorm2d as ExactBatchNorm2d
 from lsquant.nn.pool import ExactAdaptiveAvgPool2d as ExactAdaptiveAvgPool2d

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,23 +109,25 @@ class _QuantConvTranspose(_QuantConv):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         batched = input.dim() == self.weight.dim()
         x = input if batched else input.unsqueeze(0)
-        y = self.convolve(x, self._pads(), True, self._extra(x, output_size))
+        y = self.convolve(x, self._pads(), True, output_padding(self, x, output_size))
         return y if batched else y.squeeze(0)
 
     def _pads(self) -> tuple[int, ...]:
         return tuple(int(p) for p in self.padding)
 
-    def _extra(self, x: Tensor, output_size: list[int] | None) -> Sequence[int]:
-        """``output_padding``, or what reaches the wanted output size.  Raises UsageError for a size out of reach."""
-        if output_size is None:
-            return self.output_padding
-        wanted = list(output_size)[-(x.dim() - 2) :]
-        geometry = zip(x.shape[2:], self.stride, self._pads(), self.dilation, self.kernel_size, strict=True)
-        least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in geometry]
-        extra = [w - n for w, n in zip(wanted, least, strict=True)]
-        if any(not 0 <= e < s for e, s in zip(extra, self.stride, strict=True)):
-            raise UsageError(f"output_size={wanted} is out of reach, the smallest is {least}, stride {self.stride}")
-        return extra
+
+def output_padding(layer: Any, x: Tensor, output_size: list[int] | None) -> Sequence[int]:
+    """A transposed convolution's own, or what reaches ``output_size``.  Raises UsageError for a size out of reach."""
+    if output_size is None:
+        return layer.output_padding
+    wanted = list(output_size)[-(x.dim() - 2) :]
+    pads = [p if isinstance(p, int) else p[0] for p in layer.padding]
+    geometry = zip(x.shape[2:], layer.stride, pads, layer.dilation, layer.kernel_size, strict=True)
+    least = [(n - 1) * s - 2 * p + d * (k - 1) + 1 for n, s, p, d, k in geometry]
+    extra = [w - n for w, n in zip(wanted, least, strict=True)]
+    if any(not 0 <= e < s for e, s in zip(extra, layer.stride, strict=True)):
+        raise UsageError(f"output_size={wanted} is out of reach, the smallest is {least}, stride {layer.stride}")
+    return extra
 
 
 class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d):
