@@ -144,10 +144,10 @@ struct Product {
   const float* bias_data;
   Product(const Tensor& weight, int64_t taps, const Tensor& w_step, int64_t w_min, int64_t w_max, const Tensor& x_step,
           int64_t x_range, const optional<Tensor>& b)
-      : packed(weight.size(0), taps, weight.size(1)), scale(at::mul(x_step, w_step).contiguous()),
+      : packed(weight.size(0), taps, weight.size(1), x_range, w_min, w_max), scale(at::mul(x_step, w_step).contiguous()),
         bias(b ? b->to(at::kFloat).contiguous() : Tensor()), bias_data(b ? bias.const_data_ptr<float>() : nullptr) {
     const Tensor step = w_step.contiguous();
-    pack(type_of(weight), weight.const_data_ptr(), {step.const_data_ptr<float>(), step.numel(), w_min, w_max}, x_range, packed);
+    pack(type_of(weight), weight.const_data_ptr(), {step.const_data_ptr<float>(), step.numel(), w_min, w_max}, packed);
   }
 };
 

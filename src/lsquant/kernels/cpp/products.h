@@ -18,19 +18,18 @@ struct WeightGrid {
   int64_t steps, q_min, q_max;
 };
 
-// 8-bit weights in the order in which they are read: [panel][word of 4 inputs][16 outputs][4]
+// weights in the order in which they are read: [panel][word][16 outputs][`per` inputs], a word is 4 bytes of input
 struct Packed {
-  int64_t out, taps, channels, padded, panels, words;
-  bool split = false;  // w = 2 high + low
-  int64_t chain = 1, low_chain = 1;
-  Buffer<int8_t> high, low;
+  int64_t out, taps, channels, panels, padded, words, chain, per;
+  bool wide = false;  // 16 bits a code
+  Buffer<int8_t> codes{0};
   Buffer<int32_t> sum;
   Buffer<bool> bad;
-  Packed(int64_t out, int64_t taps, int64_t channels);
+  Packed(int64_t out, int64_t taps, int64_t channels, int64_t x_range, int64_t w_min, int64_t w_max);
 };
 
 // weight: (out, taps, channels), contiguous; x_range: q_max - q_min of the input
-void pack(Type type, const void* weight, const WeightGrid&, int64_t x_range, Packed&);
+void pack(Type type, const void* weight, const WeightGrid&, Packed&);
 
 // y = fl(fl(acc * scale) + bias), float32
 void forward(Type type, const void* x, const Shape&, const InputGrid&, const Packed&, const float* scale, const float* bias, float* y);
