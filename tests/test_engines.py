@@ -195,6 +195,26 @@ def test_the_gradient_of_a_convolutions_input(shape: tuple) -> None:
     assert (got.double() - x64.grad).abs().max() <= 1e-6 * x64.grad.abs().max() * 8
 
 
+@pytest.mark.parametrize("engine", ["eager", pytest.param("cpp", marks=needs_cpp)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(4, 5), (3, 16, 6, 6), (70, 128, 2, 2), (2, 7, 5), (2, 3, 4, 5, 6), (0, 4, 2, 2)])
+def test_batch_norm_in_eval_mode_rounds_twice(shape: tuple, dtype: torch.dtype, engine: str) -> None:
+    x, alpha, beta = torch.randn(shape).to(dtype), torch.randn(shape[1]), torch.randn(shape[1])
+    place = (-1, *[1] * (len(shape) - 2))
+    a, b = (t.numpy().reshape(place) for t in (alpha, beta))
+    product = x.float().numpy() * a  # NumPy rounds every operation by itself
+    wanted = torch.from_numpy(product + b).to(dtype)
+    layouts = [x, x.transpose(0, -1).contiguous().transpose(0, -1)]
+    if x.dim() == 4:
+        layouts.append(x.contiguous(memory_format=torch.channels_last))
+    with lsquant.use_engine(engine):
+        for given in layouts:
+            y = ops.scale_shift(given, alpha, beta)
+            assert y.dtype == dtype
+            assert y.stride() == torch.empty_like(given).stride()
+            assert_same(y, wanted)
+
+
 @needs_cpp
 def test_layers_have_the_same_bits_for_any_number_of_threads() -> None:
     x = torch.randn(9, 20, 14, 14).contiguous(memory_format=torch.channels_last)

@@ -1,7 +1,8 @@
 """Engines: nothing but arithmetic.  One table from name to lazily imported module, and the choice between them.
 
-Every engine has ``quantize`` and ``quantize_backward``; what else one has (``fake_quantize``, ``linear``,
-``convolution``, ``weight_gradient``, ``input_gradient``) is used where it fits, else floating point over codes serves.
+Every engine has ``quantize`` and ``quantize_backward``; what else one has (``fake_quantize``, ``scale_shift``,
+``linear``, ``convolution``, ``weight_gradient``, ``input_gradient``) is used where it fits, else floating point over
+codes serves.
 """
 
 from __future__ import annotations

@@ -76,6 +76,11 @@ def quantize_backward(
     return grad_x, grad_step, None if offset is None else grad_offset
 
 
+def scale_shift(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """``fl(fl(x * alpha) + beta)`` in x's dtype and strides.  x: (batch, C, ...); alpha, beta: (C,) float32."""
+    return torch.ops.lsquant_cpp.scale_shift(x, alpha, beta)
+
+
 def _fits(x: Tensor, weight: Tensor, x_min: int, x_max: int, w_min: int, w_max: int) -> bool:
     """Whether codes fit 8 bits and sums int32, with the correction of the shift."""
     top = (x_max - x_min) * max(abs(w_min), abs(w_max))

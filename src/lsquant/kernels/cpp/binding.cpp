@@ -79,6 +79,15 @@ Tensor quantize_cpu(QUANTIZER_ARGUMENTS) {
   return group_size && !x.is_contiguous() ? at::empty_like(x).copy_(y) : y;
 }
 
+// fl(fl(x alpha) + beta) with a constant of each per channel, dimension 1
+Tensor scale_shift_cpu(const Tensor& x, const Tensor& alpha, const Tensor& beta) {
+  const Tensor from = dense(x, false), a = alpha.contiguous(), b = beta.contiguous();
+  Tensor y = at::empty_like(from);
+  scale_shift(type_of(x), from.const_data_ptr(), y.mutable_data_ptr(), layout_of(from, a.numel(), 1, std::nullopt),
+              a.const_data_ptr<float>(), b.const_data_ptr<float>());
+  return y;
+}
+
 // grad may be float32 where x is not; `reuse`: its memory becomes the input's gradient if it can
 Tensors backward_of(const Tensor& grad, QUANTIZER_ARGUMENTS, bool reuse) {
   const Quantizer q(step, q_min, q_max, fixed_zero, zero_point, offset);
@@ -292,6 +301,7 @@ TORCH_LIBRARY(lsquant_cpp, m) {
   m.def("fake_quantize(" QUANTIZER_SCHEMA ") -> Tensor", tags);
   m.def("fake_quantize_backward(Tensor grad, " QUANTIZER_SCHEMA ") -> (Tensor, Tensor, Tensor)", tags);
   m.def("fake_quantize_backward_reusing(Tensor grad, " QUANTIZER_SCHEMA ") -> (Tensor, Tensor, Tensor)");
+  m.def("scale_shift(Tensor x, Tensor alpha, Tensor beta) -> Tensor");
   m.def("convolution(" INPUT_SCHEMA ", Tensor weight, Tensor w_step, int w_min, int w_max, Tensor? bias, int[] stride, "
         "int[] padding, int[] dilation) -> Tensor");
   m.def("linear(" INPUT_SCHEMA ", Tensor weight, Tensor w_step, int w_min, int w_max, Tensor? bias) -> Tensor");
@@ -303,6 +313,7 @@ TORCH_LIBRARY_IMPL(lsquant_cpp, CPU, m) {
   m.impl("fake_quantize", quantize_cpu);
   m.impl("fake_quantize_backward", quantize_backward_cpu);
   m.impl("fake_quantize_backward_reusing", quantize_backward_reusing);
+  m.impl("scale_shift", scale_shift_cpu);
   m.impl("convolution", convolution_cpu);
   m.impl("linear", linear_cpu);
   m.impl("weight_gradient", weight_gradient_cpu);

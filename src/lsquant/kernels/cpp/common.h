@@ -100,6 +100,7 @@ struct Grid {  // one quantizer; z is added to round(v / s)
 };
 
 void quantize(Type type, const void* x, void* y, const Layout&, const Grid&);
+void scale_shift(Type type, const void* x, void* y, const Layout&, const float* alpha, const float* beta);
 void quantize_backward(Type grad_type, const void* grad, Type type, const void* x, Type out_type, void* grad_x,
                        const Layout&, const Grid&, double* grad_step, double* grad_offset);
 

@@ -1,5 +1,5 @@
 // The staircase and its gradients: one read and one write forward; backward reads input and upstream gradient once and
-// writes the input's gradient once.  docs/mathematics.md, (M2) to (M6) and (M10).
+// writes the input's gradient once.  docs/mathematics.md, (M2) to (M6) and (M10).  BatchNorm in eval mode goes the same way.
 //
 // The sums of the step gradient have an order that depends on the shape alone: LANES float32 chains of at most CHAIN
 // additions make a block, lanes and blocks are added in float64.  So the bits are the same for any number of threads.
@@ -126,11 +126,14 @@ Here at(const Grid& g, int64_t i) {
   return h;
 }
 
-template <class T>
+// affine: x * step + zero, two roundings, instead of the staircase
+template <bool affine, class T>
 inline void forward_lanes(const T* x, T* y, const Here& q) {
 #pragma GCC unroll 4
-  for (int64_t p = 0; p < PARTS; ++p)
-    store_vec(y + p * WIDTH, staircase(load_vec(x + p * WIDTH), q.step[p], q.zero[p], q));
+  for (int64_t p = 0; p < PARTS; ++p) {
+    const Vec v = load_vec(x + p * WIDTH);
+    store_vec(y + p * WIDTH, affine ? v * q.step[p] + q.zero[p] : staircase(v, q.step[p], q.zero[p], q));
+  }
 }
 
 template <bool learned, class G, class T, class O>
@@ -142,15 +145,15 @@ inline void backward_lanes(const G* up, const T* x, O* grad, const Here& q, Chai
 }
 
 // `rows` times n elements, `stride` apart, of which n is at most LANES if there are several; all with the same Here
-template <class T>
+template <bool affine, class T>
 void forward_run(const T* x, T* y, int64_t n, const Here& q, int64_t rows = 1, int64_t stride = 0) {
   for (int64_t r = 0; r < rows; ++r, x += stride, y += stride) {
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) forward_lanes(x + i, y + i, q);
+    for (; i + LANES <= n; i += LANES) forward_lanes<affine>(x + i, y + i, q);
     if (i == n) continue;
     T last[LANES] = {};
     std::copy(x + i, x + n, last);
-    forward_lanes(last, last, q);
+    forward_lanes<affine>(last, last, q);
     std::copy_n(last, n - i, y + i);
   }
 }
@@ -199,7 +202,7 @@ int64_t rows_at_once(const Rows& rows) { return std::clamp<int64_t>(1024 / std::
 
 bool in_runs(const Layout& l) { return l.steps == 1 || l.inner >= 4 * LANES; }
 
-template <class T>
+template <bool affine, class T>
 void forward(const T* x, T* y, const Layout& l, const Grid& g) {
   if (l.outer * l.steps * l.inner == 0) return;
   if (in_runs(l)) {
@@ -208,7 +211,7 @@ void forward(const T* x, T* y, const Layout& l, const Grid& g) {
       for (int64_t i = b; i < e; ++i) {
         const int64_t run = i / parts, start = i % parts * BLOCK;
         const int64_t from = run * l.inner + start;
-        forward_run(x + from, y + from, std::min(BLOCK, l.inner - start), at(g, run % l.steps));
+        forward_run<affine>(x + from, y + from, std::min(BLOCK, l.inner - start), at(g, run % l.steps));
       }
     });
     return;
@@ -218,7 +221,7 @@ void forward(const T* x, T* y, const Layout& l, const Grid& g) {
   parallel(l.outer, std::max<int64_t>(1, GRAIN * BLOCK / n), [&](int64_t b, int64_t e) {
     for (int64_t r = b; r < e; r += step)
       for (int64_t i = 0; i < n; i += LANES)
-        forward_run(x + r * n + i, y + r * n + i, std::min(LANES, n - i), rows.at(g, i), std::min(step, e - r), n);
+        forward_run<affine>(x + r * n + i, y + r * n + i, std::min(LANES, n - i), rows.at(g, i), std::min(step, e - r), n);
   });
 }
 
@@ -287,7 +290,14 @@ void with_type(Type t, const F& f) {
 void quantize(Type type, const void* x, void* y, const Layout& l, const Grid& g) {
   with_type(type, [&](auto t) {
     using T = decltype(t);
-    forward(static_cast<const T*>(x), static_cast<T*>(y), l, g);
+    forward<false>(static_cast<const T*>(x), static_cast<T*>(y), l, g);
+  });
+}
+
+void scale_shift(Type type, const void* x, void* y, const Layout& l, const float* alpha, const float* beta) {
+  with_type(type, [&](auto t) {
+    using T = decltype(t);
+    forward<true>(static_cast<const T*>(x), static_cast<T*>(y), l, {alpha, beta, 0.0f, 0.0f, false});
   });
 }
 
