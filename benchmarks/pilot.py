@@ -16,13 +16,12 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lsquant import QuantSpec, Recipe, reference
@@ -156,7 +155,7 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data")
     parser.add_argument("--init")
@@ -167,7 +166,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--table", metavar="DIR", help="print the table of what is there")
-    a = parser.parse_args()
+    a = parser.parse_args(argv)
     if a.table:
         print(table(Path(a.table)))
         return
@@ -184,5 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(torch.get_num_threads())
     main()
