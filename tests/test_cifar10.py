@@ -18,6 +18,7 @@ from lsquant.cli import main
 from lsquant.tasks import get_task, load_float, open_run
 from lsquant.tasks.cifar10 import Cifar10, crop_and_flip, normalized
 from lsquant.tasks.resnet import DEPTHS
+from report_pages import page_data
 
 NETS = ("resnet20", "resnet32", "resnet44", "resnet56")
 LAST = torch.channels_last
@@ -329,13 +330,19 @@ def test_a_run_whose_data_has_moved(folder, tmp_path, capsys):
     )
     assert main(["export", str(path)]) == 0
     there.rename(here)
-    for command in ("eval", "verify", "check", "report"):
+    for command in ("eval", "verify", "check"):
         assert f"{there} of CIFAR-10 does not exist: --data DIR" in run(capsys, command, path, code=3)
     accuracy = run(capsys, "eval", path, "--data", here)
     assert "outputs, bit for bit" in run(capsys, "verify", path, "--data", here)
     assert "findings" in run(capsys, "check", path, "--data", here, "--json")
+    run(capsys, "report", path)
+    (shown,) = page_data(path / "report.html")["runs"]
+    assert [text for text in shown["missing"] if f"no activations: the folder {there} of CIFAR-10" in text]
+    assert {row["kind"] for row in shown["quantizers"]} == {"weight"}
     run(capsys, "report", path, "--data", here)
-    assert f"--data &#x27;{here}&#x27;" in (path / "report.html").read_text()
+    (shown,) = page_data(path / "report.html")["runs"]
+    assert f"--data '{here}'" in shown["commands"][0]
+    assert {row["kind"] for row in shown["quantizers"]} == {"weight", "input"}
     (path / "metrics.json").unlink()
     assert str(there) in run(capsys, "train", "--resume", "--out", path, code=3)
     run(capsys, "train", "--resume", "--out", path, "--data", here)
@@ -353,6 +360,6 @@ def test_export_and_verify_are_exact_and_the_report_tells_the_command(started, f
     assert (verdict["level"], verdict["exact"], verdict["samples"]) == ("outputs", True, 41)
     assert verdict["plain"]["level"] == "outputs"
     run(capsys, "report", path, "--out", tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert f"lsquant train cifar10 --recipe {path}/recipe.toml --out DIR --epochs 1 --lr 0.02 --threads 1" in page
-    assert f"--data {folder} --model resnet20 --init {checkpoint}" in page
+    command = page_data(tmp_path / "page.html")["runs"][0]["commands"][0]
+    assert f"lsquant train cifar10 --recipe {path}/recipe.toml --out DIR --epochs 1 --lr 0.02 --threads 1" in command
+    assert f"--data {folder} --model resnet20 --init {checkpoint}" in command

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import lsquant
 from lsquant.cli import main
 from lsquant.tasks.loading import call, load_object
+from report_pages import page_data
 
 MODULE = """
     import torch
@@ -217,10 +218,13 @@ def test_export_verify_and_report(own, calibrated, capsys):
 
 def test_report(own, calibrated, capsys):
     assert result(capsys, "report", "model.safetensors", *CNN) == {"report": "model.html"}
-    page = Path("model.html").read_text()
-    assert "<title>lsquant: model.safetensors</title>" in page
+    assert "<title>lsquant: model.safetensors</title>" in Path("model.html").read_text()
+    kinds = [row["kind"] for row in page_data(Path("model.html"))["runs"][0]["quantizers"]]
     run("report", "model.safetensors", "--model", "mine.network:build", "--out", "weights.html")
-    assert Path("weights.html").read_text().count("<tr>") < page.count("<tr>")
+    (weights,) = page_data(Path("weights.html"))["runs"]
+    assert [row["kind"] for row in weights["quantizers"]] == [kind for kind in kinds if kind == "weight"]
+    assert weights["missing"] == ["no data was given: the page has the weights' quantizers only"]
+    run("report", "model.safetensors", "model.safetensors", *CNN, code=2)
 
 
 def test_check_of_a_healthy_file(own, calibrated, capsys):

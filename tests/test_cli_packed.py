@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import lsquant
 from lsquant.tasks import open_run
+from report_pages import page_data
 from test_cli import TINY, Result, refused, run
 from test_cli_own import CNN, calibrated, own, result  # noqa: F401  (fixtures)
 
@@ -64,9 +65,9 @@ def test_the_report_shows_the_size_and_the_verdict(line):
     assert f"export/packed.safetensors: header  {header:,} bytes" in lines
     assert "profile packed, PyTorch" in results["report"].out
     assert "exact, level outputs" in results["report"].out
-    page = (path / "report.html").read_text()
-    assert f"<td>export/packed.safetensors</td><td>{size:,}</td>" in page
-    assert "(profile packed) in PyTorch" in page
+    (shown,) = page_data(path / "report.html")["runs"]
+    assert ["export/packed.safetensors", size] in shown["files"]
+    assert [v["profile"] for v in shown["verdicts"]] == ["packed"]
     told = results["report json"].json
     assert told["verdicts"] == {"packed": "outputs"}
     assert told["files"]["export/packed.safetensors"] == size

@@ -17,6 +17,7 @@ from lsquant import QuantSpec, Recipe, Rule
 from lsquant._util.errors import UsageError
 from lsquant.diagnostics import collect
 from lsquant.nn import quantizers
+from report_pages import page_data
 
 
 def net() -> nn.Sequential:
@@ -193,7 +194,8 @@ def test_a_quantizer_that_stands_alone(tmp_path):
     assert (alone.clip_low, alone.clip_high, alone.levels_used) == (1 / 8, 2 / 8, 4)  # -2 -1 0 1 / 1 1 1 1
     assert [f.name for f in collect(model)] == ["linear.weight_quantizer"]
     lsquant.write_report(model, tmp_path / "r.html", [x])
-    assert "<td>own</td><td>alone</td><td>2</td>" in (tmp_path / "r.html").read_text()
+    rows = page_data(tmp_path / "r.html")["runs"][0]["quantizers"]
+    assert [(row["name"], row["kind"], row["bits"]) for row in rows][1] == ("own", "alone", 2)
 
 
 def test_a_layer_used_twice_and_max_batches():

@@ -19,6 +19,7 @@ import lsquant
 from logs import untimed
 from lsquant._util.errors import DamagedFile, MissingFile, UsageError
 from lsquant.cli import commands, main
+from lsquant.cli.reporting import train_command
 from lsquant.tasks import Run, Settings, open_run, resume_training, run_training
 from lsquant.tasks.digits import DigitsNet
 from lsquant.tasks.directory import start_run
@@ -396,13 +397,13 @@ def test_every_setting_has_an_option_and_the_report_says_them_again(tmp_path, st
     assert not [name for name, value in given.items() if value == getattr(Settings(), name) and name != "distill"]
     run = Run(tmp_path / "a", digits, RECIPE, OTHER, "f.safetensors", None)
     start_run(run)
-    line = shlex.split(commands._train_command(run))
+    line = shlex.split(train_command(run))
     assert line[:2] == ["lsquant", "train"]
     assert main([*line[1:], "--quiet"]) == 0
     assert started[0].settings == OTHER
     assert (started[0].recipe, started[0].init) == (RECIPE, "f.safetensors")
     taught = replace(run, teacher="my teacher.safetensors", settings=digits.settings)
-    main([*shlex.split(commands._train_command(taught))[1:], "--quiet"])
+    main([*shlex.split(train_command(taught))[1:], "--quiet"])
     assert started[1].teacher == "my teacher.safetensors"
     assert started[1].settings == digits.settings
 

@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
 
 from lsquant import checkpoint
-from lsquant._util.errors import DamagedFile, LsquantError, MissingFile, UsageError
-from lsquant._util.files import read_json
-from lsquant._util.tensors import header_size, read_tensors
+from lsquant._util.errors import MissingFile, UsageError
+from lsquant._util.tensors import read_tensors
 from lsquant._version import __version__
 from lsquant.cli import own
-from lsquant.diagnostics import check, collect
+from lsquant.cli.reporting import report as report
+from lsquant.cli.words import measured, results, table
+from lsquant.diagnostics import check
 from lsquant.diagnostics.environment import environment
-from lsquant.export.packed import PROFILE as PACKED
 from lsquant.recipe import Recipe
 from lsquant.report.figure import draw_figures
-from lsquant.report.page import Report, with_balance, write_page
 from lsquant.tasks import Run, Settings, get_task, is_run, load_float, open_run, run_training
 from lsquant.tasks.directory import sha256
-from lsquant.training import Log
 from lsquant.verification import verify
 
 Outcome = tuple[dict[str, Any], str, bool]
 Command = Callable[[Namespace], Outcome]
 BATCH = 250
-_NAMES = {
-    "float": "float32",
-    "teacher": "teacher, float32",
-    "rounded": "rounded, not trained",
-    "raw": "trained, as the optimizer left it",
-    "lsq": "trained with learned steps",
-}
 
 
 def set_up(arguments: Namespace) -> None:
@@ -71,7 +61,11 @@ def train(a: Namespace) -> Outcome:
             raise UsageError("--teacher is a file to distill from: leave out --no-distill")
         run = Run(Path(a.out), task, _recipe(a), settings, a.init, a.teacher)
         metrics = run_training(run, resume=a.resume, overwrite=a.overwrite, **how)
-    return {"run": str(a.out), **metrics}, _table(_results(metrics)), True
+    return (
+        {"run": str(a.out), **metrics},
+        table([(name, measured(metrics[key])) for key, name in results(metrics)]),
+        True,
+    )
 
 
 def _options(a: Namespace, *names: str) -> dict[str, Any]:
@@ -111,20 +105,6 @@ def _recipe(a: Namespace) -> Recipe:
     return Recipe.preset(f"w{weight}a{activation}")
 
 
-def _results(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    """(what, numbers) of a metrics.json; only what is there."""
-    rows = []
-    for key, name in _NAMES.items():
-        if key in metrics:
-            numbers = ", ".join(f"{k} {_measure(k, v)}" for k, v in metrics[key].items())
-            rows.append((name, numbers))
-    return rows
-
-
-def _measure(name: str, value: float) -> str:
-    return f"{value:.2f} %" if name == "accuracy" else f"{value:.4f}"
-
-
 def calibrate(a: Namespace) -> Outcome:
     """Quantize the user's own model without training."""
     return own.calibrate(a, _recipe(a))
@@ -150,7 +130,7 @@ def evaluate(a: Namespace) -> Outcome:
         quantized = "lsquant.format" in read_tensors(a.path, with_tensors=False)[0]
         model = (checkpoint.load if quantized else load_float)(task.model(), a.path)
     metrics = task.metric(model)
-    return metrics, ", ".join(f"{name} {_measure(name, value)}" for name, value in metrics.items()), True
+    return metrics, measured(metrics), True
 
 
 # ---- export and verify ----
@@ -180,7 +160,7 @@ def verify_(a: Namespace) -> Outcome:
     return own.judged(a, verdict, path)
 
 
-# ---- check, report, figure, env ----
+# ---- check, figure, env; report is in reporting.py ----
 
 
 def check_(a: Namespace) -> Outcome:
@@ -195,89 +175,6 @@ def check_(a: Namespace) -> Outcome:
     return own.findings(check(run.model(), batches=batches, max_batches=limit))
 
 
-def report(a: Namespace) -> Outcome:
-    """Write the page of a run from what is there; says what is missing."""
-    if own.is_own(a):
-        return own.report(a)
-    run = _run(a)
-    path = Path(a.out) if a.out else run.file("report.html")
-    missing: list[str] = []
-    metrics = _json(run.file("metrics.json"), missing)
-    env = _json(run.file("env.json"), missing)
-    model = run.model()
-    batches = run.task.batches("calibration", batch_size=BATCH, seed=run.settings.seed)
-    facts = with_balance(collect(model, batches), _balances(run))
-    verdicts = [_json(file, missing) for file in sorted(run.file("export").glob("*.verdict.json"))]
-    packed = sum(f.size or 0 for f in facts)
-    floats = sum(4 * f.elements for f in facts if f.kind == "weight")
-    files = [("quantized weights in float32", floats), ("the same packed, with steps", packed)]
-    for file in _files(run):
-        files.append((str(file.relative_to(run.path)), file.stat().st_size))
-        if file.stem == PACKED:
-            files.append((f"{files[-1][0]}: header", header_size(file)))
-    results = _results(metrics)
-    texts = [str(v.get("text", "")) for v in verdicts if v]
-    how = [_train_command(run)] + [f"lsquant {c} {run.path}" for c in ("export", "verify", "report")]
-    title = f"lsquant: {run.task.name}, {run.path.name}"
-    recipe = run.recipe.to_toml()
-    write_page(Report(title, facts, recipe, results, texts, files, how, env, missing), path)
-    levels = {v["profile"]: v["level"] for v in verdicts if v}
-    runtimes = {v["profile"]: v["runtime"] for v in verdicts if v}
-    text = _table(
-        [*results, *((name, f"{size:,} bytes") for name, size in files)]
-        + [(f"profile {name}, {runtimes[name]}", _said(level)) for name, level in levels.items()]
-        + [("report", str(path))]
-    )
-    return {"report": str(path), "metrics": metrics, "verdicts": levels, "files": dict(files)}, text, True
-
-
-def _said(level: str) -> str:
-    return "exact, level outputs" if level == "outputs" else f"level {level}"
-
-
-def _files(run: Run) -> Iterable[Path]:
-    exported = [*run.file("export").glob("*.onnx"), *run.file("export").glob("*.safetensors")]
-    return [run.file("model.safetensors"), *sorted(exported)]
-
-
-def _option(name: str, value: Any) -> str:
-    """A setting as on the command line."""
-    flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
-    if isinstance(value, bool):
-        return flag
-    return f"{flag} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
-
-
-def _train_command(run: Run) -> str:
-    """The command that repeats a run made by a preset; a recipe file otherwise."""
-    changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(run.task.settings, k)}
-    options = [_option(name, value) for name, value in changed.items() if value is not None]
-    given = {**{k: run.task.options.get(k) for k in ("data", "model")}, "init": run.init, "teacher": run.teacher}
-    options += [f"--{k} {quote(str(v))}" for k, v in given.items() if v is not None]
-    recipe = quote(str(run.file("recipe.toml")))
-    return " ".join(["lsquant train", quote(run.config()["task"]), "--recipe", recipe, "--out DIR", *options])
-
-
-def _json(path: Path, missing: list[str]) -> dict[str, Any]:
-    """The content of a file of the run; a missing or damaged one is noted."""
-    try:
-        return read_json(path)
-    except (MissingFile, DamagedFile) as error:
-        missing.append(str(error))
-        return {}
-
-
-def _balances(run: Run) -> dict[str, float | None]:
-    """R of every quantizer from the last row of the log that has it."""
-    found: dict[str, float | None] = {}
-    try:
-        for row in Log(run.file("log.jsonl")).rows():
-            found.update({name: facts.get("R") for name, facts in row.get("quantizers", {}).items()})
-    except LsquantError:
-        return {}
-    return found
-
-
 def figure(a: Namespace) -> Outcome:
     """staircase.svg and staircase.png in a folder."""
     paths = [str(p) for p in draw_figures(a.out, bits=a.bits, signed=a.signed)]
@@ -290,9 +187,4 @@ def env(a: Namespace) -> Outcome:
     rows = [(key, value) for key, value in facts.items() if key not in ("engines", "packages")]
     rows += [(f"engine {name}", state) for name, state in facts["engines"].items()]
     rows += list(facts["packages"].items())
-    return facts, _table([(k, ", ".join(v) if isinstance(v, list) else str(v)) for k, v in rows]), True
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+    return facts, table([(k, ", ".join(v) if isinstance(v, list) else str(v)) for k, v in rows]), True

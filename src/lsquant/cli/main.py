@@ -66,8 +66,9 @@ def parser() -> argparse.ArgumentParser:
     sub = add("check", commands.check_, "say what is wrong with a trained model; exit code 1 if it is an error")
     _subject(sub)
 
-    sub = add("report", commands.report, "write an HTML page about a run or FILE")
-    _subject(sub)
+    sub = add("report", commands.report, "write an HTML page about a run, several runs or FILE")
+    sub.add_argument("path", nargs="+", metavar="RUN", help="run directories, or with --model a FILE of lsquant.save")
+    _own(sub)
     sub.add_argument("--out", metavar="FILE", help="default: RUN/report.html, or beside FILE")
 
     sub = add("figure", commands.figure, "draw the staircase and the gradients of its step, as SVG and PNG")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,9 @@ class Tally:
         )
 
 
+T = TypeVar("T", bound=Tally)
+
+
 def balance(layer: QuantizedLayer, kind: str) -> float | None:
     """The median of R over the steps, from the gradients that are there now; None without."""
     quantizer = layer.weight_quantizer if kind == "weight" else layer.input_quantizer
@@ -138,19 +141,32 @@ def collect(
     batches: as for ``calibrate``; without them only the layers' weights are looked at.  The model runs in eval mode
     with its quantizers on, and is left as it was.  Raises: UsageError for a step that is not set.
     """
-    tallies: dict[tuple[str, str], tuple[Tally, QuantizedLayer | None]] = {}
+    found = tallied(model, batches, Tally, max_batches=max_batches, forward=forward)
+    return [tally.facts(name, kind, layer) for (name, kind), (tally, layer) in found.items()]
+
+
+def tallied(
+    model: nn.Module,
+    batches: Iterable[Any] | None,
+    make: Callable[[Quantizer], T],
+    *,
+    max_batches: int | None = 32,
+    forward: Forward | None = None,
+) -> dict[tuple[str, str], tuple[T, QuantizedLayer | None]]:
+    """As ``collect``, the tallies themselves, made by ``make(quantizer)``: (layer, kind) -> tally and layer."""
+    tallies: dict[tuple[str, str], tuple[T, QuantizedLayer | None]] = {}
     hooks = []
     for name, layer in quantized_layers(model):
         if layer.weight_quantizer is not None:
-            tally = Tally(layer.weight_quantizer.require_initialized())
+            tally = make(layer.weight_quantizer.require_initialized())
             tally.add(layer.rows())
             tallies[name, "weight"] = tally, layer
         if layer.input_quantizer is not None and batches is not None:
-            tally = Tally(layer.input_quantizer.require_initialized())
+            tally = make(layer.input_quantizer.require_initialized())
             tallies[name, "input"] = tally, layer
             hooks.append(layer.register_forward_pre_hook(_watch(tally), with_kwargs=True))
     for name, quantizer in lone_quantizers(model) if batches is not None else ():
-        tally = Tally(quantizer.require_initialized())
+        tally = make(quantizer.require_initialized())
         tallies[name, "alone"] = tally, None
         hooks.append(quantizer.register_forward_pre_hook(_watch(tally), with_kwargs=True))
     try:
@@ -161,7 +177,7 @@ def collect(
     finally:
         for hook in hooks:
             hook.remove()
-    return [tally.facts(name, kind, layer) for (name, kind), (tally, layer) in tallies.items()]
+    return tallies
 
 
 def _watch(tally: Tally) -> Any:

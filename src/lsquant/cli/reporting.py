@@ -1,0 +1,144 @@
+"""``lsquant report``: the page of one run or several, of what is there, saying what is missing."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from torch import nn
+
+from lsquant._util.errors import LsquantError, UsageError
+from lsquant._util.tensors import header_size
+from lsquant.cli import own
+from lsquant.cli.words import measured, results, table
+from lsquant.convert import prepare
+from lsquant.export.packed import PROFILE as PACKED
+from lsquant.report.model_facts import model_facts
+from lsquant.report.page import write_page
+from lsquant.report.run_files import complete, from_log, run_files
+from lsquant.tasks import Run, open_run
+from lsquant.training.progress import message
+from lsquant.training.state import load_model_state, load_state
+
+BATCH, BATCHES = 250, 2  # of the calibration data that the page looks at, unless --max-batches says otherwise
+_FLOATS, _PACKED = "quantized weights in float32", "the same packed, with steps"
+
+
+def report(a: Namespace) -> own.Outcome:
+    """Write the page of the runs, or of FILE."""
+    if any(Path(path).is_file() for path in a.path) or a.model is not None or (a.data and not is_folder(a.data)):
+        if len(a.path) > 1:
+            raise UsageError("report: a FILE with --model has a page of its own; several RUN are run directories")
+        a.path = a.path[0]
+        if a.model is None:
+            raise UsageError(
+                f"{a.path} is a file, not a run directory, and needs --model package.module:build and --data"
+            )
+        return own.report(a)
+    if len(a.path) > 1 and a.out is None:
+        raise UsageError("report of several runs: say where to write it with --out FILE")
+    path = Path(a.out) if a.out else Path(a.path[0]) / "report.html"
+    runs = [run_facts(Path(folder), a) for folder in a.path]
+    names = ", ".join(run["name"] for run in runs)
+    task = runs[0]["config"].get("task")
+    write_page(f"lsquant: {task}, {names}" if task and len(runs) == 1 else f"lsquant: {names}", runs, path)
+    told, lines = zip(*(_told(run) for run in runs), strict=True)
+    for run in runs:
+        for text in run["missing"]:
+            message(f"{run['name']}: {text}", a.quiet)
+    where = [("report", str(path))]
+    if len(runs) == 1:
+        return {"report": str(path), **told[0]}, table([*lines[0], *where]), True
+    named = {run["path"]: facts for run, facts in zip(runs, told, strict=True)}
+    text = "\n\n".join(f"{run['path']}\n{table(some)}" for run, some in zip(runs, lines, strict=True))
+    return {"report": str(path), "runs": named}, f"{text}\n\n{table(where)}", True
+
+
+def is_folder(data: str) -> bool:
+    """Whether --data says where the data of a run has moved, not which function gives batches."""
+    return ":" not in data or Path(data).is_dir()
+
+
+def run_facts(folder: Path, a: Namespace) -> dict[str, Any]:
+    """Everything the page shows of a run: its files, and its model on the calibration data where these are there."""
+    run = run_files(folder)
+    last, missing = run.pop("last"), run["missing"]
+    try:
+        opened = open_run(folder, **({} if a.data is None else {"data": a.data}))
+        model = trained(opened, missing)
+    except LsquantError as error:
+        missing.append(f"no model: {error}")
+        run["quantizers"] = from_log(last)
+    else:
+        run["commands"] = commands_of(opened)
+        try:
+            batches = opened.task.batches("calibration", batch_size=BATCH, seed=opened.settings.seed)
+            facts = model_facts(model, batches, max_batches=a.max_batches or BATCHES)
+        except LsquantError as error:
+            missing.append(f"no activations: {error}")
+            facts = model_facts(model, None)
+        run |= facts | {"recipe": run["recipe"] or facts["recipe"]}
+    complete(run["quantizers"], last)
+    run["results"] = [[key, name, run["metrics"][key]] for key, name in results(run["metrics"])]
+    return run
+
+
+def trained(run: Run, missing: list[str]) -> nn.Module:
+    """The trained model, or of an unfinished run the model of its last checkpoint.  Raises: LsquantError."""
+    checkpoints = sorted(run.file("last").glob("lsq*.safetensors"), key=lambda f: f.stat().st_mtime)
+    try:
+        return run.model()
+    except LsquantError as error:
+        if not checkpoints:
+            raise
+        missing.append(f"{error}; shown is the checkpoint {checkpoints[-1].name}")
+    state = load_state(checkpoints[-1])
+    model = run.task.model()
+    prepare(model, run.recipe, example_inputs=run.task.example_input())
+    load_model_state(model, state["model"])
+    return model.eval()
+
+
+def _told(run: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """What goes to stdout: the result for --json, and lines."""
+    sizes = run.get("sizes", {})
+    files = {_FLOATS: sizes["float"], _PACKED: sizes["packed"]} if sizes else {}
+    for name, size in run["files"]:
+        files[name] = size
+        if Path(name).stem == PACKED:
+            files[f"{name}: header"] = header_size(Path(run["path"]) / name)
+    verdicts = [v for v in run["verdicts"] if {"profile", "runtime", "level"} <= v.keys()]
+    lines = [(name, measured(run["metrics"][key])) for key, name in results(run["metrics"])]
+    lines += [(name, f"{size:,} bytes") for name, size in files.items()]
+    lines += [(f"profile {v['profile']}, {v['runtime']}", _said(v["level"])) for v in verdicts]
+    facts = {"metrics": run["metrics"], "verdicts": {v["profile"]: v["level"] for v in verdicts}, "files": files}
+    return facts | {"missing": run["missing"]}, lines
+
+
+def _said(level: str) -> str:
+    return "exact, level outputs" if level == "outputs" else f"level {level}"
+
+
+def commands_of(run: Run) -> list[str]:
+    """The commands that repeat the run, its files and this page."""
+    return [train_command(run)] + [f"lsquant {c} {quote(str(run.path))}" for c in ("export", "verify", "report")]
+
+
+def train_command(run: Run) -> str:
+    """The command that repeats a run."""
+    changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(run.task.settings, k)}
+    options = [_option(name, value) for name, value in changed.items() if value is not None]
+    given = {**{k: run.task.options.get(k) for k in ("data", "model")}, "init": run.init, "teacher": run.teacher}
+    options += [f"--{k} {quote(str(v))}" for k, v in given.items() if v is not None]
+    recipe = quote(str(run.file("recipe.toml")))
+    return " ".join(["lsquant train", quote(run.config()["task"]), "--recipe", recipe, "--out DIR", *options])
+
+
+def _option(name: str, value: Any) -> str:
+    """A setting as on the command line."""
+    flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return flag
+    return f"{flag} {','.join(map(str, value)) if isinstance(value, tuple) else value}"

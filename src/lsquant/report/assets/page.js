@@ -1,0 +1,176 @@
+"use strict";
+// The page of a run, made from the data; a choice of runs where there are several.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const LEVELS = { outputs: "exact", codes: "equal codes", layers: "equal layers", weights: "equal weights" };
+
+const section = (id, title, ...content) => el("section", { id, "aria-labelledby": id + "-title" }, el("h2", { id: id + "-title" }, title), content);
+const resultsOf = (run) => Object.fromEntries((run.results || []).map(([key, , numbers]) => [key, numbers]));
+const metricOf = (run) => Object.keys(resultsOf(run).lsq || resultsOf(run).float || {})[0];
+
+function show(run) {
+  charts.clear();
+  const panel = el("div.panel", { id: "panel" });
+  const table = quantizerTable(run.quantizers, (row) => {
+    for (const chart of [...charts.all]) if (panel.contains(chart.host)) chart.remove();
+    panel.replaceChildren(staircase(row, () => table.move(-1), () => table.move(1)));
+  });
+  const byName = (name) => {
+    const row = run.quantizers.find((q) => q.name === name);
+    if (!row) return;
+    table.select(row);
+    document.getElementById("staircase").scrollIntoView();
+  };
+  const curves = training(run, byName);
+  document.getElementById("main").replaceChildren(...[
+    data.runs.length > 1 && several(),
+    overview(run),
+    section("quantizers", "Quantizers", run.quantizers.length ? [el("p.about", {}, "Click a heading to sort, a row to see its staircase. Hold the pointer over a heading for what it means."), table.node] : el("p.notice", {}, "No quantizer is known.")),
+    section("staircase", "The staircase", panel),
+    section("training", "Training", curves || el("p.about", {}, "There is no log.")),
+    reproduce(run),
+  ].filter(Boolean));
+  const first = run.quantizers.find((row) => row.views && row.views.length && row.bits < 8) || run.quantizers[0];
+  if (first) table.select(first);
+}
+
+// ---- overview ----
+
+function overview(run) {
+  const results = resultsOf(run), metric = metricOf(run);
+  const node = section("overview", run.name,
+    (run.missing || []).length ? el("div.notice", { role: "note" }, el("p", {}, el("strong", {}, "Missing: ")), el("ul", {}, run.missing.map((text) => el("li", {}, text)))) : null,
+    el("div.cards", {}, metricCard(results, metric), bitsCard(run), sizeCard(run), verdictCard(run), findingsCard(run)),
+    findings(run), el("div.pair", {}, el("div", {}, resultTable(run)), el("div", {}, verdicts(run))), sizes(run));
+  if (run.config && run.config.task) node.firstChild.append(el("span.task", {}, run.config.task));
+  return node;
+}
+
+const scroll = (label, ...content) => el("div.scroll", { tabindex: "0", role: "region", "aria-label": label }, content);
+const head = (...names) => el("thead", {}, el("tr", {}, names.map((name) => el("th", { scope: "col", class: name === "compared" ? "left" : null }, name))));
+const card = (title, value, ...about) => el("div.card", {}, el("h3", {}, title), el("p.figure", {}, value), el("p", {}, about));
+
+function metricCard({ float, lsq }, metric) {
+  if (!metric) return card("Result", "–", "no metrics yet");
+  const value = lsq && known(lsq[metric]) ? lsq[metric] : null, whole = float ? float[metric] : null;
+  const gap = known(value) && known(whole) ? value - whole : null;
+  const signed = known(gap) ? (gap >= 0 ? "+" : "−") + (metric.includes("accuracy") ? Math.abs(gap).toFixed(2) : number(Math.abs(gap))) : "";
+  return card(words(metric), known(value) ? measure(metric, value) : "–", known(whole) ? `float32 ${measure(metric, whole)}${signed && `, ${signed}`}` : "float32 not measured");
+}
+
+function bitsCard(run) {
+  const bits = run.bits || [];
+  if (!bits.length) return card("Bits", "–", "the model could not be read");
+  const [[most, count], ...rest] = bits;
+  return card("Bits, weights / inputs", most.replace("/", " / "), `in ${plural(count, "layer")}${rest.map(([pair, n]) => `, ${pair.replace("/", " / ")} in ${n}`).join("")}`);
+}
+
+function sizeCard({ sizes }) {
+  if (!sizes || !sizes.float) return card("Size of the weights", "–", "the model could not be read");
+  return card("Size of the weights", bytes(sizes.packed), `${bytes(sizes.float)} in float32, ${number(sizes.float / sizes.packed, 3)} times as much`);
+}
+
+function verdictCard({ verdicts }) {
+  const [one] = verdicts || [];
+  if (!one) return card("Verdict", "–", "no file was verified");
+  return card("Verdict", LEVELS[one.level] || "not equal", `${one.profile} in ${one.runtime}, ${plural(one.samples || 0, "sample")}${verdicts.length > 1 ? `, and ${plural(verdicts.length - 1, "other file")}` : ""}`);
+}
+
+function findingsCard({ findings }) {
+  if (!findings) return card("Findings", "–", "the model could not be read");
+  const count = (severity) => findings.filter((f) => f.severity === severity).length;
+  const parts = ["error", "warning", "note"].map((severity) => count(severity) && plural(count(severity), severity)).filter(Boolean);
+  return card("Findings of check", parts[0] || "none", parts.slice(1).join(", ") || (findings.length ? "see below" : "nothing is wrong with the quantizers"));
+}
+
+function findings(run) {
+  if (!(run.findings || []).length) return null;
+  const evidence = (facts) => Object.entries(facts || {}).map(([key, value]) =>
+    el("span.fact", {}, `${words(key)} ${typeof value === "number" ? number(value) : Array.isArray(value) ? value.slice(0, 6).join(", ") : value}`));
+  return [el("h3", {}, "Findings"), el("ul.findings", {}, run.findings.map((f) => el("li." + f.severity, {},
+    el("p", {}, el("strong.severity", {}, f.severity), " ", el("code", {}, f.where || "(root)"), `: ${f.message} `, el("span.code", {}, f.code)),
+    el("p.evidence", {}, evidence(f.evidence)),
+    el("p", {}, el("strong", {}, "Remedy: "), f.remedy))))];
+}
+
+function resultTable(run) {
+  const names = [...new Set((run.results || []).flatMap(([, , numbers]) => Object.keys(numbers)))];
+  if (!names.length) return null;
+  return [el("h3", {}, "Results"), scroll("Results", el("table.plain", {}, head("network", ...names.map(words)),
+    el("tbody", {}, run.results.map(([, title, numbers]) => el("tr", {}, el("th", { scope: "row" }, title), names.map((name) => el("td", {}, known(numbers[name]) ? measure(name, numbers[name]) : "–")))))))];
+}
+
+function sizes(run) {
+  const layers = run.layers || [];
+  if (!layers.length) return null;
+  const largest = Math.max(...layers.map((row) => row.packed)), all = run.sizes.packed;
+  const strip = el("div.strip", { "aria-hidden": "true" }, layers.map((row) => el("span", { style: `flex: ${row.packed} 1 0`, title: `${row.layer || "(root)"}: ${bytes(row.packed)}, ${row.bits} bit` }, row.packed > 0.06 * all ? row.layer : "")));
+  const total = el("tr", {}, el("th", { scope: "row" }, "all"), el("td", {}, number(layers.reduce((n, row) => n + row.weights, 0))), el("td"), el("td", {}, bytes(run.sizes.float)), el("td", {}, bytes(all)),
+    el("td.share", {}, el("span.text", {}, `and ${bytes(run.sizes.rest)} of other tensors in float32`)));
+  return [el("h3", {}, "Size by layer"), strip, el("details", {}, el("summary", {}, `${plural(layers.length, "layer")} as a table`), scroll("Size by layer",
+    el("table.plain.sizes", {}, head("layer", "weights", "bits", "float32", "packed", "share of the packed weights"),
+      el("tbody", {}, layers.map((row) => el("tr", {}, el("th", { scope: "row" }, row.layer || "(root)"), el("td", {}, number(row.weights)), el("td", {}, row.bits), el("td", {}, bytes(row.float)), el("td", {}, bytes(row.packed)),
+        el("td.share", {}, el("span.fill", { style: `width:${(60 * row.packed / largest).toFixed(1)}%` }), el("span.text", {}, percent(row.packed / all, 1)))))),
+      el("tfoot", {}, total))))];
+}
+
+function verdicts(run) {
+  return (run.verdicts || []).map((v) => [el("h3", {}, `Verdict: ${v.profile} in ${v.runtime}`),
+    el("p", {}, el("strong", {}, LEVELS[v.level] || "not equal"), `: level ${v.level || "none"}; ${plural(v.layers || 0, "quantized layer")}, ${plural(v.samples || 0, "sample")}.`,
+      v.plain ? ` With a plain session: level ${v.plain.level || "none"}.` : ""),
+    scroll("Verdict", el("table.plain", {}, head("level", "compared", "elements", "mismatches", "largest difference"),
+      el("tbody", {}, (v.checks || []).map((c) => el("tr", {}, el("th", { scope: "row" }, c.level), el("td.left", {}, c.what), el("td", {}, number(c.compared)), el("td", {}, number(c.mismatches)),
+        el("td", {}, number(c.largest), c.worst ? ` in ${c.worst}` : ""))))))]);
+}
+
+// ---- several runs ----
+
+function several() {
+  const metric = data.runs.map(metricOf).find(Boolean);
+  const rows = data.runs.map((run, i) => {
+    const results = resultsOf(run), [one] = run.verdicts || [];
+    return el("tr", {}, el("th", { scope: "row" }, el("button.pick", { type: "button", onclick: () => pick(i) }, run.name)),
+      el("td", {}, (run.bits || [["–"]])[0][0].replace("/", " / ")), el("td", {}, results.float && known(results.float[metric]) ? measure(metric, results.float[metric]) : "–"),
+      el("td", {}, results.lsq && known(results.lsq[metric]) ? measure(metric, results.lsq[metric]) : "–"),
+      el("td", {}, run.sizes ? bytes(run.sizes.packed + run.sizes.rest) : "–"), el("td.left", {}, one ? LEVELS[one.level] || "not equal" : "–"));
+  });
+  return section("runs", "Runs", el("div.two", {}, scroll("Runs", el("table.plain", {}, head("run", "bits", "float32", words(metric || "metric"), "size", "verdict"), el("tbody", {}, rows))),
+  comparison(data.runs, metric)), el("p.about", {}, "Size: packed weights with their steps, and all other tensors in float32. The sections below are about the chosen run."));
+}
+
+function pick(index) {
+  document.getElementById("run").value = index;
+  show(data.runs[index]);
+}
+
+// ---- what is needed to repeat it ----
+
+function reproduce(run) {
+  const pre = (title, text) => text ? el("div", {}, el("h3", {}, title), el("pre", { tabindex: "0" }, text)) : null;
+  const flat = (object) => Object.entries(object || {}).filter(([key]) => key !== "format").map(([key, value]) =>
+    [words(key), value && typeof value === "object" ? (Array.isArray(value) ? value.join(", ") || "none" : Object.entries(value).map((pair) => pair.join(" ")).join(", ")) : String(value)]);
+  const list = (title, pairs) => pairs.length ? el("div", {}, el("h3", {}, title), el("dl.pairs", {}, pairs.flatMap(([key, value]) => [el("dt", {}, key), el("dd", {}, value)]))) : null;
+  return section("reproduce", "Reproduce", pre("Commands", (run.commands || []).join("\n")), el("div.two", {},
+    el("div", {}, pre("Recipe", run.recipe), list("Files", (run.files || []).map(([name, size]) => [name, `${number(size)} bytes`]))),
+    el("div", {}, list("Settings", flat((run.config || {}).settings)), list("Environment", flat(run.environment)))));
+}
+
+// ---- start ----
+
+function start() {
+  const choice = document.getElementById("run"), button = document.getElementById("theme");
+  data.runs.forEach((run, i) => choice.append(el("option", { value: i }, run.name)));
+  choice.parentElement.hidden = data.runs.length < 2;
+  choice.addEventListener("change", () => show(data.runs[choice.value]));
+  const label = () => { button.textContent = { auto: "Theme: auto", light: "Theme: light", dark: "Theme: dark" }[theme.choice]; };
+  button.addEventListener("click", () => { theme.set({ auto: "light", light: "dark", dark: "auto" }[theme.choice]); label(); });
+  try { const kept = localStorage.getItem("lsquant-theme"); if (kept) theme.set(kept); } catch { /* no storage: follow the system */ }
+  label();
+  document.getElementById("foot").append(el("p", {}, `Written by lsquant ${data.version}. Learned Step Size Quantization, Esser et al., ICLR 2020. Charts: uPlot, MIT licence.`));
+  let opened = [];
+  addEventListener("beforeprint", () => { opened = [...document.querySelectorAll("details:not([open])")]; opened.forEach((d) => { d.open = true; }); });
+  addEventListener("afterprint", () => opened.forEach((d) => { d.open = false; }));
+  show(data.runs[0]);
+}
+
+start();

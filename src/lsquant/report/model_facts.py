@@ -1,0 +1,93 @@
+"""What the page says of a model: a row a quantizer, the size of each layer, the findings of ``check``."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from lsquant._util.batches import Forward, take
+from lsquant.convert import resolved_recipe
+from lsquant.diagnostics import check
+from lsquant.diagnostics.collect import tallied
+from lsquant.nn import QuantizedLayer, quantized_layers, quantizers
+from lsquant.quantizer import Quantizer
+from lsquant.report.values import Values
+
+CHECKED = 8  # batches that ``check`` sees again
+
+
+def model_facts(
+    model: nn.Module, batches: Iterable[Any] | None, *, max_batches: int | None = 32, forward: Forward | None = None
+) -> dict[str, Any]:
+    """quantizers, layers, sizes, bits, findings and recipe of a model, as the page's script takes them.
+
+    batches: as for ``calibrate``; without them only weights are looked at.  Raises: UsageError for a step that is not
+    set.
+    """
+    kept: list[Any] = []
+
+    def watched() -> Iterator[Any]:
+        for batch in take(batches or (), max_batches):
+            if len(kept) < CHECKED:
+                kept.append(batch)
+            yield batch
+
+    data = None if batches is None else watched()
+    found = tallied(model, data, Values, max_batches=None, forward=forward)
+    facts = [quantizer_row(name, kind, tally, layer) for (name, kind), (tally, layer) in found.items()]
+    layers, sizes = _sizes(model)
+    findings = check(model, batches=kept or None, forward=forward)
+    return {
+        "quantizers": facts,
+        "layers": layers,
+        "sizes": sizes,
+        "bits": bits_in_words(model),
+        "findings": [asdict(f) for f in findings],
+        "recipe": resolved_recipe(model).to_toml(),
+    }
+
+
+def quantizer_row(name: str, kind: str, tally: Values, layer: QuantizedLayer | None) -> dict[str, Any]:
+    """``QuantizerFacts`` as a dictionary, with bounds, sign, granularity and what can be drawn."""
+    q, facts = tally.quantizer, tally.facts(name, kind, layer)
+    row = asdict(facts) | {"name": facts.name, "signed": bool(q.spec.signed), "q_min": q.q_min, "q_max": q.q_max}
+    size = f" of {q.spec.group_size}" if q.spec.group_size else ""
+    row |= {"granularity": q.spec.granularity + size, "lsq_plus": q.offset is not None}
+    row |= {"sqnr": facts.sqnr if math.isfinite(facts.sqnr) else "inf" if facts.sqnr > 0 else None}
+    return row | {"oscillation": None, "views": tally.views(), "damage": tally.damage}
+
+
+def bits_in_words(model: nn.Module) -> list[list[Any]]:
+    """[weight bits / input bits, number of layers], the most frequent first."""
+
+    def bits(q: Quantizer | None) -> str:
+        return "float" if q is None else str(q.spec.bits)
+
+    pairs = Counter(f"{bits(m.weight_quantizer)}/{bits(m.input_quantizer)}" for _, m in quantized_layers(model))
+    return [list(pair) for pair in pairs.most_common()]
+
+
+def _sizes(model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Per layer with a quantized weight, and in all, in bytes: as float32, as packed codes and steps.  rest: all other
+    tensors in float32.  A shared weight counts once."""
+    layers, seen = [], set[int]()
+    for name, layer in quantized_layers(model):
+        q, elements = layer.weight_quantizer, layer.weight.numel()
+        if q is None or id(layer.weight) in seen:
+            continue
+        seen.add(id(layer.weight))
+        packed = -(-elements * q.spec.bits // 8) + 4 * q.step.numel() * (1 if q.offset is None else 2)
+        layers.append(
+            {"layer": name, "weights": elements, "bits": q.spec.bits, "float": 4 * elements, "packed": packed}
+        )
+    seen |= {id(t) for _, q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if torch.is_floating_point(t) and id(t) not in seen]
+    rest = sum(4 * t.numel() for t in tensors)
+    float_, packed = (sum(row[key] for row in layers) for key in ("float", "packed"))
+    return layers, {"float": float_, "packed": packed, "rest": rest}
