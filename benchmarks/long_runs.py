@@ -3,16 +3,18 @@
     python benchmarks/long_runs.py --data DIR --init resnet20.safetensors --teacher resnet56.safetensors
 
 Runs that are finished are left alone and one that was stopped goes on, with the bits of one that was not: start the
-same command again.  `--out` (runs/long) has a run directory each; `--results` (results/long) a JSON each, rewritten
-when a run ends or is interrupted: metrics of every epoch, seed, commits, versions, hardware, seconds.  `--collect` only
-writes these, also of runs that were killed.
+same command again.  stderr gets a line an epoch.  `--out` (runs/long) has a run directory each; `--results`
+(results/long) a JSON each, rewritten when a run ends or is stopped by SIGINT or SIGTERM: metrics of every epoch, seed,
+commits, versions, hardware, seconds.  `--collect` only writes these, also of runs that were killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,50 +42,63 @@ def collect(path: Path, results: Path) -> None:
     run = open_run(path)
     rows = [row for row in Log(run.file("log.jsonl")).rows() if row["phase"] == "lsq"]
     keep = ("epoch", "loss", "accuracy", "test_loss", "train_accuracy", "lr", "seconds")
-    metrics, file = run.file("metrics.json"), results / f"{path.name}.json"
-    commits = read_json(file)["commits"] if file.is_file() else []
+    metrics, commits = run.file("metrics.json"), path.with_suffix(".commits")
     result: dict[str, Any] = {
         "run": path.name, "finished": metrics.is_file(), "epochs_done": len(rows), "settings": run.settings.to_dict(),
         "teacher": run.teacher and Path(run.teacher).name, "model": run.task.options["model"],
-        "environment": read_json(run.file("env.json")), "commits": list(dict.fromkeys([*commits, commit()])),
+        "environment": read_json(run.file("env.json")), "commits": [],
         "rows": [{key: row[key] for key in keep if key in row} for row in rows],
     }  # fmt: skip
+    if commits.is_file():
+        result["commits"] = list(dict.fromkeys(commits.read_text().splitlines()))
     if metrics.is_file():
         result["metrics"] = read_json(metrics)
-    write_json(file, result)
+    write_json(results / f"{path.name}.json", result)
 
 
-def main() -> None:
+def stop(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data")
     parser.add_argument("--init")
     parser.add_argument("--teacher")
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--lr", type=float, default=0.03, help="docs/pilot.md: better than 0.01 at 2 bits")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="torch's threads: a run keeps to them, its bits depend on them")
     parser.add_argument("--out", type=Path, default=Path("runs/long"))
     parser.add_argument("--results", type=Path, default=Path("results/long"))
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--collect", action="store_true")
-    a = parser.parse_args()
-    a.results.mkdir(parents=True, exist_ok=True)
-    for name in a.only if not a.collect else ():
-        bits, teacher = RUNS[name]
-        path = a.out / name
-        if is_run(path):
-            run = open_run(path, **({"data": a.data} if a.data else {}))
-        else:
-            task = get_task("cifar10", data=a.data, model=a.model)
-            settings = replace(task.settings, epochs=a.epochs, seed=a.seed, weight_decay_by_bits=True)
-            run = Run(path, task, Recipe.preset(f"w{bits}a{bits}"), settings, a.init, a.teacher if teacher else None)
-        print(f"{name}: {'going on' if is_run(path) else 'starting'}", file=sys.stderr, flush=True)
-        try:
-            run_training(run, resume=is_run(path), checkpoint_every=100)
-        finally:
-            if is_run(path):
-                collect(path, a.results)
+    a = parser.parse_args(argv)
+    for folder in (a.out, a.results):
+        folder.mkdir(parents=True, exist_ok=True)
     if a.collect:
-        for path in sorted(a.out.iterdir()):
+        for name in a.only:
+            if is_run(a.out / name):
+                collect(a.out / name, a.results)
+        return
+    if a.init is None or (a.teacher is None and any(RUNS[name][1] for name in a.only)):
+        parser.error("--init and --teacher are needed")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    for name in a.only:
+        bits, teacher = RUNS[name]
+        path, task = a.out / name, get_task("cifar10", data=a.data, model=a.model)
+        options = {"epochs": a.epochs, "lr": a.lr, "seed": a.seed, "threads": a.threads}
+        settings = replace(task.settings, **options, weight_decay_by_bits=True)
+        run = Run(path, task, Recipe.preset(f"w{bits}a{bits}"), settings, a.init, a.teacher if teacher else None)
+        if not run.file("metrics.json").is_file():
+            print(f"{name}: {'going on' if is_run(path) else 'starting'}", file=sys.stderr, flush=True)
+            with path.with_suffix(".commits").open("a") as file:
+                print(commit(), file=file)
+        try:
+            run_training(run, resume=True, checkpoint_every=100)
+        finally:
             if is_run(path):
                 collect(path, a.results)
 

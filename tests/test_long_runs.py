@@ -1,0 +1,203 @@
+"""The training benchmarks on made-up images: the long runs, stopped and started again, and the pilot."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lsquant
+from cifar_files import joined, six_parts, write_binary
+from lsquant import reference
+from lsquant.tasks import run
+from lsquant.tasks.resnet import cifar_resnet
+from lsquant.training import Log
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of benchmarks/ as a script does."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """--data, --init and --teacher of made-up files."""
+    folder = tmp_path_factory.mktemp("made up")
+    write_binary(folder, six_parts(0))
+    torch.manual_seed(0)
+    for name in ("resnet20", "resnet32"):
+        save_file(cifar_resnet(name).state_dict(), folder / f"{name}.safetensors")
+    files = [str(folder / f"{name}.safetensors") for name in ("resnet20", "resnet32")]
+    return ["--data", str(folder), "--init", files[0], "--teacher", files[1]]
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return {path.stem: json.loads(path.read_text()) for path in (folder / "results").iterdir()}
+
+
+def epochs(result: dict[str, Any]) -> list[int]:
+    return [row["epoch"] for row in result["rows"]]
+
+
+@pytest.fixture
+def signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The process gets the next one of the list whenever a row of a log is written; their handlers are put back."""
+    numbers: list[int] = []
+    append, before = Log.append, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def append_and_signal(log: Log, row: dict[str, Any]) -> None:
+        append(log, row)
+        if numbers:
+            os.kill(os.getpid(), numbers.pop(0))
+
+    monkeypatch.setattr(Log, "append", append_and_signal)
+    yield numbers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_long_runs_are_stopped_and_go_on(bench, words, signals, tmp_path, monkeypatch, capfd):
+    """The commit is another one at every start."""
+    long_runs, commits = bench("long_runs"), iter("abcdefg")
+    monkeypatch.setattr(long_runs, "commit", lambda: next(commits))
+    folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    command = [*words, "--epochs", "2", "--threads", "1", "--only", "w2a2", "w4a4-teacher", *folders]
+    signals.append(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"):
+        long_runs.main(command)
+    stopped = results(tmp_path)
+    assert {name: (r["finished"], epochs(r), r["commits"]) for name, r in stopped.items()} == {
+        "w2a2": (False, [1], ["a"])
+    }
+    (tmp_path / "results" / "w2a2.json").unlink()
+    long_runs.main(["--collect", *folders])  # as after a kill
+    assert results(tmp_path) == stopped
+
+    load_teacher = run.load_teacher
+
+    def load_and_signal(*a: Any) -> torch.nn.Module:
+        signals[:] = [signal.SIGINT]
+        return load_teacher(*a)
+
+    capfd.readouterr()
+    with monkeypatch.context() as patch:  # a signal in the second run only
+        patch.setattr(run, "load_teacher", load_and_signal)
+        with pytest.raises(SystemExit, match="130"):
+            long_runs.main(command)
+    said = capfd.readouterr().err
+    texts = ("w2a2: going on", "w4a4-teacher: starting", "lsq 1/2", "lsq 2/2")
+    assert [said.count(text) for text in texts] == [1, 1, 2, 1]
+    long_runs.main(command)
+    found = results(tmp_path)
+    assert {name: (r["finished"], epochs(r), r["commits"], r["teacher"]) for name, r in found.items()} == {
+        "w2a2": (True, [1, 2], ["a", "b"], None),
+        "w4a4-teacher": (True, [1, 2], ["c", "d"], "resnet32.safetensors"),
+    }
+    for r in found.values():
+        assert r["settings"]["threads"] == 1
+        assert r["metrics"]["lsq"]["accuracy"] == r["rows"][-1]["accuracy"]
+
+    model = tmp_path / "runs" / "w2a2" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    long_runs.main(command)
+    assert model.stat().st_mtime_ns == before
+    assert results(tmp_path) == found
+    shutil.rmtree(tmp_path / "results")
+    subprocess.run([sys.executable, str(BENCHMARKS / "long_runs.py"), "--collect", *folders], check=True)
+    assert results(tmp_path) == found
+
+
+def test_long_runs_refuse_another_run_and_missing_files(bench, words, tmp_path, capsys):
+    long_runs, folders = bench("long_runs"), ["--out", str(tmp_path / "a"), "--results", str(tmp_path / "b")]
+    for missing in (words[:2], words[:4]):
+        with pytest.raises(SystemExit, match="2"):
+            long_runs.main([*missing, *folders])
+        assert "--init and --teacher are needed" in capsys.readouterr().err
+
+
+# ---- the pilot ----
+
+
+def test_the_pilot_runs_what_is_not_there_yet(bench, words, tmp_path, capsys):
+    pilot = bench("pilot")
+    command = [*words, "--out", str(tmp_path), "--epochs", "1", "--images", "9", "--bits", "2"]
+    names = ["base", "n-batch", "teacher"]
+    pilot.main([*command, "--only", *names])
+    rows = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert set(rows) == {f"w2a2-{name}.json" for name in names}
+    for row in rows.values():
+        assert (row["bits"], row["epochs"], row["images"], len(row["loss"])) == (2, 1, 9, 1)
+        assert row["accuracy"] in [100 * n / 3 for n in range(4)]  # of all test images
+    assert rows["w2a2-base.json"]["loss"] == rows["w2a2-n-batch.json"]["loss"] != rows["w2a2-teacher.json"]["loss"]
+
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir() if "teacher" not in path.name}
+    (tmp_path / "w2a2-teacher.json").unlink()
+    capsys.readouterr()
+    pilot.main([*command, "--only", *names])
+    assert capsys.readouterr().err.count(" % in ") == 1
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    again = json.loads((tmp_path / "w2a2-teacher.json").read_text())
+    assert again["loss"] == rows["w2a2-teacher.json"]["loss"]
+
+
+def test_what_the_pilot_changes_is_changed_and_put_back(bench):
+    pilot, model = bench("pilot"), torch.nn.Sequential(torch.nn.Linear(100, 4))
+    lsquant.prepare(model, lsquant.Recipe(4, 4))
+    lsquant.calibrate(model, [torch.randn(8, 100)])
+    quantizers = dict(lsquant.quantizers(model))
+    before, factor = {name: q.gradient_scale for name, q in quantizers.items()}, reference.GUARD_FACTOR
+    with pilot.changed(batch_in_n=64, guard=0.25):
+        inside = {name: q.gradient_scale for name, q in quantizers.items()}
+        assert reference.GUARD_FACTOR == 0.25
+    assert inside["0.weight_quantizer"] == before["0.weight_quantizer"]
+    assert inside["0.input_quantizer"] == pytest.approx(before["0.input_quantizer"] / 8)
+    assert {name: q.gradient_scale for name, q in quantizers.items()} == before
+    assert factor == reference.GUARD_FACTOR
+
+
+def test_the_pilot_sees_the_first_images_and_all_test_images_at_the_end(bench, words, monkeypatch):
+    pilot = bench("pilot")
+    monkeypatch.setattr(pilot, "LOOK", 2)
+    task = pilot.Part(words[1], 9)
+    labels = joined(six_parts(0))["train"][1]
+    seen = torch.cat([y for _, y in task.batches("train", batch_size=4)])
+    assert sorted(seen.tolist()) == sorted(labels[:9].tolist())
+    assert task.steps_per_epoch(4) == 3
+    assert sum(len(y) for _, y in task.batches("test", batch_size=1)) == 2
+    task.accuracy(cifar_resnet("resnet20").eval())
+    assert sum(len(y) for _, y in task.batches("test", batch_size=1)) == 3
+
+
+def test_the_table_of_the_pilot(bench, tmp_path, capsys):
+    numbers = {
+        ("base", 2): (10.0, 80.0),
+        ("ema", 2): (10.0, 80.25),
+        ("base", 4): (60.0, 90.0),
+        ("warmup", 4): (60.0, 89.5),
+    }
+    for (name, bits), (rounded, accuracy) in numbers.items():
+        row = {"variant": name, "bits": bits, "rounded": rounded, "accuracy": accuracy}
+        (tmp_path / f"{name}{bits}.json").write_text(json.dumps(row))
+    bench("pilot").main(["--table", str(tmp_path)])
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head.count("trained, %") == 2
+    assert [line.partition(" | ")[2] for line in lines] == [
+        "10.0 | 80.00 |  | 60.0 | 90.00 |  |",
+        " |  |  | 60.0 | 89.50 | -0.50 |",
+        "10.0 | 80.25 | +0.25 |  |  |  |",
+    ]
