@@ -121,14 +121,14 @@ def weight_gradient(grad: Tensor, x: Tensor, x_step: Tensor, x_offset: Tensor | 
 
 
 def input_gradient(grad: Tensor, x: Tensor, w_hat: Tensor, conv: Sequence[Any]) -> Tensor | None:
-    """The gradient of a convolution's dequantized input, float32, channels last; None where it does not pay.
+    """The gradient of a convolution's dequantized input, float32, channels last; None where it does not fit.
 
-    3x3, stride 1, by minimal filtering.  With few channels its transforms cost what the multiplications save.
+    3x3, stride 1, at least 32 channels, by minimal filtering.
     """
     stride, padding, dilation = conv[:3]
     out, channels = w_hat.shape[:2]
-    pays = _plain(x, conv) and w_hat.shape[2:] == (3, 3) and min(out, channels) >= 32 and w_hat.numel() <= 2**18
-    if not pays or {*stride, *dilation} != {1} or max(padding) > 2 or out % 8 or not x.numel():
+    fits = _plain(x, conv) and w_hat.shape[2:] == (3, 3) and min(out, channels) >= 32 and w_hat.numel() <= 2**18
+    if not fits or {*stride, *dilation} != {1} or max(padding) > 2 or out % 8 or not x.numel():
         return None
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return None
