@@ -74,6 +74,17 @@ def step_view(x: Tensor, step: Tensor, axis: int | None, group_size: int | None)
     return x, step.reshape(())
 
 
+def require_layout(
+    x: Tensor, step: Tensor, axis: int | None, group_size: int | None, *zeros: int | Tensor | None
+) -> None:
+    """Raises UsageError where the steps do not fit the input (see ``step_view``), or zero points, offsets the steps."""
+    if axis is not None or group_size is not None or step.shape != (1,) or step.dtype != torch.float32:
+        step_view(x, step, axis, group_size)
+    for zero in zeros:
+        if isinstance(zero, Tensor) and zero.shape != step.shape:
+            raise UsageError(f"zero_point, offset: the step's shape {tuple(step.shape)}, not {tuple(zero.shape)}")
+
+
 def _expect(step: Tensor, count: int, x: Tensor) -> None:
     if step.numel() != count:
         raise UsageError(f"an input of shape {tuple(x.shape)} wants {count} step(s) here, got {step.numel()}")

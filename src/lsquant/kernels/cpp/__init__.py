@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lsquant import reference
-from lsquant._util.errors import UsageError
 from lsquant.kernels.cpp.build import CannotBuild, library
 from lsquant.kernels.eager import convolution_sums as convolution_sums
 from lsquant.kernels.eager import linear_sums as linear_sums
@@ -36,20 +35,12 @@ def _fake_backward(grad: Tensor, x: Tensor, step: Tensor, *rest: Any) -> tuple[T
     return torch.empty_like(x), torch.empty_like(step), step.new_empty(0) if rest[-1] is None else step.clone()
 
 
-def _check(x: Tensor, step: Tensor, axis: int | None, group_size: int | None, zero: Tensor | None) -> None:
-    """Raises UsageError, by the reference's own checks, where the shapes do not fit."""
-    if axis is not None or group_size is not None or step.shape != (1,):
-        reference.step_view(x, step, axis, group_size)
-    if zero is not None and zero.shape != step.shape:
-        raise UsageError(f"zero_point, offset: they have the step's shape {tuple(step.shape)}, not {tuple(zero.shape)}")
-
-
 def fake_quantize(
     x: Tensor, step: Tensor, q_min: int, q_max: int, gradient_scale: float, axis: int | None, group_size: int | None,
     fixed_zero: int, zero_point: Tensor | None, offset: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The quantizer with its derivative registered in C++; arguments of ``lsquant::fake_quantize``."""
-    _check(x, step, axis, group_size, zero_point if offset is None else offset)
+    reference.require_layout(x, step, axis, group_size, zero_point, offset)
     rest = (axis, group_size, fixed_zero, zero_point, offset)
     return torch.ops.lsquant_cpp.fake_quantize(x, step, q_min, q_max, gradient_scale, *rest)
 

@@ -103,10 +103,7 @@ def _quantizer(
 def _dense(x: Tensor, step: Tensor, axis: int | None, group_size: int | None, *zeros: int | Tensor | None) -> Tensor:
     """x without gaps, row-major for groups.  Raises: UsageError where the shapes do not fit."""
     x = x if group_size is None else x.contiguous()
-    reference.step_view(x, step, axis, group_size)
-    for zero in zeros:
-        if isinstance(zero, Tensor) and zero.shape != step.shape:
-            raise UsageError(f"zero_point, offset: the step's shape {tuple(step.shape)}, not {tuple(zero.shape)}")
+    reference.require_layout(x, step, axis, group_size, *zeros)
     return x if x.stride() == torch.empty_like(x, device="meta").stride() else torch.empty_like(x).copy_(x)
 
 
