@@ -24,6 +24,8 @@ from lsquant.export import export_packed as export_packed
 from lsquant.export import load_packed as load_packed
 from lsquant.export import onnx_session as onnx_session
 from lsquant.export import read_packed as read_packed
+from lsquant.export import to_torchao as to_torchao
+from lsquant.integer import to_integer as to_integer
 from lsquant.kernels import use_engine as use_engine
 from lsquant.nn import integer_weights as integer_weights
 from lsquant.nn import quantizers as quantizers
@@ -73,6 +75,8 @@ __all__ = [
     "revert",
     "save",
     "sensitivity",
+    "to_integer",
+    "to_torchao",
     "use_engine",
     "verify",
     "write_report",

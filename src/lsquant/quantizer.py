@@ -263,7 +263,7 @@ class Quantizer(nn.Module):
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
-        super()._apply(keep_dtype, recurse)
+        nn.Module._apply(self, keep_dtype, recurse)  # not super(): the frozen quantizer borrows this method
         return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

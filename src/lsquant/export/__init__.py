@@ -7,3 +7,4 @@ from lsquant.export.packed import PackedQuantizer as PackedQuantizer
 from lsquant.export.packed import export_packed as export_packed
 from lsquant.export.packed import load_packed as load_packed
 from lsquant.export.packed import read_packed as read_packed
+from lsquant.export.torchao import to_torchao as to_torchao

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lsquant._util.batches import model_inputs
 from lsquant._util.errors import UsageError
-from lsquant.integer import FrozenQuantizer, IntegerLayer
+from lsquant.integer import FrozenQuantizer, IntegerEmbedding, frozen_parts
 
 TORCH_OPSET = 18
 """The lowest operator set that torch's exporter writes."""
@@ -49,12 +49,13 @@ def captured(
 
 def _marked(frozen: nn.Module) -> dict[str, nn.Module]:
     """Give every frozen layer, and every frozen quantizer that stands alone, its name as the mark."""
-    layers: dict[str, nn.Module] = {}
-    owned = {id(m.input) for m in frozen.modules() if isinstance(m, IntegerLayer)}
-    for name, module in frozen.named_modules():
-        if isinstance(module, IntegerLayer) or (isinstance(module, FrozenQuantizer) and id(module) not in owned):
-            module.marker = name
-            layers[name] = module
+    layers = frozen_parts(frozen)
+    for name, module in layers.items():
+        if isinstance(module, IntegerEmbedding):
+            raise UsageError(f"{name}: Embedding cannot be exported yet; leave it in floating point: skip=[{name!r}]")
+        if isinstance(module, FrozenQuantizer) and module.group_size is not None:
+            raise UsageError(f"{name}: a stand-alone quantizer with groups has no form in ONNX; use tensor or channel")
+        module.marker = name
     return layers
 
 

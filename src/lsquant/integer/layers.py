@@ -10,46 +10,69 @@ from torch.nn import functional as F
 
 from lsquant import nn as lsq_nn
 from lsquant import ops, reference
+from lsquant.quantizer import Quantizer
 
 Marker = str | None
 
 
 class FrozenQuantizer(nn.Module):
-    """A quantizer whose step, zero point and bounds are fixed.
+    """A quantizer whose step, zero point and bounds are fixed; a weight's also has the codes.
 
-    step: (steps,) float32, guarded.  zero_point: (steps,) int32 or None for 0.  axis: the dimension that has a step per
-    index, or None.
+    step: (steps,) float32, guarded.  zero_point: (steps,) int32 or None for 0.  bounds: (2,) int32, the lowest and the
+    highest code.  codes: (out, ...) int8 or uint8, output channels first, or None.  axis: the dimension that has a step
+    per index, or None.  group_size: neighbours in a row that share a step, or None.
     """
 
     step: Tensor
     zero_point: Tensor | None
+    bounds: Tensor
+    codes: Tensor | None
+    _apply: Any = Quantizer._apply  # steps stay float32
 
     def __init__(
-        self, step: Tensor, q_min: int, q_max: int, zero_point: Tensor | None = None, axis: int | None = None
-    ) -> None:
+        self, step: Tensor, q_min: int, q_max: int, zero_point: Tensor | None = None, axis: int | None = None,
+        group_size: int | None = None, codes: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.register_buffer("step", step.detach().clone())
-        self.register_buffer("zero_point", None if zero_point is None else zero_point.detach().to(torch.int32).clone())
-        self.q_min, self.q_max, self.axis = q_min, q_max, axis
+        tensors = {"codes": codes, "step": step, "zero_point": zero_point, "bounds": torch.tensor([q_min, q_max])}
+        for name, value in tensors.items():
+            self.register_buffer(name, None if value is None else value.detach().clone())
+        self.bounds = self.bounds.to(torch.int32)
+        self.q_min, self.q_max, self.axis, self.group_size = q_min, q_max, axis, group_size
         self.marker: Marker = None
 
+    def grid(self) -> ops.Grid:
+        """As the ops take it.  The offset ``-z s`` rounds to z again."""
+        offset = None if self.zero_point is None else -self.zero_point * self.step
+        return ops.Grid(self.step, self.q_min, self.q_max, 1.0, offset, self.group_size)
+
     def float_codes(self, x: Tensor) -> Tensor:
-        """Codes as float32 integers in the shape of x."""
-        return reference.codes(x, self.step, self.q_min, self.q_max, axis=self.axis, zero_point=self.zero_point)
+        """Codes as float32 integers in the shape of x, NaN where x is not finite."""
+        layout = {"axis": self.axis, "group_size": self.group_size, "zero_point": self.zero_point}
+        return reference.codes(x, self.step, self.q_min, self.q_max, **layout)
 
-    def centred_codes(self, x: Tensor) -> Tensor:
-        """``code - z`` as float32 integers; one step for the whole tensor."""
-        codes = self.float_codes(x)
-        return codes if self.zero_point is None else codes - self.zero_point.to(torch.float32)
-
-    def codes(self, x: Tensor) -> Tensor:
-        """Codes as int8 (signed) or uint8 (unsigned)."""
-        return self.float_codes(x).to(torch.int8 if self.q_min < 0 else torch.uint8)
+    def values(self) -> Tensor:
+        """A weight, ``code * step`` as float32; recomputed at every call."""
+        assert self.codes is not None
+        codes, step = reference.step_view(self.codes.to(torch.float32), self.step, self.axis, self.group_size)
+        return (codes * step).reshape(self.codes.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.marker is not None:
             return mark("Quantizer", x, self.marker, x.shape)
-        return ops.fake_quantize(x, self.step, self.q_min, self.q_max, 1.0, axis=self.axis, zero_point=self.zero_point)
+        step, q_min, q_max, _, offset, size = self.grid()
+        return ops.fake_quantize(x, step, q_min, q_max, 1.0, axis=self.axis, group_size=size, offset=offset)
+
+    def extra_repr(self) -> str:
+        steps = "" if self.step.numel() == 1 else f", {self.step.numel()} steps"
+        return f"{self.q_min} to {self.q_max}{steps}" + ("" if self.codes is None else f", codes {[*self.codes.shape]}")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        codes = state_dict.get(prefix + "codes")
+        if self.codes is not None and codes is not None:
+            self.codes = self.codes.to(codes.dtype)  # a sign decided otherwise than here
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.q_min, self.q_max = self.bounds.tolist()
 
 
 def mark(kind: str, x: Tensor, name: str, shape: Any) -> Tensor:
@@ -62,39 +85,58 @@ def mark(kind: str, x: Tensor, name: str, shape: Any) -> Tensor:
 class IntegerLayer(nn.Module):
     """Common to the frozen layers.  Quantized in weights, in its input, or in both.
 
-    codes: (out, ...) int8 or uint8, or None; weight_step: (steps,) float32; weight: float32, only when the weights are
-    not quantized; scale: ``fl(s_x * s_w)``, (1,), (out,) or, with groups, (out, groups), only when both are.
+    weight: rows (out, ...), only when the weights are not quantized.  The float layer's plain attributes are kept.
     """
 
-    codes: Tensor | None
-    weight_step: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
-    scale: Tensor | None
 
-    def __init__(
-        self,
-        input: FrozenQuantizer | None,
-        codes: Tensor | None,
-        weight_step: Tensor | None,
-        weight_bounds: tuple[int, int],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        group_size: int | None,
-    ) -> None:
+    def __init__(self, source: Any, weights: FrozenQuantizer | None, inputs: FrozenQuantizer | None) -> None:
         super().__init__()
-        self.input = input
-        self.weight_bounds, self.group_size = weight_bounds, group_size
-        scale = None
-        if input is not None and weight_step is not None and codes is not None:
-            scale = input.step * weight_step.detach()
-            if group_size is not None:
-                scale = scale.reshape(codes.shape[0], -1)
-        for name, value in {
-            "codes": codes, "weight_step": weight_step, "weight": weight, "bias": bias, "scale": scale
-        }.items():  # fmt: skip
-            self.register_buffer(name, None if value is None else value.detach().clone())
+        vars(self).update({k: v for k, v in vars(source).items() if k[0] != "_" and k not in vars(self)})
+        self.weight_quantizer, self.input_quantizer = weights, inputs
+        self.register_buffer("weight", source.rows().detach().clone() if weights is None else None)
+        self.register_buffer("bias", None if source.bias is None else source.bias.detach().clone())
         self.marker: Marker = None
+
+    @property
+    def input(self) -> FrozenQuantizer | None:
+        """The input's quantizer."""
+        return self.input_quantizer
+
+    @property
+    def codes(self) -> Tensor | None:
+        """(out, ...) int8 or uint8, output channels first; None where the weights are not quantized."""
+        return None if self.weight_quantizer is None else self.weight_quantizer.codes
+
+    @property
+    def weight_step(self) -> Tensor | None:
+        """(steps,) float32."""
+        return None if self.weight_quantizer is None else self.weight_quantizer.step
+
+    @property
+    def weight_bounds(self) -> tuple[int, int]:
+        """The lowest and the highest code of the weights."""
+        return (0, 0) if self.weight_quantizer is None else (self.weight_quantizer.q_min, self.weight_quantizer.q_max)
+
+    @property
+    def group_size(self) -> int | None:
+        """Of the weights."""
+        return None if self.weight_quantizer is None else self.weight_quantizer.group_size
+
+    @property
+    def scale(self) -> Tensor | None:
+        """``fl(s_x * s_w)``: (1,), (out,) or, with groups, (out, groups); only where both sides are quantized."""
+        if self.weight_step is None or self.input_quantizer is None or self.codes is None:
+            return None
+        scale = self.input_quantizer.step * self.weight_step
+        return scale if self.group_size is None else scale.reshape(self.codes.shape[0], -1)
+
+    def rows(self) -> Tensor:
+        """The weight or its codes, output channels first."""
+        rows = self.codes if self.weight_quantizer is not None else self.weight
+        assert rows is not None
+        return rows
 
     def before(self, x: Tensor) -> Tensor:
         """What is done to the input before it is quantized: nothing, or the padding of a non-zero padding mode."""
@@ -104,54 +146,33 @@ class IntegerLayer(nn.Module):
         """Shape of the output for an input that went through ``before``."""
         raise NotImplementedError
 
-    def sums(self, codes_x: Tensor, codes_w: Tensor, bound: int, *extra: Any) -> Tensor:
-        """The output from centred codes, ``fl(fl(acc * scale) + b)``."""
+    def sums(self, x: Tensor, weight: Tensor, grids: tuple[ops.Grid, ops.Grid], *extra: Any) -> Tensor:
+        """The output over codes, ``fl(fl(acc * fl(s_x s_w)) + b)``; ``weight`` has the codes again."""
         raise NotImplementedError
 
     def in_float(self, x: Tensor, weight: Tensor, *extra: Any) -> Tensor:
         """The float layer, for layers of which only one side is quantized."""
         raise NotImplementedError
 
-    def weight_values(self) -> Tensor:
-        """``code * step`` as float32, or the float weight; recomputed at every call."""
-        if self.codes is None or self.weight_step is None:
-            assert self.weight is not None
-            return self.weight
-        axis = 0 if self.group_size is None and self.weight_step.numel() > 1 else None
-        codes, step = reference.step_view(self.codes.to(torch.float32), self.weight_step, axis, self.group_size)
-        return (codes * step).reshape(self.codes.shape)
-
-    def bound(self) -> int:
-        """The largest possible ``sum |q_x - z||q_w|`` of one output element."""
-        assert self.codes is not None
-        assert self.input is not None
-        low, high = self.input.q_min, self.input.q_max
-        if self.input.zero_point is not None:
-            low, high = low - int(self.input.zero_point.max()), high - int(self.input.zero_point.min())
-        terms = self.group_size or self.codes[0].numel()
-        return terms * max(abs(low), abs(high)) * max(abs(q) for q in self.weight_bounds)
-
     def forward(self, input: Tensor, *extra: Any) -> Tensor:
         """extra: what else ``sums`` and the others of this kind of layer need."""
-        x = self.before(input)
+        x, weights, inputs = self.before(input), self.weight_quantizer, self.input_quantizer
         if self.marker is not None:
             return mark("Layer", x, self.marker, self.output_shape(x, *extra))
-        if self.scale is None or self.codes is None or self.input is None:
-            return self.in_float(x if self.input is None else self.input(x), self.weight_values(), *extra)
-        return self.sums(self.input.centred_codes(x), self.codes.to(torch.float32), self.bound(), *extra)
+        if weights is not None and inputs is not None:  # fl(fl(q s) / s) rounds to q
+            return self.sums(x, weights.values(), (inputs.grid(), weights.grid()), *extra)
+        weight = self.rows() if weights is None else weights.values().to(x.dtype)
+        return self.in_float(x if inputs is None else inputs(x), weight, *extra)
 
 
 class IntegerLinear(IntegerLayer):
     """``nn.Linear`` over codes; with groups, the sums of the groups are added in float32 in their order."""
 
     def output_shape(self, x: Tensor, *extra: Any) -> tuple[Any, ...]:
-        weight = self.codes if self.codes is not None else self.weight
-        assert weight is not None
-        return (*x.shape[:-1], weight.shape[0])
+        return (*x.shape[:-1], self.rows().shape[0])
 
-    def sums(self, codes_x: Tensor, codes_w: Tensor, bound: int, *extra: Any) -> Tensor:
-        assert self.scale is not None
-        return ops.linear_of_codes(codes_x, codes_w, self.scale, self.bias, bound, self.group_size)
+    def sums(self, x: Tensor, weight: Tensor, grids: tuple[ops.Grid, ops.Grid], *extra: Any) -> Tensor:
+        return ops.linear(x, weight, self.bias, *grids)
 
     def in_float(self, x: Tensor, weight: Tensor, *extra: Any) -> Tensor:
         return F.linear(x, weight, self.bias)
@@ -164,11 +185,16 @@ class IntegerConv(IntegerLayer):
     in elements, of code z.
     """
 
-    def __init__(self, *args: Any, source: Any) -> None:
-        super().__init__(*args)
-        self.kernel_size, self.stride, self.dilation = source.kernel_size, source.stride, source.dilation
-        self.transposed, self.groups, self.padding_mode = source.transposed, source.groups, source.padding_mode
-        self.output_padding = source.output_padding
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    transposed: bool
+    groups: int
+    padding_mode: str
+
+    def __init__(self, source: Any, weights: FrozenQuantizer | None, inputs: FrozenQuantizer | None) -> None:
+        super().__init__(source, weights, inputs)
         if source.padding == "same":
             total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
             self.padding = [(t // 2, t - t // 2) for t in total]
@@ -181,6 +207,10 @@ class IntegerConv(IntegerLayer):
         """The zero padding that remains to be done by the convolution itself."""
         return self.padding if self.padding_mode == "zeros" else [(0, 0)] * len(self.padding)
 
+    def own_layout(self, rows: Tensor) -> Tensor:
+        """A weight from rows, as the float layer and ONNX' operators have it."""
+        return ops.arranged(rows, (None, None, None, self.transposed, None, self.groups))
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         batched = input.dim() == len(self.kernel_size) + 2
         x = input if batched else input.unsqueeze(0)
@@ -192,14 +222,12 @@ class IntegerConv(IntegerLayer):
         return x if self.padding_mode == "zeros" else F.pad(x, _flat(self.padding), mode=self.padding_mode)
 
     def output_shape(self, x: Tensor, extra: list[int]) -> tuple[Any, ...]:
-        weight = self.codes if self.codes is not None else self.weight
-        assert weight is not None
         sides = zip(x.shape[2:], self.node_padding, self.kernel_size, self.dilation, self.stride, extra, strict=True)
         if self.transposed:
             spatial = [(n - 1) * s - a - b + d * (k - 1) + 1 + e for n, (a, b), k, d, s, e in sides]
         else:
             spatial = [(n + a + b - d * (k - 1) - 1) // s + 1 for n, (a, b), k, d, s, _ in sides]
-        return (x.shape[0], weight.shape[0], *spatial)
+        return (x.shape[0], self.rows().shape[0], *spatial)
 
     def _operands(self, x: Tensor, extra: list[int]) -> tuple[Tensor, list[Any]]:
         """The input, padded where sides differ, and the arguments of torch.convolution after the bias."""
@@ -208,10 +236,9 @@ class IntegerConv(IntegerLayer):
             x, padding = F.pad(x, _flat(self.node_padding)), [0] * len(padding)
         return x, [self.stride, padding, self.dilation, self.transposed, extra, self.groups]
 
-    def sums(self, codes_x: Tensor, codes_w: Tensor, bound: int, extra: list[int]) -> Tensor:
-        assert self.scale is not None
-        x, conv = self._operands(codes_x, extra)
-        return ops.convolution_of_codes(x, codes_w, self.scale, self.bias, bound, *conv, group_size=self.group_size)
+    def sums(self, x: Tensor, weight: Tensor, grids: tuple[ops.Grid, ops.Grid], extra: list[int]) -> Tensor:
+        x, conv = self._operands(x, extra)
+        return ops.convolution(x, weight, self.bias, *grids, *conv)
 
     def in_float(self, x: Tensor, weight: Tensor, extra: list[int]) -> Tensor:
         x, conv = self._operands(x, extra)
@@ -223,11 +250,33 @@ def _flat(sides: list[tuple[int, int]]) -> list[int]:
     return [side for pair in reversed(sides) for side in pair]
 
 
+class IntegerEmbedding(IntegerLayer):
+    """``nn.Embedding`` from codes: the rows that are asked for, ``code * step`` in the type the float weight had."""
+
+    like: Tensor
+
+    def __init__(self, source: Any, weights: FrozenQuantizer | None, inputs: FrozenQuantizer | None) -> None:
+        super().__init__(source, weights, inputs)
+        self.register_buffer("like", source.weight.new_empty(0), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        quantizer = self.weight_quantizer
+        assert quantizer is not None
+        assert quantizer.codes is not None
+        indices, (count, size), step = input.reshape(-1), quantizer.codes.shape, quantizer.step
+        found = quantizer.codes.index_select(0, indices).to(torch.float32)
+        if step.numel() > 1:
+            step = step.reshape(count, -1).index_select(0, indices).unsqueeze(-1)
+            found = found.unflatten(-1, (step.shape[-2], -1))
+        return (found * step).reshape(*input.shape, size).to(self.like.dtype)
+
+
 class IntegerBatchNorm(nn.Module):
     """BatchNorm in eval mode, ``fl(fl(x * alpha) + beta)``.  alpha, beta: (C, 1, ...) float32, ``dims`` ones."""
 
     alpha: Tensor
     beta: Tensor
+    _apply: Any = Quantizer._apply
 
     def __init__(self, alpha: Tensor, beta: Tensor, dims: int) -> None:
         super().__init__()
@@ -238,4 +287,4 @@ class IntegerBatchNorm(nn.Module):
         alpha, beta = self.alpha, self.beta
         if x.dim() == alpha.dim():  # BatchNorm1d of (batch, C)
             alpha, beta = alpha.squeeze(-1), beta.squeeze(-1)
-        return x * alpha + beta
+        return (x * alpha + beta).to(x.dtype)

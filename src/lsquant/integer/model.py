@@ -5,26 +5,52 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lsquant import nn as lsq_nn
+from lsquant._util.batches import unwrapped
 from lsquant._util.errors import UsageError
-from lsquant.integer.layers import FrozenQuantizer, IntegerBatchNorm, IntegerConv, IntegerLayer, IntegerLinear
+from lsquant.integer.layers import (
+    FrozenQuantizer,
+    IntegerBatchNorm,
+    IntegerConv,
+    IntegerEmbedding,
+    IntegerLayer,
+    IntegerLinear,
+)
 from lsquant.quantizer import Quantizer
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+KINDS: dict[str, type[IntegerLayer]] = {
+    **{kind.__name__: IntegerConv for kind in CONVOLUTIONS},
+    **dict.fromkeys(("Linear", "Conv1D", "FalconLinear"), IntegerLinear),  # the latter two are transformers'
+    "Embedding": IntegerEmbedding,
+}
+"""Name of a float type -> its frozen counterpart."""
+
+
+def to_integer(model: nn.Module) -> nn.Module:
+    """The integer model: a copy of ``model`` in eval mode with codes, steps and what stays float, and nothing else.
+
+    A layer ``conv`` has ``conv.weight_quantizer.codes`` (int8 or uint8, output channels first), ``.step``, ``.bounds``
+    and ``conv.input_quantizer.step`` in the state dict; there is no float weight behind the codes.  It runs on the
+    engines that train (``lsquant.use_engine``); its outputs equal those of ``model.eval()``, bit for bit, in each.
+    ``model`` is unchanged; shared modules and weights stay shared.
+    Raises: UsageError for a model without quantized layers, and naming a layer that has no integer form or whose
+    quantizer has no step yet, is switched off or has values without a code.
+    """
+    model = unwrapped(model)
+    if not any(True for _ in lsq_nn.quantizers(model)):
+        raise UsageError("to_integer: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
+    return integer_model(model)
 
 
 def integer_model(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` in eval mode whose quantized layers are frozen layers over integer codes.
-
-    ``model`` is unchanged.  Shared modules stay shared.  No float copy of a quantized weight is made.  The outputs are
-    equal, bit for bit.
-    Raises: UsageError naming a layer whose quantizer has no step yet or is switched off.
-    """
+    """``to_integer`` for exporters: of any model."""
     memo: dict[int, Any] = {}
     for name, layer in lsq_nn.quantized_layers(model):
-        memo[id(layer)] = freeze_layer(name, layer)
+        memo[id(layer)] = freeze_layer(name, layer, memo)
     for name, quantizer in lsq_nn.lone_quantizers(model):
         memo[id(quantizer)] = freeze_quantizer(name, quantizer)
     for module in model.modules():
@@ -33,45 +59,46 @@ def integer_model(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).eval()
 
 
-def freeze_quantizer(name: str, quantizer: Quantizer) -> FrozenQuantizer:
+def frozen_parts(model: nn.Module) -> dict[str, Any]:
+    """Name -> frozen layer, or frozen quantizer that stands alone, each once; empty for any other model."""
+    named = list(model.named_modules())
+    owned = {q for _, m in named if isinstance(m, IntegerLayer) for q in m.children()}
+    kinds = (IntegerLayer, FrozenQuantizer)
+    return {name: m for name, m in named if isinstance(m, kinds) and m not in owned}
+
+
+def freeze_quantizer(name: str, quantizer: Quantizer, codes: Tensor | None = None) -> FrozenQuantizer:
     """The quantizer with its step, zero point and bounds as they are now."""
+    require_ready(name, quantizer)
+    step, bounds = quantizer.effective_step(), (quantizer.q_min, quantizer.q_max)
+    if not bool((torch.isfinite(step * 2**8) & (step > 0)).all()):
+        raise UsageError(f"{name}: a step is {step[~(torch.isfinite(step * 2**8) & (step > 0))][0]}, no step to ship")
+    return FrozenQuantizer(step, *bounds, quantizer.zero_point(), quantizer.axis, quantizer.spec.group_size, codes)
+
+
+def freeze_layer(name: str, layer: Any, memo: dict[int, Any]) -> IntegerLayer:
+    """The frozen counterpart of a quantized layer.  memo: id of a quantizer -> the frozen one, for shared weights."""
+    label, kind = name or type(layer).__name__, layer.float_type.__name__
+    if kind not in KINDS:
+        raise UsageError(f"{label}: {kind} has no integer form; leave it in floating point: skip=[{label!r}]")
+    if getattr(layer, "max_norm", None) is not None:
+        raise UsageError(f"{label}: an Embedding with max_norm changes its weight in use; it has no integer form")
+    weights, inputs = layer.weight_quantizer, layer.input_quantizer
+    if weights is not None and id(weights) not in memo:
+        require_ready(f"{label}.weight_quantizer", weights)
+        codes = layer.rearranged(layer.integer_weight()[0])
+        memo[id(weights)] = freeze_quantizer(f"{label}.weight_quantizer", weights, codes)
+    if inputs is not None and id(inputs) not in memo:
+        memo[id(inputs)] = freeze_quantizer(f"{label}.input_quantizer", inputs)
+    return KINDS[kind](layer, memo.get(id(weights)), memo.get(id(inputs)))
+
+
+def require_ready(name: str, quantizer: Quantizer) -> None:
+    """Raises UsageError for a quantizer without a step, or switched off."""
     if not quantizer.is_initialized:
-        raise UsageError(f"{name}: this quantizer has no step yet; run lsquant.calibrate(model, batches) first")
-    if not quantizer.enabled:
-        raise UsageError(f"{name}: this quantizer is switched off (lsquant.disabled); call this outside of that block")
-    if quantizer.spec.group_size is not None:
-        raise UsageError(f"{name}: a stand-alone quantizer with groups has no integer form; use tensor or channel")
-    step = quantizer.effective_step()
-    return FrozenQuantizer(step, quantizer.q_min, quantizer.q_max, quantizer.zero_point(), quantizer.axis)
-
-
-def freeze_layer(name: str, layer: Any) -> IntegerLayer:
-    """The frozen counterpart of a quantized Linear or convolution."""
-    weights: Quantizer | None = layer.weight_quantizer
-    codes, step, bounds, group_size = None, None, (0, 0), None
-    label = name or type(layer).__name__
-    if weights is not None:
-        _check_weights(f"{label}.weight_quantizer", weights)
-        codes, step, zero_point = layer.integer_weight()
-        codes = layer.rearranged(codes)
-        if zero_point is not None:
-            raise UsageError(f"{label}: weights with a zero point (offset=True) have no integer model yet")
-        bounds, group_size = (weights.q_min, weights.q_max), weights.spec.group_size
-    inputs = layer.input_quantizer
-    frozen = None if inputs is None else freeze_quantizer(f"{label}.input_quantizer", inputs)
-    common = (frozen, codes, step, bounds, layer.rows() if weights is None else None, layer.bias, group_size)
-    if isinstance(layer, nn.Linear):
-        return IntegerLinear(*common)
-    if isinstance(layer, CONVOLUTIONS):
-        return IntegerConv(*common, source=layer)
-    kind = type(layer).__name__.removeprefix("Quant")
-    raise UsageError(
-        f"{label}: {kind} cannot be exported yet; leave it in floating point before training: skip=[{label!r}]"
-    )
-
-
-def _check_weights(name: str, quantizer: Quantizer) -> None:
-    if not quantizer.is_initialized:
-        raise UsageError(f"{name}: this quantizer has no step yet; prepare the model with its weights loaded")
+        remedy = (
+            "load or set its weights" if name.endswith("weight_quantizer") else "run lsquant.calibrate(model, batches)"
+        )
+        raise UsageError(f"{name}: this quantizer has no step yet; {remedy} first")
     if not quantizer.enabled:
         raise UsageError(f"{name}: this quantizer is switched off (lsquant.disabled); call this outside of that block")
