@@ -156,7 +156,7 @@ def verify_(a: Namespace) -> Outcome:
     path = Path(a.file) if a.file else run.file(f"export/{own.file_name(a.profile)}")
     if not path.is_file():
         raise MissingFile(f"{path} does not exist: lsquant export {a.path} --profile {a.profile} writes it")
-    verdict = verify(run.model(), path, run.task.batches("test", batch_size=BATCH))
+    verdict = verify(run.model(), path, run.task.batches("test", batch_size=BATCH), **own.target(a))
     return own.judged(a, verdict, path)
 
 

@@ -13,7 +13,7 @@ from lsquant.cli import commands
 from lsquant.export.onnx import PROFILES
 from lsquant.export.packed import PROFILE as PACKED
 from lsquant.tasks import TASKS
-from lsquant.verification import LEVELS
+from lsquant.verification import LEVELS, RUNTIMES
 
 GOOD, NOT_AS_REQUIRED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -62,6 +62,10 @@ def parser() -> argparse.ArgumentParser:
     _profile(sub)
     sub.add_argument("--file", metavar="FILE", help="the exported file (default: where export writes it)")
     sub.add_argument("--require", choices=LEVELS[1:], default=LEVELS[-1], help="level needed for exit code 0")
+    about = f"what runs an ONNX file: {', '.join(RUNTIMES)}; one other than {RUNTIMES[0]} has a verdict file of its own"
+    sub.add_argument("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=about)
+    about = "folder with onnxruntime-web from npm (default: LSQUANT_NODE_MODULES)"
+    sub.add_argument("--node-modules", metavar="DIR", help=about)
 
     sub = add("check", commands.check_, "say what is wrong with a trained model; exit code 1 if it is an error")
     _subject(sub)

@@ -29,7 +29,7 @@ from lsquant.tasks import is_run, load_float
 from lsquant.tasks.loading import call, load_object
 from lsquant.training.progress import message
 from lsquant.training.seeds import seed_everything
-from lsquant.verification import Verdict, export_vectors, verify
+from lsquant.verification import RUNTIMES, Verdict, export_vectors, verify
 from lsquant.verification.vectors import CHECKER
 
 Outcome = tuple[dict[str, Any], str, bool]
@@ -129,15 +129,23 @@ def verify_(a: Namespace) -> Outcome:
     path = Path(a.file) if a.file else Path(a.path).with_suffix(f".{file_name(a.profile)}")
     if not path.is_file():
         raise MissingFile(f"{path} does not exist: lsquant export {a.path} --profile {a.profile} ... writes it")
-    verdict = verify(model, path, batches(a), max_batches=a.max_batches)
+    verdict = verify(model, path, batches(a), **target(a))
     return judged(a, verdict, path)
+
+
+def target(a: Namespace) -> dict[str, Any]:
+    """Where and on how much ``verify`` runs."""
+    if a.profile == PACKED and a.runtime != RUNTIMES[0]:
+        raise UsageError(f"--runtime {a.runtime} is for ONNX files: leave it out with --profile packed")
+    return {"runtime": a.runtime, "node_modules": a.node_modules, "max_batches": a.max_batches}
 
 
 def judged(a: Namespace, verdict: Verdict, path: Path) -> Outcome:
     """The outcome of ``verify``; the verdict is kept beside a file in its usual place."""
     result = {"required": a.require, **verdict.to_dict(), "text": str(verdict)}
     if not a.file:
-        write_json(path.with_suffix(".verdict.json"), result)
+        where = "" if a.runtime == RUNTIMES[0] else f".{a.runtime}"
+        write_json(path.with_suffix(f"{where}.verdict.json"), result)
     if verdict.reaches(a.require):
         return result, str(verdict), True
     hint = " (profile qdq promises weights: --require weights)" if verdict.profile == "qdq" else ""

@@ -1,12 +1,17 @@
 """Marked nodes -> standard ONNX operators, one small group of nodes per quantized layer.
 
-Both forms quantize by ``QuantizeLinear``, which divides and rounds half to even as section 1 of the mathematics asks.
+All forms quantize by ``QuantizeLinear``, which divides and rounds half to even as section 1 of the mathematics asks.
 
 exact: activations are stored as uint8, signed codes as code + 128; weights of at most 7 bits as int8, of 8 bits as
 uint8 code + 128.  So no product of an 8-bit unsigned and an 8-bit signed number occurs: on x86 without VNNI a pair of
 those saturates at 16 bits in ONNX Runtime.  The zero points take the 128 out again, exactly.
 
     x -> QuantizeLinear -> Clip -> ConvInteger | MatMulInteger -> Cast(FLOAT) -> Mul(fl(s_x s_w)) -> Add(bias)
+
+A transposed convolution is ConvInteger with reversed kernels over codes between which stride - 1 zero points are put.
+
+small: as exact, with weights of at most 4 bits as INT4 or INT2 initializers and a Cast(INT8) after them; a weight whose
+input is not quantized, and a group-wise convolution, by DequantizeLinear in blocks as in qdq.
 
 qdq: int8 containers (uint8 for 8-bit unsigned codes); codes of fewer bits are held in range by a float Clip before
 QuantizeLinear at ``(q - z) s``, which rounds back to q, so that Q and DQ stay neighbours.
@@ -16,87 +21,63 @@ QuantizeLinear at ``(q - z) s``, which rounds back to q, so that Q and DQ stay n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from lsquant._util.errors import UsageError
 from lsquant._util.optional import require
+from lsquant.export.graph import FLOAT, Facts, Graph, array, dequantize, quantize_in_float_range
 from lsquant.integer import FrozenQuantizer, IntegerConv, IntegerLayer
 
-FLOAT = 1  # onnx.TensorProto.FLOAT
+INT8 = 3  # onnx.TensorProto.INT8
+NARROW = ((2, 25), (4, 21))
+"""(bits of an initializer in profile small, the lowest operator set that has the type)."""
+
+Dims = list[int | None]
 
 
-def array(t: Tensor) -> np.ndarray:
-    """A contiguous NumPy copy."""
-    return np.ascontiguousarray(t.detach().cpu().numpy())
-
-
-@dataclass
-class Graph:
-    """Nodes and initializers being written.  prefix: what the names of the present layer's nodes begin with."""
-
-    nodes: list[Any] = field(default_factory=list)
-    constants: dict[str, np.ndarray] = field(default_factory=dict)
-    prefix: str = ""
-
-    def constant(self, name: str, value: np.ndarray | np.generic) -> str:
-        """An initializer, written once however often it is asked for."""
-        self.constants[name] = np.asarray(value)
-        return name
-
-    def node(self, operator: str, inputs: list[str], output: str, label: str = "", **attributes: Any) -> str:
-        """A node ``prefix/label`` with one output ``output``, which is returned."""
-        name = f"{self.prefix}/{label or operator}"
-        helper = require("onnx", extra="onnx").helper
-        self.nodes.append(helper.make_node(operator, inputs, [output], name, **attributes))
-        return output
-
-
-@dataclass
-class Facts:
-    """Where the parts of one layer's call are found in the file; goes into its metadata as JSON.
-
-    offset and weight_offset: what was added to the codes for storage.  weights: initializers of the codes, in the order
-    of their groups.  transposed: stored (in, out).  scales: initializers of fl(s_x s_w); weight_steps: of s_w.
-    """
-
-    layer: str
-    call: int
-    input: str
-    output: str
-    codes: str | None = None
-    offset: int = 0
-    input_step: str | None = None
-    weights: list[str] = field(default_factory=list)
-    weight_offset: int = 0
-    transposed: bool = False
-    scales: list[str] = field(default_factory=list)
-    weight_steps: list[str] = field(default_factory=list)
-
-
-def lower(graph: Graph, layer: Any, facts: Facts, rank: int, profile: str) -> None:
+def lower(graph: Graph, layer: Any, facts: Facts, shapes: tuple[Dims, Dims], profile: str, opset: int) -> None:
     """Write the nodes of one call of a frozen layer from ``facts.input`` to ``facts.output``; fills in ``facts``.
 
-    rank: dimensions of the input and of the output.  Raises: UsageError where the profile has no form for the layer.
+    shapes: of the input and of the output, None for a free dimension.  opset: of the file, which has INT4 or not.
+    Raises: UsageError where the profile has no form for the layer.
     """
     name = facts.layer or "model"
     graph.prefix = name if facts.call == 0 else f"{name}#{facts.call + 1}"
     if isinstance(layer, FrozenQuantizer):
         codes = quantize_in_float_range(graph, layer, facts, name)
+        rank = len(shapes[1])
         dequantize(graph, codes, layer, name, facts.output, rank, standard=profile == "qdq")
-    elif profile == "exact" and layer.scale is not None:
-        _exact(graph, layer, facts, name)
+        return
+    narrow = narrow_type(layer, opset) if profile == "small" else None
+    grouped = isinstance(layer, IntegerConv) and layer.group_size is not None
+    if profile == "qdq" or layer.scale is None or (grouped and profile == "small"):
+        _qdq(graph, layer, facts, name, shapes, narrow)
+    elif grouped:
+        raise UsageError(
+            f"{name}: a convolution with group-wise weight steps has no exact form in ONNX; "
+            "use granularity='channel' for it, or profile='small' or 'qdq'"
+        )
     else:
-        _qdq(graph, layer, facts, name, rank)
+        _exact(graph, layer, facts, name, shapes, narrow)
+
+
+def narrow_type(layer: Any, opset: int) -> Any:
+    """The smallest type of ml_dtypes for a layer's weight codes below a byte, or None where a byte it is."""
+    low, high = getattr(layer, "weight_bounds", (0, 0))
+    for bits, since in NARROW:
+        signed = low < 0
+        top = 2 ** (bits - signed) - 1
+        if high > low and opset >= since and high <= top and low >= (-top - 1 if signed else 0):
+            return getattr(require("ml_dtypes", extra="onnx"), f"{'' if signed else 'u'}int{bits}")
+    return None
 
 
 # ---- exact ----
 
 
-def _exact(graph: Graph, layer: IntegerLayer, facts: Facts, name: str) -> None:
+def _exact(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, shapes: tuple[Dims, Dims], narrow: Any) -> None:
     source, codes, scale = layer.input, layer.codes, layer.scale
     assert source is not None
     assert codes is not None
@@ -118,48 +99,84 @@ def _exact(graph: Graph, layer: IntegerLayer, facts: Facts, name: str) -> None:
     stored = (array(codes).astype(np.int16) + facts.weight_offset).astype(dtype)
     weight_point = graph.constant(f"{dtype.__name__}_{facts.weight_offset}", dtype(facts.weight_offset))
     if isinstance(layer, IntegerConv):
-        if layer.group_size is not None:
-            raise UsageError(
-                f"{name}: a convolution with group-wise weight steps has no exact form in ONNX; "
-                "use granularity='channel' for it, or profile='qdq'"
-            )
-        facts.weights = [graph.constant(f"{name}.weight", stored)]
-        operands = [q, *facts.weights, point, weight_point]
-        sums = graph.node("ConvInteger", operands, f"{graph.prefix}/sums", **_geometry(layer))
-        facts.scales = [graph.constant(f"{name}.scale", _per_channel(array(scale)))]
+        geometry = _geometry(layer)
+        if layer.transposed:
+            facts.layout, stored = "reversed", np.flip(stored, tuple(range(2, stored.ndim)))
+            q = _spread(graph, layer, q, point, name, shapes)
+            geometry |= {"strides": [1] * len(layer.stride), "pads": [0] * len(geometry["pads"])}
+        operands = [q, _initializer(graph, facts, f"{name}.weight", stored, narrow), point, weight_point]
+        sums = graph.node("ConvInteger", operands, f"{graph.prefix}/sums", **geometry)
+        facts.scales = [graph.constant(f"{name}.scale", _per_channel(array(scale), layer))]
         y = _scaled(graph, sums, facts.scales[0], "")
     else:
         facts.transposed = True
-        y = _matmul_integer(graph, layer, facts, name, q, point, stored, weight_point)
+        y = _matmul_integer(graph, layer, facts, name, [q, point, weight_point], stored, narrow)
     _add_bias(graph, layer, facts, name, y)
 
 
+def _initializer(graph: Graph, facts: Facts, name: str, stored: np.ndarray, narrow: Any) -> str:
+    """The value that holds a layer's codes in 8 bits: an initializer, or the Cast of one of 4 or 2 bits."""
+    facts.weights.append(graph.constant(name, np.ascontiguousarray(stored, narrow or stored.dtype)))
+    if narrow is None:
+        return name
+    tag = name.rpartition(".weight")[2].replace(".", "_")
+    return graph.node("Cast", [name], f"{graph.prefix}/weight{tag}", f"Cast_weight{tag}", to=INT8)
+
+
+def _spread(graph: Graph, layer: IntegerConv, q: str, point: str, name: str, shapes: tuple[Dims, Dims]) -> str:
+    """Codes with stride - 1 zero points between neighbours, and padded, so that a convolution is the transposed one."""
+    sizes = shapes[0][2:]
+    if None in sizes or None in shapes[1][2:]:
+        raise UsageError(f"{name}: a transposed convolution over images of free size has no exact form in ONNX yet")
+    if any(s > 1 for s in layer.stride):
+        count = len(sizes)
+        axes = graph.constant(f"int64_odd_axes_{count}", np.arange(3, 3 + 2 * count, 2))
+        q = graph.node("Unsqueeze", [q, axes], f"{graph.prefix}/unsqueezed")
+        ends = [e for s in layer.stride for e in (0, s - 1)]
+        pads = graph.constant(f"{name}.stride_pads", np.array([0] * (4 + 2 * count) + ends))
+        q = graph.node("Pad", [q, pads, point], f"{graph.prefix}/with_gaps", "Pad_stride")
+        shape = [0, 0, *(n * s for n, s in zip(sizes, layer.stride, strict=True) if n is not None)]
+        q = graph.node(
+            "Reshape", [q, graph.constant(f"{name}.spread_shape", np.array(shape))], f"{graph.prefix}/spread"
+        )
+    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    before = [r - a for r, (a, _) in zip(reach, layer.padding, strict=True)]
+    extra = output_padding(layer, shapes)
+    after = [r - b + e - s + 1 for r, (_, b), e, s in zip(reach, layer.padding, extra, layer.stride, strict=True)]
+    pads = graph.constant(f"{name}.pads", np.array([0, 0, *before, 0, 0, *after]))
+    return graph.node("Pad", [q, pads, point], f"{graph.prefix}/padded")
+
+
+def output_padding(layer: IntegerConv, shapes: tuple[Dims, Dims]) -> list[int]:
+    """What a transposed convolution's output is longer than its least size, from the sizes; the layer's if unknown."""
+    extra = list(layer.output_padding)
+    sides = zip(*(s[2:] for s in shapes), layer.stride, layer.padding, layer.dilation, layer.kernel_size, strict=True)
+    for i, (n, out, s, (a, b), d, k) in enumerate(sides):
+        if n is not None and out is not None:
+            extra[i] = out - ((n - 1) * s - a - b + d * (k - 1) + 1)
+    return extra
+
+
 def _matmul_integer(
-    graph: Graph,
-    layer: IntegerLayer,
-    facts: Facts,
-    name: str,
-    q: str,
-    point: str,
-    stored: np.ndarray,
-    weight_point: str,
+    graph: Graph, layer: IntegerLayer, facts: Facts, name: str, operands: list[str], stored: np.ndarray, narrow: Any
 ) -> str:
-    """One MatMulInteger, or one a group whose scaled sums are added in the order of the groups."""
+    """One MatMulInteger, or one a group whose scaled sums are added in the order of the groups.
+
+    operands: codes, their zero point, the weight's.
+    """
     assert layer.scale is not None
+    q, *points = operands
     count = 1 if layer.group_size is None else stored.shape[1] // layer.group_size
     scales = array(layer.scale).reshape(-1, count)
     parts = [q] if count == 1 else _split(graph, q, count, stored.shape[1] // count)
     total = ""
     for g, (part, block) in enumerate(zip(parts, np.split(stored, count, axis=1), strict=True)):
         suffix = "" if count == 1 else f".group{g}"
-        weight = graph.constant(f"{name}.weight{suffix}", np.ascontiguousarray(block.T))
+        weight = _initializer(graph, facts, f"{name}.weight{suffix}", block.T, narrow)
         scale = graph.constant(f"{name}.scale{suffix}", scales[:, g] if scales.shape[0] > 1 else scales[0, g])
-        facts.weights.append(weight)
         facts.scales.append(scale)
         tag = suffix.replace(".", "_")
-        sums = graph.node(
-            "MatMulInteger", [part, weight, point, weight_point], f"{graph.prefix}/sums{tag}", f"MatMulInteger{tag}"
-        )
+        sums = graph.node("MatMulInteger", [part, weight, *points], f"{graph.prefix}/sums{tag}", f"MatMulInteger{tag}")
         y = _scaled(graph, sums, scale, tag)
         total = y if g == 0 else graph.node("Add", [total, y], f"{graph.prefix}/total{tag}", f"Add{tag}")
     return total
@@ -185,13 +202,15 @@ def _add_bias(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, y: str
     if layer.bias is None:
         graph.nodes[-1].output[0] = facts.output
         return
-    values = array(layer.bias)
-    shaped = values.reshape(-1, 1, 1) if isinstance(layer, IntegerConv) else values
+    shaped = _per_channel(array(layer.bias), layer, scalar=False)
     graph.node("Add", [y, graph.constant(f"{name}.bias", shaped)], facts.output, "Add_bias")
 
 
-def _per_channel(values: np.ndarray) -> np.ndarray:
-    return values.reshape(()) if values.size == 1 else values.reshape(-1, 1, 1)
+def _per_channel(values: np.ndarray, layer: IntegerLayer, scalar: bool = True) -> np.ndarray:
+    """A value for each output channel, as it is broadcast."""
+    if scalar and values.size == 1:
+        return values.reshape(())
+    return values.reshape(-1, *[1] * len(layer.kernel_size)) if isinstance(layer, IntegerConv) else values
 
 
 def _geometry(layer: IntegerConv) -> dict[str, Any]:
@@ -206,104 +225,74 @@ def _geometry(layer: IntegerConv) -> dict[str, Any]:
     }
 
 
-# ---- quantize, dequantize ----
-
-
-def quantize_in_float_range(graph: Graph, source: FrozenQuantizer, facts: Facts, name: str) -> str:
-    """Codes in an int8 container (uint8 for 8-bit unsigned).
-
-    The range is held by a float Clip, or by an integer Clip after rounding where there is a step per channel.
-    """
-    dtype = np.uint8 if source.q_max > 127 else np.int8
-    steps = array(source.step)
-    zero = np.zeros(steps.size, np.int32) if source.zero_point is None else array(source.zero_point)
-    narrow = (source.q_min, source.q_max) != (np.iinfo(dtype).min, np.iinfo(dtype).max)
-    x = facts.input
-    axis: dict[str, Any] = {}
-    if steps.size > 1:
-        axis = {"axis": source.axis}
-    else:
-        steps, zero = steps.reshape(()), zero.reshape(())
-        if narrow:
-            edges = [np.float32(q - int(zero)) * np.float32(steps) for q in (source.q_min, source.q_max)]
-            limits = [
-                graph.constant(f"{name}.{edge}", np.float32(value))
-                for edge, value in zip(("lowest", "highest"), edges, strict=True)
-            ]
-            x = graph.node("Clip", [x, *limits], f"{graph.prefix}/clipped")
-    step = facts.input_step = graph.constant(f"{name}.input_step", steps)
-    point = graph.constant(f"{name}.input_zero_point", zero.astype(dtype))
-    facts.codes = f"{graph.prefix}/codes"
-    per_channel = bool(axis) and narrow
-    rounded = f"{graph.prefix}/rounded" if per_channel else facts.codes
-    q = graph.node("QuantizeLinear", [x, step, point], rounded, **axis)
-    if per_channel:
-        limits = [graph.constant(f"{dtype.__name__}_{n}", dtype(n)) for n in (source.q_min, source.q_max)]
-        q = graph.node("Clip", [q, *limits], facts.codes)
-    return q
-
-
-def dequantize(
-    graph: Graph, codes: str, source: FrozenQuantizer, name: str, output: str, rank: int, standard: bool
-) -> str:
-    """``(code - z) * s`` back in float32: DequantizeLinear, or else Cast, Sub, Mul.
-
-    The second form is for a quantized input beside a float weight: ONNX Runtime takes DequantizeLinear before a float
-    weight, and QuantizeLinear after it, as the leave to quantize that weight by itself.
-    """
-    if standard:
-        axis: dict[str, Any] = {"axis": source.axis} if source.step.numel() > 1 else {}
-        return graph.node("DequantizeLinear", [codes, f"{name}.input_step", f"{name}.input_zero_point"], output, **axis)
-    value = graph.node("Cast", [codes], f"{graph.prefix}/float_codes", to=FLOAT)
-    trailing = [1] * (0 if source.axis is None else rank - 1 - source.axis % rank)
-    if source.zero_point is not None:
-        zero = array(source.zero_point).astype(np.float32).reshape(-1, *trailing)
-        value = graph.node("Sub", [value, graph.constant(f"{name}.zero", zero)], f"{graph.prefix}/centred")
-    step = graph.constant(f"{name}.step", array(source.step).reshape(-1, *trailing))
-    return graph.node("Mul", [value, step], output)
-
-
 # ---- qdq ----
 
 
-def _qdq(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, rank: int) -> None:
-    x = facts.input
+def _qdq(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, shapes: tuple[Dims, Dims], narrow: Any) -> None:
+    x, rank = facts.input, len(shapes[1])
     if layer.input is not None:
         codes = quantize_in_float_range(graph, layer.input, facts, name)
         standard = layer.codes is not None
         x = dequantize(graph, codes, layer.input, name, f"{graph.prefix}/dequantized", rank, standard)
     product = f"{graph.prefix}/product"
+    weight = _weight(graph, layer, facts, name, narrow, turned=rank != 2 and not isinstance(layer, IntegerConv))
     if isinstance(layer, IntegerConv):
-        graph.node("Conv", [x, _weight(graph, layer, facts, name, transposed=False)], product, **_geometry(layer))
+        extra: dict[str, Any] = {"output_padding": output_padding(layer, shapes)} if layer.transposed else {}
+        operator = "ConvTranspose" if layer.transposed else "Conv"
+        graph.node(operator, [x, weight], product, **_geometry(layer), **extra)
     elif rank == 2:
-        graph.node("Gemm", [x, _weight(graph, layer, facts, name, transposed=False)], product, transB=1)
+        graph.node("Gemm", [x, weight], product, transB=1)
     else:
-        graph.node("MatMul", [x, _weight(graph, layer, facts, name, transposed=True)], product)
+        graph.node("MatMul", [x, weight], product)
     _add_bias(graph, layer, facts, name, product)
 
 
-def _weight(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, transposed: bool) -> str:
-    """The float weight: an initializer, or DequantizeLinear of the codes; (in, out) where transposed."""
-    turn = lambda values: np.ascontiguousarray(values.T) if transposed else values  # noqa: E731
+def _weight(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, narrow: Any, turned: bool) -> str:
+    """The float weight in the operator's own layout: an initializer, or DequantizeLinear of the codes.
+
+    turned: (in, out).  Groups are blocks of DequantizeLinear where narrow is a type, else rows of the stored codes.
+    Blocks lie along the second axis: those along the first are fused by ONNX Runtime to MatMulNBits, which rounds the
+    activations as well and is wrong for INT2 (docs/deployment.md).
+    """
+    conv, group = (layer if isinstance(layer, IntegerConv) else None), layer.group_size
     if layer.codes is None or layer.weight_step is None:
         assert layer.weight is not None
-        return graph.constant(f"{name}.weight", turn(array(layer.weight)))
+        own = layer.weight if conv is None else conv.own_layout(layer.weight)
+        return graph.constant(f"{name}.weight", np.ascontiguousarray(array(own).T) if turned else array(own))
     codes, steps = array(layer.codes), array(layer.weight_step)
-    dtype = np.uint8 if layer.weight_bounds[1] > 127 else np.int8
-    facts.transposed = transposed and layer.group_size is None
-    flat = steps.size == 1
-    stored = codes.astype(dtype) if layer.group_size is None else codes.astype(dtype).reshape(-1, layer.group_size)
-    weight = graph.constant(f"{name}.weight", turn(stored) if facts.transposed else stored)
-    step = graph.constant(f"{name}.weight_step", steps.reshape(()) if flat else steps)
-    point = graph.constant(f"{name}.weight_zero_point", np.zeros(() if flat else steps.shape, dtype))
-    facts.weights, facts.weight_steps = [weight], [step]
-    axis = {} if flat else {"axis": 1 if facts.transposed else 0}
+    shape, flat, axis, block = codes.shape, steps.size == 1, 0, {}
+    facts.transposed = turned and group is None and narrow is None
+    if facts.transposed:
+        codes, axis = codes.T, 1
+    elif conv is not None and conv.transposed and (flat or conv.groups == 1):
+        facts.layout, codes, axis = "own", array(conv.own_layout(layer.codes)), 1
+    if group is not None and narrow is not None:
+        codes, steps, axis, block = codes.reshape(shape[0], -1), steps.reshape(shape[0], -1), 1, {"block_size": group}
+    elif group is not None:
+        codes = codes.reshape(-1, group)
+    dtype = narrow or (np.uint8 if layer.weight_bounds[1] > 127 else np.int8)
+    facts.weights = [graph.constant(f"{name}.weight", np.ascontiguousarray(codes, dtype))]
+    facts.weight_steps = [graph.constant(f"{name}.weight_step", steps.reshape(()) if flat else steps)]
+    operands = [*facts.weights, *facts.weight_steps]
+    if narrow is None:
+        operands.append(graph.constant(f"{name}.weight_zero_point", np.zeros(() if flat else steps.shape, dtype)))
+    attributes = {} if flat else {"axis": axis, **block}
     value = f"{graph.prefix}/dequantized_weight"
-    graph.node("DequantizeLinear", [weight, step, point], value, "DequantizeLinear_weight", **axis)
-    if layer.group_size is None:
-        return value
-    shape = graph.constant(f"{name}.weight_shape", np.array(codes.shape, np.int64))
-    value = graph.node("Reshape", [value, shape], f"{graph.prefix}/reshaped_weight", "Reshape_weight")
-    if not transposed:
-        return value
-    return graph.node("Transpose", [value], f"{graph.prefix}/transposed_weight", "Transpose_weight", perm=[1, 0])
+    graph.node("DequantizeLinear", operands, value, "DequantizeLinear_weight", **attributes)
+
+    def reshaped(to: tuple[int, ...], tag: str = "") -> str:
+        target = graph.constant(f"{name}.weight_shape{tag}", np.array(to, np.int64))
+        return graph.node("Reshape", [value, target], f"{graph.prefix}/reshaped_weight{tag}", f"Reshape_weight{tag}")
+
+    def swapped(*order: int) -> str:
+        return graph.node("Transpose", [value], f"{graph.prefix}/transposed_weight", "Transpose_weight", perm=order)
+
+    if codes.shape != shape and group is not None:
+        value = reshaped(shape)
+    if turned and not facts.transposed:
+        value = swapped(1, 0)
+    if conv is not None and conv.transposed and not facts.layout:
+        value = reshaped((conv.groups, shape[0] // conv.groups, *shape[1:]), "_groups")
+        value = swapped(0, 2, 1, *range(3, len(shape) + 1))
+        value = reshaped((conv.groups * shape[1], shape[0] // conv.groups, *shape[2:]))
+    return value

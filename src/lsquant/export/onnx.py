@@ -19,15 +19,16 @@ from lsquant._util.files import atomic_write_bytes
 from lsquant._util.optional import require
 from lsquant._version import __version__
 from lsquant.export.capture import TORCH_OPSET, captured
-from lsquant.export.lowering import Facts, Graph, lower
+from lsquant.export.graph import Facts, Graph
+from lsquant.export.lowering import NARROW, lower, narrow_type
 from lsquant.integer import integer_model
 
 FORMAT = 1
 """Version of the metadata; a reader refuses a higher one."""
 
 LOWEST_OPSET = 13  # QuantizeLinear and DequantizeLinear with an axis
-PROFILES = {"exact": True, "qdq": True, "fast": False, "small": False}  # name -> built
-SESSION: dict[str, dict[str, str]] = {"exact": {}, "qdq": {"session.x64quantprecision": "1"}}
+PROFILES = {"exact": True, "qdq": True, "small": True, "fast": False}  # name -> built
+SESSION: dict[str, dict[str, str]] = {"exact": {}, "small": {}, "qdq": {"session.x64quantprecision": "1"}}
 """Recommended session configuration entries of each profile (see docs/deployment.md for the measurements)."""
 
 
@@ -43,8 +44,10 @@ def export_onnx(
 
     example_inputs: one batch as for ``calibrate``: a tensor; a tuple or list, whose first element counts; a mapping of
     keywords for a model with several inputs.  The first dimension of each tensor is the batch.
-    profile: "exact", integer sums equal to the trained layers, or "qdq", standard QuantizeLinear/DequantizeLinear
-    around float operators.  opset: the file's operator set; default: the lowest one that has all the operators used.
+    profile: "exact", integer sums equal to the trained layers; "small", the same with weights of 2 bits as INT2 and of
+    3 and 4 bits as INT4 (opset 25 and 21; with opset=21 both as INT4); or "qdq", standard QuantizeLinear and
+    DequantizeLinear around float operators.  opset: the file's operator set; default: the lowest one that has all the
+    operators and types used.
     The file is written aside and renamed.  Returns the path.
 
     Raises: UsageError for an unknown profile, an unset step (naming the layer), a model without quantized layers, an
@@ -72,8 +75,9 @@ def onnx_model(
     require("onnxscript", extra="onnx")
     with evaluating(model):
         frozen = integer_model(model)
+    opset = _small_opset(frozen, opset) if profile == "small" else opset
     proto, layers = captured(frozen, example_inputs, opset or TORCH_OPSET, dynamic_batch)
-    facts = _replace_marked(proto.graph, layers, profile)
+    facts = _replace_marked(proto.graph, layers, profile, opset or TORCH_OPSET)
     _tidy(proto, facts)
     _set_opset(proto, opset)
     _write_metadata(proto, profile, facts)
@@ -81,25 +85,38 @@ def onnx_model(
     return proto
 
 
-def _replace_marked(graph: Any, layers: dict[str, nn.Module], profile: str) -> list[Facts]:
+def _small_opset(frozen: nn.Module, wanted: int | None) -> int | None:
+    """The operator set of a file of profile small: the lowest that has the types which its weights fit in."""
+    types = {str(narrow_type(layer, NARROW[0][1])) for layer in frozen.modules()}
+    best = next((since for bits, since in NARROW if any(name.endswith(f"int{bits}'>") for name in types)), None)
+    lowest = NARROW[-1][1]
+    if wanted is not None and best is not None and wanted < lowest:
+        raise UsageError(f"export_onnx: opset={wanted} has no 4-bit type; profile='small' needs opset={lowest} or more")
+    return wanted or best
+
+
+def _replace_marked(graph: Any, layers: dict[str, nn.Module], profile: str, opset: int) -> list[Facts]:
     """Lower every marked node in place; the order of the nodes, and of the facts, is that of execution."""
     numpy_helper = require("onnx", extra="onnx").numpy_helper
-    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in [*graph.input, *graph.value_info, *graph.output]}
+    shapes = {
+        v.name: [d.dim_value if d.HasField("dim_value") else None for d in v.type.tensor_type.shape.dim]
+        for v in [*graph.input, *graph.value_info, *graph.output]
+    }
     target, facts, calls = Graph(), [], {}
     renamed: dict[str, str] = {}
     for node in graph.node:
-        for i, name in enumerate(node.input):
+        sources = list(node.input)
+        for i, name in enumerate(sources):
             node.input[i] = renamed.get(name, name)
         if node.domain != "lsquant":
             target.nodes.append(node)
             continue
         layer = next(a.s.decode() for a in node.attribute if a.name == "layer")
         call = calls[layer] = calls.get(layer, -1) + 1
-        rank = ranks[node.output[0]]
         output = f"{layer or 'model'}{f'#{call + 1}' if call else ''}/output"
         renamed[node.output[0]] = output
         fact = Facts(layer, call, node.input[0], output)
-        lower(target, layers[layer], fact, rank, profile)
+        lower(target, layers[layer], fact, (shapes[sources[0]], shapes[node.output[0]]), profile, opset)
         facts.append(fact)
     for value in graph.output:
         value.name = renamed.get(value.name, value.name)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from lsquant import nn as lsq_nn
 from lsquant._util.batches import Forward, evaluating, run_batch, take
 from lsquant._util.errors import DamagedFile, UsageError
-from lsquant._util.optional import require
-from lsquant.export.lowering import Facts, array
+from lsquant.export.graph import Facts, array
 from lsquant.export.onnx import initializers, load_onnx
 from lsquant.quantizer import Quantizer
 from lsquant.verification.onnx_runner import OnnxRunner
 from lsquant.verification.packed_runner import verify_packed
 from lsquant.verification.recorder import Call, input_codes, layer_input, recording, samples, watched
+from lsquant.verification.runtimes import RUNTIMES, running
 from lsquant.verification.verdict import Tally, Verdict
 
 
@@ -31,53 +31,59 @@ def verify(
     *,
     forward: Forward | None = None,
     max_batches: int | None = None,
+    runtime: str = RUNTIMES[0],
+    node_modules: str | os.PathLike[str] | None = None,
 ) -> Verdict:
     """Compare a file with the trained model it was exported from, on data.
 
-    An ONNX file is run in ONNX Runtime; a packed file is reloaded and run in PyTorch, where its codes are the weights.
+    An ONNX file is run in a runtime; a packed file is reloaded and run in PyTorch, where its codes are the weights.
 
     model: the trained model; it is run in eval mode and left as it was.  batches: as for ``calibrate``; all of them
     unless max_batches says less.  forward: ``forward(model, batch)`` where a batch is not simply the model's input.
+    runtime: for ONNX files, "onnxruntime", "openvino" or "onnxruntime-web", which runs in a headless Chromium.
+    node_modules: the folder with onnxruntime-web; default: the environment variable LSQUANT_NODE_MODULES.
 
     Levels: ``weights``, the file's codes and steps are the trained ones; ``layers``, every layer fed the trained
     model's own input gives its codes and outputs; ``codes``, all codes are equal end to end; ``outputs``, the
-    unmodified file gives bit-equal outputs.  ONNX Runtime: with the options that the file recommends, and without any.
+    unmodified file gives bit-equal outputs.  Each with the recommended options (ONNX Runtime: those in the file;
+    OpenVINO: float32 and accuracy before speed), and without any.
 
     Raises: MissingFile, DamagedFile, MissingExtra; UsageError where the file is of another model.
     """
+    if runtime not in RUNTIMES:
+        raise UsageError(f"verify: runtime={runtime!r} is unknown; choose from {', '.join(RUNTIMES)}")
     if _is_safetensors(path):
         return verify_packed(model, path, batches, forward, max_batches)
-    ort = require("onnxruntime", extra="onnx")
     proto, metadata = load_onnx(path)
     facts: list[Facts] = metadata["layers"]
     modules = watched(model)
     if {fact.layer for fact in facts} != set(modules):
         odd = sorted({fact.layer for fact in facts} ^ set(modules))
         raise UsageError(f"{path} is of another model: the layer {odd[0]!r} is only in one of the two")
-    file, options = os.fspath(path), metadata["session"]
-    kinds = {"recommended": options, "plain": {}} if options else {"recommended": {}}
-    sessions = {kind: _Session(OnnxRunner(file, proto, facts, opts), facts, modules) for kind, opts in kinds.items()}
-    counts = {"batches": 0, "samples": 0}
-    with evaluating(model), recording(model) as calls:
-        weights = compare_weights(model, proto, facts)
-        for batch in take(batches, max_batches):
-            calls.clear()
-            run_batch(model, batch, forward)
-            if not calls:
-                raise UsageError("verify: forward(model, batch) did not call the model")
-            for call in list(calls):
-                for session in sessions.values():
-                    session.compare(call, file)
-            counts["batches"] += 1
-            counts["samples"] += samples(calls)
+    file, counts = os.fspath(path), {"batches": 0, "samples": 0}
+    with running(runtime, metadata["session"], node_modules) as target:
+        sessions = {
+            kind: _Session(OnnxRunner(target, file, proto, facts, options), facts, modules)
+            for kind, options in target.kinds.items()
+        }
+        with evaluating(model), recording(model) as calls:
+            weights = compare_weights(model, proto, facts)
+            for batch in take(batches, max_batches):
+                calls.clear()
+                run_batch(model, batch, forward)
+                if not calls:
+                    raise UsageError("verify: forward(model, batch) did not call the model")
+                for call in list(calls):
+                    for session in sessions.values():
+                        session.compare(call, file)
+                counts["batches"] += 1
+                counts["samples"] += samples(calls)
     common = {"path": file, "profile": metadata["profile"], "layers": len(modules), **counts}
-    runtime = f"ONNX Runtime {ort.__version__} (CPU)"
-    verdicts = {
-        kind: Verdict(runtime=runtime, session=kinds[kind], checks=(weights, *session.checks()), **common)
+    verdicts = [
+        Verdict(runtime=target.title, session=target.kinds[kind], checks=(weights, *session.checks()), **common)
         for kind, session in sessions.items()
-    }
-    best = verdicts["recommended"]
-    return replace(best, plain=verdicts.get("plain", best))
+    ]
+    return replace(verdicts[0], plain=verdicts[-1])
 
 
 def _is_safetensors(path: str | os.PathLike[str]) -> bool:
@@ -169,12 +175,16 @@ def compare_weights(model: nn.Module, proto: Any, facts: list[Facts]) -> Any:
 
 
 def _compare_weight(tally: Tally, layer: Any, fact: Facts, values: dict[str, np.ndarray], step_x: Any) -> None:
-    codes, step = (array(t) for t in layer.integer_weight()[:2])
-    parts = [values[name].T if fact.transposed else values[name] for name in fact.weights]
+    weight, step = layer.integer_weight()[0], array(layer.integer_weight()[1])
+    codes = array(weight if fact.layout == "own" else layer.rearranged(weight)).astype(np.int32)
+    parts = [values[name].astype(np.int32) for name in fact.weights]
+    parts = [part.T for part in parts] if fact.transposed else parts
     stored = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
     if stored.size == codes.size and not fact.transposed:
         stored = stored.reshape(codes.shape)
-    tally.add(fact.layer, stored.astype(np.int32) - fact.weight_offset, codes.astype(np.int32))
+    if fact.layout == "reversed":
+        stored = np.flip(stored, tuple(range(2, stored.ndim)))
+    tally.add(fact.layer, stored - fact.weight_offset, codes)
     if fact.weight_steps:
         tally.add(fact.layer, values[fact.weight_steps[0]].reshape(-1), step)
     if fact.scales:

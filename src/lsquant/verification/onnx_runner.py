@@ -8,8 +8,8 @@ import numpy as np
 
 from lsquant._util.errors import DamagedFile
 from lsquant._util.optional import require
-from lsquant.export.lowering import Facts
-from lsquant.export.onnx import make_session
+from lsquant.export.graph import Facts
+from lsquant.verification.runtimes import Runtime
 
 UINT8, INT8, FLOAT = 2, 3, 1  # onnx.TensorProto
 
@@ -17,19 +17,19 @@ UINT8, INT8, FLOAT = 2, 3, 1  # onnx.TensorProto
 class OnnxRunner:
     """Three sessions on one file: unmodified, with all codes as outputs, and the layers alone."""
 
-    def __init__(self, path: str, proto: Any, layers: list[Facts], options: dict[str, str]) -> None:
+    def __init__(self, runtime: Runtime, path: str, proto: Any, layers: list[Facts], options: dict[str, str]) -> None:
         self.layers = layers
-        self.whole = make_session(path, options)
-        self.inputs = [value.name for value in self.whole.get_inputs()]
-        self.outputs = [value.name for value in self.whole.get_outputs()]
+        self.whole = runtime.open(path, options)
+        self.inputs = self.whole.inputs
+        self.outputs = [value.name for value in proto.graph.output]
         codes = list(dict.fromkeys(fact.codes for fact in layers if fact.codes is not None))
-        self.shown = make_session(with_outputs(proto, codes), options)
+        self.shown = runtime.open(with_outputs(proto, codes), options)
         self.codes = codes
-        self.probe = make_session(layers_alone(proto, layers), options)
+        self.probe = runtime.open(layers_alone(proto, layers), options)
 
     def run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         """The outputs of the unmodified file."""
-        return self.whole.run(None, feeds)
+        return self.whole.run(self.outputs, feeds)
 
     def run_codes(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Value name -> stored codes of every quantizer, end to end."""
@@ -70,6 +70,8 @@ def layers_alone(proto: Any, layers: list[Facts]) -> bytes:
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     types = _code_types(proto, [fact.codes for fact in layers if fact.codes is not None])
     nodes, inputs, outputs, used = [], [], [], set()
+    shaped = onnx.shape_inference.infer_shapes(proto).graph
+    ranks = {v.name: [None] * len(v.type.tensor_type.shape.dim) for v in [*shaped.input, *shaped.value_info]}
     for i, fact in enumerate(layers):
         names = {fact.input: f"probe/{i}/input"}
         if fact.codes is not None:
@@ -84,7 +86,7 @@ def layers_alone(proto: Any, layers: list[Facts]) -> bytes:
                     part[k] = names.get(name, name if name in constants else f"probe/{i}/{name}")
             used |= {name for name in node.input if name in constants}
             nodes.append(copy)
-        inputs.append(helper.make_tensor_value_info(f"probe/{i}/input", FLOAT, None))
+        inputs.append(helper.make_tensor_value_info(f"probe/{i}/input", FLOAT, ranks.get(fact.input)))
         if fact.codes is not None:
             outputs.append(helper.make_tensor_value_info(f"probe/{i}/codes", types[fact.codes], None))
         outputs.append(helper.make_tensor_value_info(f"probe/{i}/output", FLOAT, None))

@@ -16,7 +16,7 @@ from lsquant import nn as lsq_nn
 from lsquant._util.batches import Forward, evaluating, run_batch, take
 from lsquant._util.errors import UsageError
 from lsquant.convert import revert
-from lsquant.export.lowering import array
+from lsquant.export.graph import array
 from lsquant.export.packed import load_packed, read_packed
 from lsquant.verification.recorder import Call, input_codes, layer_input, recording, samples, watched
 from lsquant.verification.verdict import Check, Tally, Verdict

@@ -71,8 +71,8 @@ def samples(calls: list[Call]) -> int:
 @torch.no_grad()
 def layer_input(layer: Any, x: Tensor) -> Tensor:
     """What a layer quantizes: its input, padded where the padding mode is not zeros."""
-    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-        return layer.padded(x)[0]  # type: ignore[operator]
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        return layer.padded(x)[0]
     return x
 
 

@@ -14,7 +14,7 @@ from lsquant import nn as lsq_nn
 from lsquant._util.batches import Forward, evaluating, run_batch
 from lsquant._util.errors import UsageError
 from lsquant._util.files import atomic_write_bytes
-from lsquant.export.lowering import array
+from lsquant.export.graph import array
 from lsquant.quantizer import Quantizer
 from lsquant.verification.recorder import layer_input, recording, watched
 

@@ -1,0 +1,109 @@
+"""Convolutions of every kind in every ONNX profile, in one file each, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lsquant
+from lsquant import QuantSpec, Recipe, Rule
+from lsquant.export.onnx import initializers, load_onnx
+
+pytest.importorskip("onnxruntime")
+
+SHAPES = {1: (6, 9), 2: (6, 5, 7), 3: (6, 3, 2, 4)}
+
+
+class Many(nn.Module):
+    """Layers side by side on 6 channels in one, two and three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.ModuleDict(
+            {
+                "same": nn.Conv1d(6, 4, 3, padding="same", groups=2),
+                "strided": nn.Conv1d(6, 4, 3, 2, 1, padding_mode="reflect", bias=False),
+                "up": nn.ConvTranspose1d(6, 4, 4, 3, 2, dilation=2),
+            }
+        )
+        self.two = nn.ModuleDict(
+            {
+                "depthwise": nn.Conv2d(6, 6, 3, padding=1, groups=6),
+                "grouped": nn.Conv2d(6, 4, (3, 2), (1, 2), groups=2),
+                "up": nn.ConvTranspose2d(6, 4, 3, 2, 1, 1, groups=2),
+                "up_depthwise": nn.ConvTranspose2d(6, 6, 2, 2, groups=6),
+                "cropped": nn.ConvTranspose2d(6, 4, (3, 2), (2, 1), (3, 0), dilation=(1, 2), bias=False),
+                "sized": nn.ConvTranspose2d(6, 4, 3, 2),
+            }
+        )
+        self.three = nn.ModuleDict(
+            {"plain": nn.Conv3d(6, 4, (1, 2, 3), padding=(0, 1, 1)), "up": nn.ConvTranspose3d(6, 4, 2, 2, groups=2)}
+        )
+
+    def forward(self, x1: Tensor, x2: Tensor, x3: Tensor) -> list[Tensor]:
+        found = [layer(x1) for layer in self.one.values()]
+        found += [layer(x2, [12, 15]) if name == "sized" else layer(x2) for name, layer in self.two.items()]
+        return found + [layer(x3) for layer in self.three.values()]
+
+
+def inputs(batch: int) -> dict[str, Tensor]:
+    return {f"x{n}": torch.randn(batch, *shape) for n, shape in SHAPES.items()}
+
+
+def ready(weight: Any, activation: Any, rules: Any = ()) -> nn.Module:
+    model, example = Many(), inputs(4)
+    lsquant.prepare(model, Recipe(weight, activation, rules=rules), example)
+    if activation is not None:
+        lsquant.calibrate(model, [example])
+    return model.eval()
+
+
+def largest(verdict: lsquant.Verdict) -> float:
+    return verdict.checks[-1].largest
+
+
+@pytest.mark.parametrize("profile", ["exact", "small", "qdq"])
+def test_both_sides_quantized(profile: str, tmp_path: Path) -> None:
+    """Steps per channel and per tensor, LSQ+, 2 to 8 bits; the same file for other batch sizes."""
+    rules = [Rule("two.*", QuantSpec(2, granularity="channel"), QuantSpec(3, offset=True)), Rule("three.*", 8, 8)]
+    model = ready(QuantSpec(4), QuantSpec(4, offset=True), rules)
+    path = lsquant.export_onnx(model, tmp_path / "m.onnx", inputs(1), profile=profile)
+    verdict = lsquant.verify(model, path, [inputs(3), inputs(1)])
+    assert verdict.layers == 11
+    assert all(check.compared > 0 for check in verdict.checks)
+    if profile == "qdq":
+        assert verdict.reaches("weights"), str(verdict)
+        assert largest(verdict) < 1e-4
+        operators = {node.name: node.op_type for node in load_onnx(path)[0].graph.node}
+        assert operators["two.up/ConvTranspose"] == "ConvTranspose"
+    else:
+        assert verdict.exact, str(verdict)
+        assert verdict.plain is not None
+        assert verdict.plain.exact, str(verdict.plain)
+    if profile == "exact":
+        facts = {fact.layer: fact for fact in load_onnx(path)[1]["layers"]}
+        assert facts["two.up"].layout == "reversed"
+        stored = initializers(load_onnx(path)[0])["two.up.weight"]  # (out, in / groups, *kernel), reversed
+        codes = model.two["up"].integer_weight()[0].numpy()  # (in, out / groups, *kernel)
+        assert stored[3, 2, 0, 1] == codes[5, 1, 2, 1]
+
+
+@pytest.mark.parametrize("profile", ["exact", "small", "qdq"])
+def test_one_side_quantized(profile: str, tmp_path: Path) -> None:
+    """Weights alone are shipped as they are and multiplied in floating point; inputs alone likewise."""
+    rules = [Rule("two.up*", None, 4), Rule("three.up", QuantSpec(5, granularity="channel"), None)]
+    model = ready(QuantSpec(3, granularity="channel"), None, rules)
+    example = inputs(4)
+    lsquant.calibrate(model, [example])
+    path = lsquant.export_onnx(model, tmp_path / "m.onnx", example, profile=profile)
+    verdict = lsquant.verify(model, path, [inputs(3)])
+    assert verdict.reaches("weights"), str(verdict)
+    assert largest(verdict) < 1e-5
+    names = {name: np.dtype(value.dtype).name for name, value in initializers(load_onnx(path)[0]).items()}
+    assert names["one.up.weight"] == ("int4" if profile == "small" else "int8")
+    assert names["two.up.weight"] == "float32"
