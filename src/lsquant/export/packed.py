@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lsquant import nn as lsq_nn
+from lsquant import ops
 from lsquant._util.batches import unwrapped
 from lsquant._util.bits import pack, unpack
 from lsquant._util.errors import DamagedFile, UsageError
@@ -70,7 +71,7 @@ class PackedQuantizer:
 
     def _own(self, rows: Tensor) -> Tensor:
         rows = rows.reshape(self.shape)
-        return rows.unflatten(0, (self.swapped, -1)).transpose(1, 2).flatten(0, 1) if self.swapped else rows
+        return ops.exchanged(rows, self.swapped) if self.swapped else rows
 
     def state(self) -> dict[str, Tensor]:
         """A Quantizer's state dict: the offset ``-z * s`` rounds to z again, the step is above its own guard."""

@@ -104,7 +104,7 @@ class _QuantConvTranspose(_QuantConv):
     output_padding: tuple[int, ...]
 
     def rearranged(self, t: Tensor) -> Tensor:
-        return ops.arranged(t, (None, None, None, True, None, self.groups))
+        return ops.exchanged(t, self.groups)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         batched = input.dim() == self.weight.dim()

@@ -7,4 +7,5 @@ from lsquant.ops.quantize import fake_quantize as fake_quantize
 from lsquant.ops.scale_shift import scale_shift as scale_shift
 from lsquant.ops.sums import arranged as arranged
 from lsquant.ops.sums import convolution_of_codes as convolution_of_codes
+from lsquant.ops.sums import exchanged as exchanged
 from lsquant.ops.sums import linear_of_codes as linear_of_codes

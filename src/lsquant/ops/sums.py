@@ -33,13 +33,18 @@ def linear_of_codes(
     return y if bias is None else y.add_(bias.to(torch.float32))
 
 
+def exchanged(t: Tensor, groups: int) -> Tensor:
+    """Rows (out, in / groups, ...) from a transposed convolution's weight (in, out / groups, ...), and back."""
+    return t.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
 def arranged(rows: Tensor, conv: Sequence[Any]) -> Tensor:
-    """A convolution's weight from rows (out, in / groups, *kernel), or rows from it: the same exchange within groups.
+    """A convolution's weight from rows (out, in / groups, *kernel), or rows from it.
 
     conv: stride, padding, dilation, transposed, output_padding, groups.
     """
     _, _, _, transposed, _, groups = conv
-    return rows.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1) if transposed else rows
+    return exchanged(rows, groups) if transposed else rows
 
 
 def convolution_of_codes(
