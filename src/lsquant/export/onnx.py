@@ -223,9 +223,10 @@ def load_onnx(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
         raise MissingFile(f"{path} does not exist")
     try:
         proto = onnx.load(os.fspath(path))
+        pairs = {str(p.key): str(p.value) for p in proto.metadata_props if isinstance(p.key + p.value, str)}  # or bytes
     except Exception as error:
         raise DamagedFile(f"{path} is not a readable ONNX file; it is damaged, truncated or of another kind") from error
-    properties = {p.key.removeprefix("lsquant."): p.value for p in proto.metadata_props if p.key.startswith("lsquant.")}
+    properties = {key.removeprefix("lsquant."): value for key, value in pairs.items() if key.startswith("lsquant.")}
     if "format" not in properties:
         raise DamagedFile(
             f"{path} has no lsquant metadata: lsquant.export_onnx did not write it, or its end is missing"
