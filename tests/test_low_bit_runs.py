@@ -11,64 +11,26 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 import lsquant
 from logs import untimed
-from lsquant._util.errors import DamagedFile, MissingFile, UsageError
+from lsquant._util.errors import UsageError
 from lsquant.cli import commands, main
 from lsquant.cli.reporting import train_command
 from lsquant.tasks import Run, Settings, open_run, resume_training, run_training
-from lsquant.tasks.digits import DigitsNet
 from lsquant.tasks.directory import start_run
-from lsquant.tasks.run import load_teacher
 from lsquant.training import load_state
-from small_digits import SmallDigits, task
+from small_digits import RECIPE, SmallDigits, float_files, model_file, network, rounded, small, stopped, task
 
 pytest.importorskip("sklearn")
-RECIPE = lsquant.Recipe.preset("w2a2")
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """Float checkpoints by width, trained a little."""
-    folder, found = tmp_path_factory.mktemp("float"), {}
-    for width in (4, 5, 6):
-        torch.manual_seed(width)
-        net = DigitsNet(width)
-        optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
-        for x, y in (batch for epoch in range(2) for batch in task().batches("train", batch_size=100, epoch=epoch)):
-            optimizer.zero_grad()
-            F.cross_entropy(net(x), y).backward()
-            optimizer.step()
-        found[width] = str(folder / f"width{width}.safetensors")
-        save_file(net.state_dict(), found[width])
-    return found
-
-
-def small(path: Path, files: dict[int, str], teacher: str | None = None, **changes: Any) -> Run:
-    changes = {"epochs": 1, "calibration_batches": 1} | changes
-    return Run(path, task(), RECIPE, replace(SmallDigits.settings, **changes), files[4], teacher)
-
-
-def network(files: dict[int, str], width: int = 4) -> DigitsNet:
-    net = DigitsNet(width)
-    net.load_state_dict(load_file(files[width]))
-    return net
-
-
-def rounded(files: dict[int, str], batch_size: int, **options: Any) -> Any:
-    """The float network of `files` at 2 bits, calibrated on one batch."""
-    net = network(files)
-    lsquant.prepare(net, RECIPE, example_inputs=task().example_input())
-    lsquant.calibrate(net, task().batches("calibration", batch_size=batch_size), max_batches=1, **options)
-    return net
-
-
-def model_file(run: Run) -> dict[str, torch.Tensor]:
-    return load_file(run.file("model.safetensors"))
+    return float_files(tmp_path_factory.mktemp("float"))
 
 
 @pytest.fixture
@@ -84,103 +46,6 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     monkeypatch.setattr(lsquant.tasks.run, "fit", watched)
     return calls
-
-
-# ---- distillation ----
-
-
-@pytest.mark.parametrize("width, weight, temperature", [(4, 1.0, 1.0), (6, 1.0, 1.0), (6, 0.5, 3.0), (None, 1.0, 1.0)])
-def test_the_loss_against_the_teacher_is_that_of_the_formula(files, tmp_path, width, weight, temperature):
-    """A batch holds the whole data, so the epoch's loss is that of the calibrated network before any step."""
-    how = {"distill": width == 4, "distill_weight": weight, "distill_temperature": temperature}
-    run = small(tmp_path / "a", files, files[6] if width == 6 else None, batch_size=1297, **how)
-    metrics = run_training(run, quiet=True)
-    model = rounded(files, 1297).train()
-    ((x, y),) = run.task.batches("train", batch_size=1297)
-    with torch.no_grad():
-        logits = model(x)
-        expected = F.cross_entropy(logits, y)
-        if width is not None:
-            p = torch.softmax(network(files, width).eval()(x) / temperature, -1)
-            q = torch.softmax(logits / temperature, -1)
-            expected = expected + weight * temperature**2 * (p * (p / q).log()).sum() / len(y)
-    assert untimed(run.file("log.jsonl"))[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
-    assert metrics.get("teacher") == (run.task.metric(network(files, 6)) if width == 6 else None)
-
-
-class Stop(BaseException):
-    """Stands in for a kill."""
-
-
-def stopped(run: Run) -> None:
-    """The run, killed before its first training."""
-
-    def stop(*args: Any, **kwargs: Any) -> None:
-        raise Stop
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lsquant.tasks.run, "fit", stop)
-        with pytest.raises(Stop):
-            run_training(run, quiet=True)
-
-
-def test_a_run_keeps_its_teacher(files, tmp_path):
-    whole = small(tmp_path / "whole", files, files[6])
-    run_training(whole, quiet=True)
-    config = whole.file("config.toml").read_text()
-    teacher = tmp_path / "teacher.safetensors"
-    teacher.write_bytes(Path(files[6]).read_bytes())
-    run = small(tmp_path / "a", files, str(teacher))
-    stopped(run)
-    assert re.search(r'teacher_sha256 = "[0-9a-f]{64}"', config).group() in run.file("config.toml").read_text()
-
-    teacher.write_bytes(Path(files[4]).read_bytes())
-    with pytest.raises(UsageError, match="teacher_sha256 was"):
-        run_training(run, resume=True, quiet=True)
-    teacher.unlink()
-    run_training(run, resume=True, quiet=True)  # needs it no more
-    assert run.file("model.safetensors").read_bytes() == whole.file("model.safetensors").read_bytes()
-
-
-def test_a_teacher_that_changed_in_the_run_is_named(files, tmp_path):
-    run = small(tmp_path / "a", files, files[6])
-    stopped(run)
-    copy = run.file("last/teacher.safetensors")
-    copy.write_bytes(Path(files[4]).read_bytes())
-    with pytest.raises(DamagedFile, match=r"last/teacher\.safetensors is not the teacher of .*--overwrite"):
-        resume_training(run.path, quiet=True)
-    copy.unlink()
-    with pytest.raises(MissingFile, match=r"teacher\.safetensors does not exist"):
-        resume_training(run.path, quiet=True)
-
-
-def test_teachers_that_do_not_fit_are_named_before_anything_is_written(files, tmp_path):
-    with pytest.raises(UsageError, match=r"width5\.safetensors: its tensors fit none of width4, width6"):
-        run_training(small(tmp_path / "a", files, files[5]), quiet=True)
-    with pytest.raises(MissingFile, match=r"none\.safetensors"):
-        run_training(small(tmp_path / "a", files, str(tmp_path / "none.safetensors")), quiet=True)
-    plain = replace(small(tmp_path / "a", files, files[6]), task=lsquant.tasks.get_task("digits", width=4))
-    with pytest.raises(UsageError, match=r"width6\.safetensors is the checkpoint of another architecture"):
-        run_training(plain, quiet=True)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_teacher_of_an_old_file_and_of_a_wrapped_model_fits(files, tmp_path):
-    """Without the counters of BatchNorm, which torch once did not have, and with DataParallel's names."""
-    old = {f"module.{n}": t for n, t in load_file(files[6]).items() if not n.endswith("num_batches_tracked")}
-    save_file(old, tmp_path / "old.safetensors")
-    net: Any = load_teacher(task(), tmp_path / "old.safetensors")
-    assert net.stem.weight.shape[0] == 6
-    assert torch.equal(net.head.weight, network(files, 6).head.weight)
-    assert not any(p.requires_grad or p.is_meta for p in net.parameters())
-    assert not net.training
-
-
-@pytest.mark.parametrize("name, blocks", [("resnet20", 3), ("resnet56", 9)])
-def test_published_checkpoints_are_recognised(data_folder, name, blocks):
-    cifar = lsquant.tasks.get_task("cifar10", data="none")
-    net: Any = load_teacher(cifar, data_folder / "checkpoints" / f"cifar10_{name}.safetensors")
-    assert len(net.layer3) == blocks
 
 
 # ---- progressive bits ----
