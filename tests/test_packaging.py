@@ -230,6 +230,8 @@ def test_what_is_in_the_wheel(wheel):
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
         typed = archive.read("lsquant/py.typed")
     assert {str(f) for f in FILES} | {"lsquant/py.typed"} <= names
+    assets = {str(f.relative_to(ROOT / "src")) for f in (ROOT / "src/lsquant/report/assets").rglob("*") if f.is_file()}
+    assert {"lsquant/report/assets/page.html", "lsquant/report/assets/vendor/uPlot.LICENSE.txt"} <= assets <= names
     assert typed == b""
     assert f"{info}/licenses/LICENSE" in names
     assert all(name.startswith(("lsquant/", f"{info}/")) for name in names), sorted(names)

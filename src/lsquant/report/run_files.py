@@ -36,9 +36,12 @@ def run_files(folder: Path) -> dict[str, Any]:
     recipe = ""
     try:
         recipe = (folder / "recipe.toml").read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        missing.append(f"recipe.toml cannot be read: {error}" if not isinstance(error, OSError) else
-                       "recipe.toml does not exist")  # fmt: skip
+        if not tomllib.loads(recipe):
+            missing.append("recipe.toml is empty")
+    except FileNotFoundError:
+        missing.append("recipe.toml does not exist")
+    except ValueError as error:
+        missing.append(f"recipe.toml is not valid TOML: {error}")
     metrics, env = _json(folder / "metrics.json", missing), _json(folder / "env.json", missing)
     rows = log_rows(folder / "log.jsonl", missing)
     verdicts = [v for f in sorted(folder.glob("export/*.verdict.json")) if (v := _json(f, missing))]

@@ -120,7 +120,12 @@ def open_run(path: str | os.PathLike[str], **options: Any) -> Run:
         )
     if not (folder / "recipe.toml").is_file():
         raise MissingFile(f"{folder} has no recipe.toml: start it anew with --overwrite")
-    recipe = Recipe.from_toml((folder / "recipe.toml").read_text(encoding="utf-8"))
+    try:
+        recipe = Recipe.from_toml((folder / "recipe.toml").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFile(f"{folder / 'recipe.toml'} is damaged: {error}") from error
+    if not {"task", "settings"} <= values.keys():
+        raise DamagedFile(f"{config} has no task or no settings: it was cut")
     stored = {} if ":" in values["task"] else values.get("options", {})
     task = get_task(values["task"], **{**stored, **options})
     files = (values.get(name) for name in ("init", "teacher", "teacher_sha256"))

@@ -32,11 +32,11 @@ function number(value, digits = 4) {
 function digits(value, count = 4) {
   if (!known(value) || value === 0 || value === "inf") return number(value, count);
   const size = Math.abs(value);
-  return size < 1e-3 || size >= 1e4 ? value.toExponential(count - 2).replace(/-/g, "−").replace("e+", "e") : value.toPrecision(count).replace("-", "−");
+  return size < 1e-3 || size >= 1e4 ? value.toExponential(count - 1).replace(/-/g, "−").replace("e+", "e") : value.toPrecision(count).replace("-", "−");
 }
 
 /** A share in percent: 0 is exactly 0. */
-const portion = (share) => share === 0 ? "0" : share < 5e-5 ? "<\u202f0.01\u202f%" : percent(share);
+const portion = (share) => share === 0 ? "0" : known(share) && share < 5e-5 ? "<\u202f0.01\u202f%" : percent(share);
 const percent = (share, digits = 2) => known(share) ? (100 * share).toFixed(digits) + "\u202f%" : "–";
 const fixed = (value, digits) => !known(value) ? "–" : value === "inf" ? "∞" : value.toFixed(digits).replace("-", "−");
 
@@ -125,20 +125,16 @@ function axis(options) {
   };
 }
 
-/** Marks of a logarithmic axis: powers of ten, and 2 and 5 between them where these are few. */
-function decades(plot, ticks) {
-  const many = ticks.filter(isDecade).length > 2;
-  return ticks.map((tick) => {
-    const power = known(tick) && tick > 0 ? 10 ** Math.floor(Math.log10(tick) + 1e-9) : 1, digit = known(tick) ? tick / power : 0;
-    const shown = [1, 2, 5].find((n) => Math.abs(digit - n) < 1e-6);
-    return shown === 1 || (shown && !many) ? number(tick, 2) : "";
-  });
+/** Marks of a logarithmic axis: powers of ten, and 2 and 5 between them where these are few. (uPlot's own never end
+ *  where the range does not begin at a power of ten.) */
+function decades(_, __, least, most) {
+  const few = Math.log10(most / least) < 2.3, found = [];
+  for (let power = Math.floor(Math.log10(least)); power <= Math.log10(most); power++)
+    for (const digit of few ? [1, 2, 5] : [1]) found.push(Number(`${digit}e${power}`));
+  return found.filter((tick) => tick >= least * 0.999 && tick <= most * 1.001);
 }
 
-const isDecade = (tick) => known(tick) && tick > 0 && Math.abs(Math.log10(tick) - Math.round(Math.log10(tick))) < 1e-9;
-
-/** A logarithmic axis: lines at the powers of ten only, marks at 2 and 5 as well where these are few. */
-const logAxis = (options) => axis({ values: decades, filter: (_, ticks) => ticks, grid: { stroke: theme.color("grid"), width: 1, filter: (_, ticks) => ticks.map((t) => isDecade(t) ? t : null) }, ...options });
+const logAxis = (options) => axis({ splits: decades, filter: (_, ticks) => ticks, values: (_, ticks) => ticks.map((tick) => number(tick, 2)), ...options });
 
 /** A legend as text beside its marks: [[colour name, "line" | "dash" | "box" | "dot", text], …]. */
 const legend = (entries) => el("p.legend", {}, entries.map(([color, kind, text]) =>

@@ -141,7 +141,7 @@ function comparison(runs, metric) {
   charts.add(host, (width) => [{
     height: 320, legend: { show: false }, padding: [14, 16, 0, 0], cursor: { show: false },
     scales: { x: { time: false, distr: 3, range: () => [sizes[0] / ratio, sizes[1] * ratio] }, y: { range: () => [Math.min(...values) - 0.15 * spread, Math.max(...values) + 0.2 * spread] } },
-    axes: [axis({ size: 28, label: "size of the network", values: (_, ticks) => ticks.map((t) => /^[125]0*( |$)/.test(bytes(t)) ? bytes(t) : "") }), axis({ label: words(metric), size: 52 })],
+    axes: [axis({ size: 28, label: "size of the network", splits: decades, filter: (_, ticks) => ticks, values: (_, ticks) => ticks.map(bytes) }), axis({ label: words(metric), size: 52 })],
     series: [{}, { paths: () => null, points: { show: false } }],
     hooks: { draw: [(u) => {
       const { ctx } = u, scale = devicePixelRatio;

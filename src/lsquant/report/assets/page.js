@@ -102,7 +102,7 @@ function resultTable(run) {
 
 function sizes(run) {
   const layers = run.layers || [];
-  if (!layers.length) return null;
+  if (!layers.length || !run.sizes) return null;
   const largest = Math.max(...layers.map((row) => row.packed)), all = run.sizes.packed;
   const strip = el("div.strip", { "aria-hidden": "true" }, layers.map((row) => el("span", { style: `flex: ${row.packed} 1 0`, title: `${row.layer || "(root)"}: ${bytes(row.packed)}, ${row.bits} bit` }, row.packed > 0.06 * all ? row.layer : "")));
   const total = el("tr", {}, el("th", { scope: "row" }, "all"), el("td", {}, number(layers.reduce((n, row) => n + row.weights, 0))), el("td"), el("td", {}, bytes(run.sizes.float)), el("td", {}, bytes(all)),

@@ -107,7 +107,7 @@ function staircase(row, previous, next) {
         share: state.log ? { distr: 3, range: () => [floor, tallest * 2] } : { range: () => [0, tallest * 1.12] },
       },
       axes: [axis({ size: 30 }), axis({ label: "quantized value v̂" }),
-        axis({ scale: "share", side: 1, label: "share of the values", grid: { show: false }, values: (_, t) => t.map((v) => known(v) && (!state.log || isDecade(v)) ? number(100 * v, 3) + "\u202f%" : ""), size: 52 })],
+        axis({ scale: "share", side: 1, label: "share of the values", grid: { show: false }, ...(state.log ? { splits: decades, filter: (_, ticks) => ticks } : {}), values: (_, t) => t.map((v) => known(v) ? number(100 * v, 3) + "\u202f%" : ""), size: 52 })],
       series: [{},
         { scale: "share", paths: uPlot.paths.stepped({ align: 1 }), fill: faded(ink, 0.3), stroke: faded(ink, 0.55), width: 1, fillTo: state.log ? floor : 0, points: { show: false } },
         { stroke: theme.color("line"), width: 2, points: { show: false } },

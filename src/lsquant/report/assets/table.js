@@ -54,10 +54,10 @@ function quantizerTable(rows, choose) {
   }
 
   function filter() {
-    const parts = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const parts = search.value.toLowerCase().replace(/(\d) bit/g, "$1-bit").split(/\s+/).filter(Boolean);
     let shown = 0;
     for (const { row, node } of lines) {
-      const text = `${row.name} ${row.kind} ${row.bits} bit ${row.signed ? "signed" : "unsigned"} ${row.granularity}`.toLowerCase();
+      const text = `${row.name} ${row.kind} ${row.bits}-bit ${row.signed ? "signed" : "unsigned"} ${row.granularity}`.toLowerCase();
       node.hidden = !parts.every((part) => text.includes(part));
       shown += !node.hidden;
     }
