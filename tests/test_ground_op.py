@@ -288,3 +288,29 @@ def test_autocast_around_a_layer() -> None:
     y.float().sum().backward()
     assert step.grad is not None
     assert step.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("engine", ["eager", "cpp"])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own rules for jvp
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "jacrev"])
+def test_torch_func_over_a_model_is_refused_and_passes_when_it_is_off(transform: str, engine: str) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    weight, x = net[0].weight.detach().clone(), torch.randn(5, 6)
+    lsquant.prepare(net, lsquant.Recipe(4, 4))
+    lsquant.calibrate(net, [x])
+    calls = {
+        "grad": lambda: torch.func.grad(lambda v: net(v).sum())(x),
+        "jvp": lambda: torch.func.jvp(net, (x,), (torch.ones(5, 6),))[1],
+        "vmap": lambda: torch.func.vmap(net)(x) - net[0].bias,
+        "jacrev": lambda: torch.func.jacrev(net)(x[0]),
+    }
+    with pytest.raises(lsquant.UsageError, match=r"torch\.func .* lsquant\.disabled"):
+        calls[transform]()
+    wanted = {
+        "grad": weight.sum(0).expand(5, 6),
+        "jvp": weight.sum(1).expand(5, 4),
+        "vmap": x @ weight.t(),
+        "jacrev": weight,
+    }
+    with lsquant.disabled(net):
+        assert torch.allclose(calls[transform](), wanted[transform], atol=1e-6)

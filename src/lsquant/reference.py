@@ -261,8 +261,19 @@ def fake_quantize(
 
 
 def guard(step: Tensor, initial_step: Tensor) -> Tensor:
-    """(M7) ``s_eff = s_min where s < s_min else s``, ``s_min = 2^-10 * s0``; ``d s_eff / d s = 1``.  NaN stays NaN."""
-    return _Guard.apply(step, initial_step)  # type: ignore[no-any-return]
+    """(M7) ``s_eff = s_min where s < s_min else s``, ``s_min = 2^-10 * s0``; ``d s_eff / d s = 1``.  NaN stays NaN.
+
+    Raises: UsageError under the transforms of torch.func.
+    """
+    try:
+        return _Guard.apply(step, initial_step)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        if "functorch" not in str(error):
+            raise
+        raise UsageError(
+            "torch.func (grad, vjp, jvp, vmap, ...) does not go through learned steps: use torch.autograd.grad or "
+            "backward(), or switch the quantizers off with lsquant.disabled(model)"
+        ) from error
 
 
 class _Guard(torch.autograd.Function):
