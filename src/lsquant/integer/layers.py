@@ -211,10 +211,6 @@ class IntegerConv(IntegerLayer):
         """A weight from rows, as the float layer and ONNX' operators have it."""
         return ops.arranged(rows, (None, None, None, self.transposed, None, self.groups))
 
-    def own_layout(self, rows: Tensor) -> Tensor:
-        """A weight from rows, as the float layer and ONNX' operators have it."""
-        return ops.arranged(rows, (None, None, None, self.transposed, None, self.groups))
-
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         batched = input.dim() == len(self.kernel_size) + 2
         x = input if batched else input.unsqueeze(0)

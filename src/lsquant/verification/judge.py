@@ -18,7 +18,7 @@ from lsquant.export.graph import Facts, array
 from lsquant.export.onnx import initializers, load_onnx
 from lsquant.quantizer import Quantizer
 from lsquant.verification.onnx_runner import OnnxRunner
-from lsquant.verification.packed_runner import verify_packed
+from lsquant.verification.packed_runner import verify_integer, verify_packed
 from lsquant.verification.recorder import Call, input_codes, layer_input, recording, samples, watched
 from lsquant.verification.runtimes import RUNTIMES, running
 from lsquant.verification.verdict import Tally, Verdict
@@ -26,7 +26,7 @@ from lsquant.verification.verdict import Tally, Verdict
 
 def verify(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | nn.Module,
     batches: Iterable[Any],
     *,
     forward: Forward | None = None,
@@ -34,9 +34,10 @@ def verify(
     runtime: str = RUNTIMES[0],
     node_modules: str | os.PathLike[str] | None = None,
 ) -> Verdict:
-    """Compare a file with the trained model it was exported from, on data.
+    """Compare a file, or the integer model, with the trained model it was made from, on data.
 
-    An ONNX file is run in a runtime; a packed file is reloaded and run in PyTorch, where its codes are the weights.
+    path: an ONNX file, run in ONNX Runtime; a packed file, reloaded and run in PyTorch, where its codes are the
+    weights; or what ``to_integer`` returned.
 
     model: the trained model; it is run in eval mode and left as it was.  batches: as for ``calibrate``; all of them
     unless max_batches says less.  forward: ``forward(model, batch)`` where a batch is not simply the model's input.
@@ -50,6 +51,8 @@ def verify(
 
     Raises: MissingFile, DamagedFile, MissingExtra; UsageError where the file is of another model.
     """
+    if isinstance(path, nn.Module):
+        return verify_integer(model, path, batches, forward, max_batches)
     if runtime not in RUNTIMES:
         raise UsageError(f"verify: runtime={runtime!r} is unknown; choose from {', '.join(RUNTIMES)}")
     if _is_safetensors(path):

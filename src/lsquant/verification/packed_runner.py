@@ -1,10 +1,10 @@
-"""A packed file as a judge sees it: reloaded into a copy of the model, which runs beside the trained one."""
+"""What runs in PyTorch beside the trained model: the integer model, and a packed file reloaded into a copy."""
 
 from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,8 @@ from lsquant._util.errors import UsageError
 from lsquant.convert import revert
 from lsquant.export.graph import array
 from lsquant.export.packed import load_packed, read_packed
+from lsquant.integer import FrozenQuantizer, frozen_parts
+from lsquant.kernels import engine
 from lsquant.verification.recorder import Call, input_codes, layer_input, recording, samples, watched
 from lsquant.verification.verdict import Check, Tally, Verdict
 
@@ -33,12 +35,38 @@ def verify_packed(
 ) -> Verdict:
     """As ``verify``, for a file of ``export_packed``.  Raises: as ``load_packed``."""
     twin = load_packed(revert(copy.deepcopy(model)), path)
-    checks = [compare_packed(model, path)]
+    weights = compare_weights(model, read_packed(path).quantizers)
+    return verify_twin(model, twin, weights, (os.fspath(path), "packed", "reloaded"), batches, forward, max_batches)
+
+
+def verify_integer(
+    model: nn.Module, twin: nn.Module, batches: Iterable[Any], forward: Forward | None, max_batches: int | None
+) -> Verdict:
+    """As ``verify``, for the integer model.  Raises: UsageError where it is of another model, or none."""
+    parts = frozen_parts(twin)
+    if odd := sorted(set(parts) ^ set(watched(model))):
+        raise UsageError(f"verify: {type(twin).__name__} is not this model's integer model: {odd[0]!r} is only in one")
+    weights = compare_weights(model, {n: m for n, m in twin.named_modules() if isinstance(m, FrozenQuantizer)})
+    device = next(iter(twin.state_dict().values())).device.type
+    said = (type(twin).__name__, "integer", f"engine {engine(device).__name__.rpartition('.')[2]}")
+    return verify_twin(model, twin, weights, said, batches, forward, max_batches)
+
+
+def verify_twin(
+    model: nn.Module,
+    twin: nn.Module,
+    weights: Check,
+    said: tuple[str, str, str],
+    batches: Iterable[Any],
+    forward: Forward | None,
+    max_batches: int | None,
+) -> Verdict:
+    """Both on the same batches.  said: what is compared, its profile, how it runs."""
     tallies = [
         Tally("layers", "input codes, layer by layer"),
         Tally("layers", "outputs, layer by layer"),
         Tally("codes", "input codes, end to end"),
-        Tally("outputs", "outputs of the reloaded model"),
+        Tally("outputs", "outputs"),
     ]
     mine, theirs = watched(model), watched(twin)
     count = total = 0
@@ -56,9 +84,9 @@ def verify_packed(
                 for i, (y, expected) in enumerate(zip(one.outputs, other.outputs, strict=True)):
                     _add(tallies[3], f"output {i}", y, expected)
             count, total = count + 1, total + samples(want)
-    checks += [tally.check() for tally in tallies]
-    runtime = f"PyTorch {torch.__version__}, reloaded"
-    return Verdict(os.fspath(path), "packed", runtime, {}, len(mine), count, total, tuple(checks))
+    path, profile, how = said
+    checks = (weights, *(tally.check() for tally in tallies))
+    return Verdict(path, profile, f"PyTorch {torch.__version__}, {how}", {}, len(mine), count, total, checks)
 
 
 @contextmanager
@@ -99,9 +127,9 @@ def _array(t: Tensor) -> np.ndarray:
     return array(t.float() if t.dtype == torch.bfloat16 else t)
 
 
-def compare_packed(model: nn.Module, path: str | os.PathLike[str]) -> Check:
-    """The level ``weights``: codes, steps and zero points in the file against the trained ones."""
-    tally, stored = Tally("weights", "weight codes, steps and zero points"), read_packed(path).quantizers
+def compare_weights(model: nn.Module, stored: Mapping[str, Any]) -> Check:
+    """The level ``weights``: codes, steps and zero points against the trained ones.  stored: by quantizer's name."""
+    tally = Tally("weights", "weight codes, steps and zero points")
     names = {quantizer: name for name, quantizer in lsq_nn.quantizers(model)}
     for quantizer, name in names.items():
         found = stored.get(name)
@@ -109,6 +137,7 @@ def compare_packed(model: nn.Module, path: str | os.PathLike[str]) -> Check:
         _add(tally, name, found and found.zero_point, quantizer.zero_point())
     for _, layer in lsq_nn.quantized_layers(model):
         if layer.weight_quantizer is not None:
-            found = stored.get(names[layer.weight_quantizer])
-            _add(tally, names[layer.weight_quantizer], found and found.codes, layer.integer_weight()[0])
+            found, codes = stored.get(names[layer.weight_quantizer]), layer.integer_weight()[0]
+            want = layer.rearranged(codes) if isinstance(found, FrozenQuantizer) else codes
+            _add(tally, names[layer.weight_quantizer], found and found.codes, want)
     return tally.check()

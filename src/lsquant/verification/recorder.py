@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lsquant import nn as lsq_nn
 from lsquant import reference
 from lsquant.export.capture import tensors_in
+from lsquant.integer import FrozenQuantizer, IntegerLayer, frozen_parts
 from lsquant.quantizer import Quantizer
 
 
@@ -27,8 +28,8 @@ class Call:
 
 
 def watched(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> quantized layer or stand-alone quantizer, each once."""
-    return {**dict(lsq_nn.quantized_layers(model)), **dict(lsq_nn.lone_quantizers(model))}
+    """Name -> quantized layer or stand-alone quantizer, each once; of an integer model the frozen ones."""
+    return frozen_parts(model) or {**dict(lsq_nn.quantized_layers(model)), **dict(lsq_nn.lone_quantizers(model))}
 
 
 @contextmanager
@@ -71,6 +72,8 @@ def samples(calls: list[Call]) -> int:
 @torch.no_grad()
 def layer_input(layer: Any, x: Tensor) -> Tensor:
     """What a layer quantizes: its input, padded where the padding mode is not zeros."""
+    if isinstance(layer, IntegerLayer):
+        return layer.before(x)
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         return layer.padded(x)[0]
     return x
@@ -79,9 +82,9 @@ def layer_input(layer: Any, x: Tensor) -> Tensor:
 @torch.no_grad()
 def input_codes(layer: Any, x: Tensor) -> Tensor | None:
     """The trained model's codes for a layer's input, float32 integers; None where the input is not quantized."""
-    quantizer = layer if isinstance(layer, Quantizer) else layer.input_quantizer
-    if quantizer is None:
-        return None
+    quantizer = layer if isinstance(layer, (Quantizer, FrozenQuantizer)) else layer.input_quantizer
+    if quantizer is None or isinstance(quantizer, FrozenQuantizer):
+        return None if quantizer is None else quantizer.float_codes(x)
     step, q_min, q_max = quantizer.effective_step(), quantizer.q_min, quantizer.q_max
     layout = {"axis": quantizer.axis, "group_size": quantizer.spec.group_size}
     return reference.codes(x, step, q_min, q_max, **layout, offset=quantizer.offset)
