@@ -101,12 +101,15 @@ def test_what_other_steps_would_do(shown):
             assert view["at"]["best"]["error"] <= 1.001 * best
             for mark, at in {"initial": s0, "learned": s, "best": np.float32(view["best"])}.items():
                 want = judged(mine, float(at), low, high)
+                if want["sqnr"] and want["sqnr"] > 120:  # nothing but the rounding of float32
+                    want |= {"sqnr": None, "error": 0.0}
                 got = view["at"][mark]
                 assert got["used"] == want["used"], (name, index, mark)
                 for key in ("error", "sqnr", "clip_low", "clip_high"):
-                    assert got[key] == pytest.approx(want[key], rel=1e-4, abs=1e-9), (name, index, mark, key)
+                    near = None if want[key] is None else pytest.approx(want[key], rel=1e-4, abs=1e-9)
+                    assert got[key] == near, (name, index, mark, key)
                 looked += 1
-    assert looked > 3 * (6 + 60 + 8)
+    assert looked > 200
 
 
 def test_histograms(shown):

@@ -40,7 +40,7 @@ function phases(u, log) {
     ctx.beginPath(); ctx.moveTo(x, bbox.top); ctx.lineTo(x, bbox.top + bbox.height); ctx.stroke();
     if (bbox.height < 100 * devicePixelRatio) return;
     ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`; ctx.fillStyle = theme.color("soft"); ctx.textAlign = "left";
-    ctx.fillText(phase, x + 4 * devicePixelRatio, bbox.top + 10 * devicePixelRatio);
+    ctx.fillText(phase, x - 1 * devicePixelRatio, bbox.top - 3 * devicePixelRatio);  // above the drawing
   });
   ctx.restore();
 }
@@ -62,7 +62,7 @@ function curve(log, title, names) {
     value.textContent = known(i) ? `${log.unit} ${number(log.x[i])}: ` + names.map((name) => `${words(name)} ${number(log.series[name][i])}`).join(", ") : "";
   };
   charts.add(host, () => [{
-    height: 190, legend: { show: false }, padding: [10, 10, 0, 0],
+    height: 190, legend: { show: false }, padding: [16, 10, 0, 0],
     cursor: { drag: { x: false }, y: false, sync: { key: "training" } },
     scales: { x: xScale(log) },
     axes: [axis({ size: 28, values: whole }), axis({ size: 52 })],
@@ -79,7 +79,7 @@ function fan(run, key, title, log10) {
   const ink = (name) => name.endsWith("input_quantizer") ? "input" : "weight";
   const lines = names.map((name) => history[name][key].map((v) => log10 && !(v > 0) ? null : v));
   charts.add(host, () => [{
-    height: 240, legend: { show: false }, padding: [10, 10, 0, 0], focus: { alpha: 0.15 },
+    height: 240, legend: { show: false }, padding: [16, 10, 0, 0], focus: { alpha: 0.15 },
     cursor: { drag: { x: false }, y: false, focus: { prox: 30 }, points: { show: false } },
     scales: { x: xScale(log), y: log10 ? { distr: 3 } : {} },
     axes: [axis({ size: 28, values: whole }), log10 ? logAxis({ size: 56 }) : axis({ size: 56, values: (_, ticks) => ticks.map((t) => known(t) ? number(100 * t, 3) + "\u202f%" : "") })],

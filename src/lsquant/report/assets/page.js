@@ -168,8 +168,16 @@ function start() {
   label();
   document.getElementById("foot").append(el("p", {}, `Written by lsquant ${data.version}. Learned Step Size Quantization, Esser et al., ICLR 2020. Charts: uPlot, MIT licence.`));
   let opened = [];
-  addEventListener("beforeprint", () => { opened = [...document.querySelectorAll("details:not([open])")]; opened.forEach((d) => { d.open = true; }); });
-  addEventListener("afterprint", () => opened.forEach((d) => { d.open = false; }));
+  addEventListener("beforeprint", () => {  // on paper everything is open, and light
+    opened = [...document.querySelectorAll("details:not([open])")];
+    opened.forEach((part) => { part.open = true; });
+    document.documentElement.dataset.theme = "light";
+    charts.redraw();
+  });
+  addEventListener("afterprint", () => {
+    opened.forEach((part) => { part.open = false; });
+    theme.set(theme.choice);
+  });
   show(data.runs[0]);
 }
 

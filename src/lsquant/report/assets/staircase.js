@@ -60,7 +60,7 @@ function staircase(row, previous, next) {
       ["SQNR, dB", (_, at) => known(at.sqnr) ? fixed(at.sqnr, 2) : "∞"],
       ["clipped below", (_, at) => portion(at.clip_low)],
       ["clipped above", (_, at) => portion(at.clip_high)],
-      ["levels used", (_, at) => `${at.used} of ${total}`],
+      [`levels used of ${total}`, (_, at) => at.used],
     ];
     readout.replaceChildren(
       el("tr", {}, el("td"), columns.map(([name], i) => el("th", { scope: "col", class: i === columns.length - 1 ? "now" : null }, name))),
@@ -76,7 +76,7 @@ function staircase(row, previous, next) {
     if (state.zoom) return state.zoom;
     const { view, step, cumulated } = state, [low, high] = levels(row, view, step);
     const [a, b] = bulk(view.histogram, cumulated);
-    const from = Math.min(a, low * step), to = Math.max(b, high * step), margin = Math.max(0.04 * (to - from), 0.6 * step);
+    const from = Math.min(a, low * step), to = Math.max(b, high * step), margin = Math.max(0.07 * (to - from), 0.6 * step);
     return [from - margin, to + margin];
   }
 
