@@ -14,6 +14,7 @@ from lsquant._util.batches import Forward, evaluating, first_input, run_batch, t
 from lsquant._util.errors import UsageError
 from lsquant._util.products import Bypass, address
 from lsquant.convert import stays_float
+from lsquant.diagnostics import illnesses
 from lsquant.diagnostics.collect import Tally
 from lsquant.nn import QuantizedLayer, lone_quantizers, quantized_layers, quantized_type, quantizers
 from lsquant.quantizer import Quantizer
@@ -44,6 +45,28 @@ CODES: dict[str, tuple[Severity, str]] = {
     "clipped": ("warning", "calibrate again on data like these; give the layer more bits, or see lsquant.sensitivity"),
     "unused_levels": ("warning", "the step is too large: calibrate again on data like these"),
     "signed_in_vain": ("warning", "leave signed=None in the recipe and calibrate again, or give signed=False"),
+    "few_levels": (
+        "warning",
+        "look at its values on the page of lsquant report; fewer bits would do, or calibrate again",
+    ),
+    "negative_cut": (
+        "warning",
+        "leave signed=None in the recipe and calibrate again on data like these, or use offset=True",
+    ),
+    "calibration_poor": ("warning", "calibrate again on more data, and on data like these"),
+    "step_collapsed": ("warning", "lower the learning rate of the steps: lsquant.param_groups(..., step_lr=...)"),
+    "step_exploded": ("warning", "lower the learning rate of the steps: lsquant.param_groups(..., step_lr=...)"),
+    "step_unmoved": ("warning", "let its layer take part in the loss; look for .detach(), no_grad and unused outputs"),
+    "adam_step_lr": ("warning", "give steps a learning rate of their own: param_groups(..., step_lr=0.003 * step)"),
+    "dead_channels": (
+        "warning",
+        "a step per channel, a smaller step, or a smaller layer: these channels give a constant",
+    ),
+    "oscillating": (
+        "warning",
+        "a lower learning rate at the end, averaged weights (WeightAverage, --ema), or more bits",
+    ),
+    "stale_batchnorm": ("warning", "estimate them anew: lsquant.training.reestimate_batchnorm, or --bn-batches"),
     "not_reached": ("warning", "give batches that reach the layer, or leave it in floating point (skip=)"),
     "bypassed": ("error", "call the layer instead of using its weight, or leave it in floating point (skip=)"),
     "stays_float": ("warning", "replace it by layers that lsquant knows, or accept that it stays in floating point"),
@@ -71,6 +94,10 @@ def _finding(code: str, where: str, message: str, severity: Severity | None = No
     return Finding(code, severity or usual, where, message, remedy, evidence)
 
 
+def _ill(where: str, found: Iterable[illnesses.Ill]) -> Iterator[Finding]:
+    return (_finding(code, where, text, **evidence) for code, text, evidence in found)
+
+
 def check(
     model: nn.Module,
     optimizer: Any = None,
@@ -96,7 +123,21 @@ def check(
         found += _optimizer(model, optimizer)
     if batches is not None:
         found += _batches(model, batches, max_batches, forward)
-    return sorted(found, key=lambda f: SEVERITIES.index(f.severity))
+    return sorted(_causes(found), key=lambda f: SEVERITIES.index(f.severity))
+
+
+def _causes(found: list[Finding]) -> list[Finding]:
+    """Without what other findings say more precisely, or bring about in the layers behind them."""
+    where: dict[str, set[str]] = {}
+    for f in found:
+        where.setdefault(f.code, set()).add(f.where)
+    same = {"step_collapsed": "clipped", "step_exploded": "unused_levels", "dead_channels": "unused_levels"}
+    disturbed = where.keys() & {"clipped", "unused_levels", "step_unset", "step_not_finite", "switched_off"}
+    return [
+        f
+        for f in found
+        if f.where not in where.get(same.get(f.code, ""), ()) and not (f.code == "calibration_poor" and disturbed)
+    ]
 
 
 def _is_sound(quantizer: Quantizer) -> bool:
@@ -122,6 +163,7 @@ def _steps(model: nn.Module) -> Iterator[Finding]:
         if guarded > GUARDED_OFTEN * total:
             text = f"the guard held its {total} step(s) {guarded} times in training: they jump to 0 again and again"
             yield _finding("guarded_often", name, text, guarded=guarded, steps=total)
+        yield from _ill(name, illnesses.of_step(q))
 
 
 def _ties(model: nn.Module) -> Iterator[Finding]:
@@ -174,6 +216,11 @@ def _optimizer(model: nn.Module, optimizer: Any) -> Iterator[Finding]:
     learning = any(float(group.get("lr", 1.0)) > 0 for group in groups)
     names = {id(p) for p in model.parameters()}
     missing = False
+    sound = [(name, q) for name, q in quantizers(model) if _is_sound(q)]
+    moved = any(not torch.equal(q.step.detach(), q.initial_step) for _, q in sound)
+    for name, q in sound:
+        if q.step.requires_grad and id(q.step) in held:
+            yield from _ill(name, illnesses.of_learning(q, several, held[id(q.step)], moved))
     for name, q in quantizers(model):
         for where, p in ((f"{name}.{key}", p) for key, p in q.named_parameters(recurse=False)):
             group = held.get(id(p), {})
@@ -206,9 +253,14 @@ class _Values(Tally):
 
     lowest, zeros = float("inf"), 0
 
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__(quantizer)
+        self.untrained = illnesses.Untrained(quantizer)
+
     def add(self, x: Tensor) -> None:
         super().add(x)
         if x.numel():
+            self.untrained.add(x)
             self.lowest = min(self.lowest, float(x.detach().min()))
             self.zeros += int((x.detach() == 0).sum())
 
@@ -245,6 +297,9 @@ def _batches(
         watch(name, layer, layer.input_quantizer)
     for name, q in lone_quantizers(model):
         watch(name, q, q)
+    norms = {name: s for name, module in model.named_modules() if (s := illnesses.statistics(module)) is not None}
+    for one in norms.values():
+        hooks.append(one.module.register_forward_pre_hook(lambda _, args, one=one: one.add(args[0])))
     ill = [q for q in names if q.enabled and q not in tallies]  # they would stop the run, or make it all NaN
     bypass = Bypass({address(m.weight): n for n, m in layers.items() if m.weight_quantizer is not None}, inside)
     try:
@@ -270,6 +325,8 @@ def _batches(
     for q, tally in tallies.items():
         if tally.elements:
             yield from _judge(names[q], q, tally, owners.get(q))
+    for name, one in norms.items():
+        yield from _ill(name, one.ill())
 
 
 def _judge(name: str, q: Quantizer, tally: _Values, owner: QuantizedLayer | None) -> Iterator[Finding]:
@@ -279,9 +336,15 @@ def _judge(name: str, q: Quantizer, tally: _Values, owner: QuantizedLayer | None
     if not math.isfinite(tally.signal + tally.noise):
         yield _finding("values_not_finite", name, "some of its values are NaN or infinite")
         return
+    if owner is not None:
+        yield from _ill(name, illnesses.of_weight(q, owner.rows().detach()))
+    else:
+        yield from _ill(name, tally.untrained.ill())
     others = max(tally.elements - tally.zeros, 1)
     low, high = tally.low / others, tally.high / others
-    if low + high > max(0.2, 2.0 ** (1 - bits)):
+    if negative := list(_ill(name, illnesses.of_sign(q, tally, tally.lowest))):
+        yield from negative
+    elif low + high > max(0.2, 2.0 ** (1 - bits)):
         text = f"{low + high:.0%} of its values other than 0 lie beyond the outermost of its {len(tally.codes)} levels"
         yield _finding("clipped", name, text, clip_low=low, clip_high=high, bits=bits, step=step)
     # without loss at these bits (10 log10(4^bits) dB and better): few levels are enough, as for 8-bit pixels
@@ -300,5 +363,7 @@ def _judge(name: str, q: Quantizer, tally: _Values, owner: QuantizedLayer | None
             return
     if reach <= 0.5:
         yield _finding("unused_levels", name, span, **evidence)
+    elif few := list(_ill(name, illnesses.of_levels(q, tally))):
+        yield from few
     elif owner is None and q.q_min < 0 <= tally.lowest and q.offset is None:
         yield _finding("signed_in_vain", name, f"{span}: its values are never below 0, but it is signed", **evidence)
