@@ -51,7 +51,7 @@ CORE = 9  # the highest number that belongs to the core
 NEVER = {"export": {"kernels", "training"}}
 OPTIONAL = {
     *("onnx", "onnxruntime", "onnxscript", "onnx_ir", "sklearn", "matplotlib", "PIL"),
-    *("transformers", "accelerate", "lightning", "tensorboard", "triton", "gguf", "openvino"),
+    *("transformers", "accelerate", "lightning", "tensorboard", "triton", "gguf", "openvino", "torchao"),
     *("compressed_tensors", "scipy", "pyarrow"),
 }
 

@@ -351,6 +351,18 @@ def check_model_type(name: str) -> None:
     assert len(layers) == len(list(lsquant.nn.quantized_layers(model))) > 0
 
 
+def test_linears_of_transformers_are_exported(tmp_path: Path) -> None:
+    """Conv1D, whose weight is (in, out), and FalconLinear."""
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon").FalconLinear
+    model = nn.Sequential(test_layers_more.conv1d_of_transformers(5, 12), nn.ReLU(), falcon(5, 7))
+    x = ready(model, torch.randn(3, 4, 12), CHANNEL, 4) and torch.randn(2, 4, 12)
+    verdict = lsquant.verify(model, lsquant.export_onnx(model, tmp_path / "m.onnx", x), [x])
+    assert verdict.exact, verdict
+    assert verdict.layers == 2
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "falcon", "t5"])
 def test_model_types(name: str) -> None:
     check_model_type(name)

@@ -285,6 +285,8 @@ class IntegerBatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         alpha, beta = self.alpha, self.beta
+        if not torch.compiler.is_exporting():  # exported as two operators that every runtime has
+            return ops.scale_shift(x, alpha.flatten(), beta.flatten())
         if x.dim() == alpha.dim():  # BatchNorm1d of (batch, C)
             alpha, beta = alpha.squeeze(-1), beta.squeeze(-1)
         return (x * alpha + beta).to(x.dtype)
