@@ -1,0 +1,144 @@
+"""Latency of the exported files over the float export, in ONNX Runtime and OpenVINO.
+
+    python benchmarks/deploy_latency.py [resnet20 ...] [--bits w4a4 w2a2] [--batches 1 64] [--threads N]
+    python benchmarks/tables.py --page docs/deployment.md       # the table
+
+Every contender is a session on a file of the same network: the float model as torch exports it, with BatchNorm, which
+both runtimes fold into the convolutions; and each ONNX profile, with the options that its file recommends.  All have
+the same number of threads and the same batch, and are measured in turns.  Weights are random, inputs normal: neither
+matters to the time.  Before it is timed every file is compared with the trained model; ``check`` has its size and how
+many outputs differ.  Rows go to results/bench/deploy.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import timing
+import torch
+from networks import WORKLOADS, Workload
+from timing import Contender, Options, Row, measure, report, rows, say, show
+from torch import Tensor, nn
+
+import lsquant
+from lsquant.verification.runtimes import OPENVINO
+
+PROFILES = ("exact", "small", "qdq")
+FLOAT = "float, ONNX Runtime"
+
+
+def trained(workload: Workload, bits: str, x: Tensor) -> nn.Module:
+    """A quantized network with BatchNorm statistics and steps that belong to its weights."""
+    torch.manual_seed(0)
+    model = workload.make()
+    with torch.no_grad():
+        for _ in range(3):
+            model(x[:16])
+    lsquant.prepare(model, lsquant.Recipe.preset(bits, first_last=workload.first_last), x[:2])
+    lsquant.calibrate(model, [x[:16]])
+    return model.eval()
+
+
+def files(model: nn.Module, x: Tensor, folder: Path) -> dict[str, Path]:
+    """Name -> file: the float network of the same weights, and every profile."""
+    plain = lsquant.revert(copy.deepcopy(model)).eval()
+    found = {"float": folder / "float.onnx"}
+    batch = torch.export.Dim("batch")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    torch.onnx.export(
+        plain, (x[:2],), found["float"], dynamo=True, dynamic_shapes=({0: batch},), verbose=False, external_data=False
+    )
+    for profile in PROFILES:
+        found[profile] = lsquant.export_onnx(model, folder / f"{profile}.onnx", x[:2], profile=profile)
+    return found
+
+
+def onnx_runtime(path: Path, x: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
+    options: dict[str, Any] = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+    if path.stem == "float":
+        settings = onnxruntime.SessionOptions()
+        for name, value in options.items():
+            setattr(settings, name, value)
+        session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    else:
+        session = lsquant.onnx_session(path, **options)
+    name = session.get_inputs()[0].name
+    return lambda: session.run(None, {name: x})[0]
+
+
+def openvino_(path: Path, x: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
+    openvino = __import__("openvino")
+    options = {**OPENVINO, "INFERENCE_NUM_THREADS": str(threads)}
+    model = openvino.Core().compile_model(str(path), "CPU", options)
+    return lambda: model(x)[0]
+
+
+def contenders(model: nn.Module, paths: dict[str, Path], x: Tensor, threads: int) -> Iterator[Contender]:
+    """Both runtimes on every file, each checked; one that refuses a file is left out with its reason."""
+    with torch.no_grad():
+        expected = model(x).numpy()
+    for runtime, load in (("ONNX Runtime", onnx_runtime), ("OpenVINO", openvino_)):
+        for name, path in paths.items():
+            try:
+                call = load(path, x.numpy(), threads)
+                got = call()
+            except (RuntimeError, ImportError) as error:
+                reason = " ".join(str(error).split())[:100]
+                yield Contender(f"{name}, {runtime}", None, FLOAT, check=f"left out: {reason}")
+                continue
+            share = 100 * float((got != expected).mean())
+            check = f"{path.stat().st_size:,} bytes"
+            check += "" if name == "float" else f"; other than trained: {share:.2f}% of outputs"
+            yield Contender(f"{name}, {runtime}", call, FLOAT, check=check)
+
+
+def run(name: str, bits: str, batches: Sequence[int], options: Options) -> Iterator[Row]:
+    """The rows of one network at some bits."""
+    workload = WORKLOADS[name]
+    shape = workload.tiny if options.tiny else workload.shape
+    x = torch.randn(max(*batches, 16), *shape[1:])
+    model = trained(workload, bits, x)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = files(model, x, Path(folder))
+        for batch in batches:
+            found = list(contenders(model, paths, x[:batch].contiguous(), torch.get_num_threads()))
+            found = [c for c in found if options.selects(c.name) or c.name == FLOAT]
+            measure(found, options)
+            text = f"{workload.what}, {bits}, batch {batch}"
+            part = list(rows("deploy", text, "inference", found, options))
+            show(part)
+            yield from part
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=["resnet20"], help="of resnet20, resnet18")
+    parser.add_argument("--bits", nargs="+", default=["w4a4", "w2a2"], help="presets")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 64])
+    parser.add_argument("--only", nargs="+", default=(), help="contenders with these in their names")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--threads", type=int, help="of every runtime; default: torch's choice")
+    parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
+    parser.add_argument("--out", type=Path, default=Path("results/bench"))
+    a = parser.parse_args(arguments)
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    warnings.simplefilter("ignore")
+    timing.VERSIONS = (*timing.VERSIONS, "onnx", "onnxruntime", "openvino")
+    seconds = 0.0 if a.tiny else 0.05
+    options = Options(a.out, a.only, a.repeats, 1 if a.tiny else 3, seconds, tiny=a.tiny)
+    found = [row for name in a.networks for bits in a.bits for row in run(name, bits, a.batches, options)]
+    say(f"written: {report('deploy', found, options)}")
+
+
+if __name__ == "__main__":
+    main()
