@@ -14,9 +14,11 @@ from lsquant.convert import prepare
 from lsquant.recipe import Recipe, Rule
 from lsquant.spec import QuantSpec
 
+LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+
 
 class Block(nn.Module):
-    """conv [bn] [+ x] [relu]."""
+    """conv [bn] [+ x] [relu]; the convolution is sometimes a depthwise or a transposed one."""
 
     def __init__(self, r: random.Random, channels: int, height: int, width: int) -> None:
         super().__init__()
@@ -33,13 +35,25 @@ class Block(nn.Module):
         padding = "same" if same else (r.randint(0, 2), r.randint(0, 1)) if mode == "zeros" else (r.randint(0, 1), 1)
         stride = 1 if same else (r.choice([1, 1, 2]), r.choice([1, 2]))
         bias = r.random() < 0.6
-        self.conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, bias, mode)  # type: ignore[arg-type]
+        if not self.residual and r.random() < 0.25:
+            self.conv: nn.Module = transposed(r, channels, out, groups, bias)
+        else:
+            self.conv = nn.Conv2d(channels, out, kernel, stride, padding, dilation, groups, bias, mode)  # type: ignore[arg-type]
         self.bn = random_batchnorm(r, out) if r.random() < 0.6 else nn.Identity()
         self.act = r.choice([nn.ReLU(), nn.ReLU(), nn.Identity(), nn.ReLU6(), nn.LeakyReLU(0.125)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.bn(self.conv(x))
         return self.act(y + x if self.residual else y)
+
+
+def transposed(r: random.Random, channels: int, out: int, groups: int, bias: bool) -> nn.ConvTranspose2d:
+    """Every output has at least one input, and the sizes stay small."""
+    stride, dilation = (r.choice([1, 1, 2]), r.choice([1, 2])), r.choice([1, 1, 2])
+    kernel = (r.randint(1, 3), r.randint(2, 3))
+    padding = tuple(r.randint(0, min(1, dilation * (k - 1) // 2)) for k in kernel)
+    extra = tuple(r.randrange(max(s, dilation)) if r.random() < 0.5 else 0 for s in stride)
+    return nn.ConvTranspose2d(channels, out, kernel, stride, padding, extra, groups, bias, dilation)  # type: ignore[arg-type]
 
 
 def random_batchnorm(r: random.Random, channels: int) -> nn.BatchNorm2d:
@@ -55,13 +69,13 @@ def random_batchnorm(r: random.Random, channels: int) -> nn.BatchNorm2d:
 
 
 class Net(nn.Module):
-    """Blocks, a pooling and one or two linear layers, over images or over sequences; more often a single layer."""
+    """Blocks, a pooling and one or two linear layers, over images or over sequences; sometimes a single layer."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         r = random.Random(seed)
         torch.manual_seed(seed)
-        kind = r.choice(["block", "linear", "net"])
+        kind = r.choice(["block", "linear", *["net"] * 8])
         channels, height, width = r.randint(1, 6), r.randint(5, 9), r.randint(5, 9)
         self.shape = (channels, height, width)
         self.blocks, self.pool, self.flat, self.fc, self.head = (
@@ -72,7 +86,7 @@ class Net(nn.Module):
             nn.Identity(),
         )
         x = torch.zeros(1, channels, height, width)
-        for _ in range({"block": 1, "linear": 0, "net": r.randint(1, 3)}[kind]):
+        for _ in range({"block": 1, "linear": 0, "net": r.randint(2, 3)}[kind]):
             if min(x.shape[2:]) < 3:
                 break
             self.blocks.append(Block(r, *x.shape[1:]).eval())
@@ -136,7 +150,7 @@ def trained_net(seed: int) -> Net:
     """A quantized network with steps as after some training: calibrated, then moved away."""
     r = random.Random(seed + 1_000_000)
     net = Net(seed)
-    layers = {n: m for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, LAYERS)}
     rules = [Rule(name, random_spec(r, layer), random_activation(r)) for name, layer in layers.items()]
     x = random_input(seed, net.shape, 8)
     prepare(net, Recipe(rules=rules), x)

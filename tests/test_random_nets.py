@@ -21,7 +21,7 @@ from lsquant.export.onnx import onnx_model
 from lsquant.integer import IntegerLayer, integer_model
 from lsquant.verification.recorder import layer_input, recording
 from lsquant.verification.verdict import different
-from random_nets import Net, Side, trained_net
+from random_nets import Block, Net, Side, trained_net
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -87,6 +87,11 @@ def by_oracle(layer: Any, x: np.ndarray) -> np.ndarray:
     axis = 0 if weights.spec.granularity == "channel" else None
     q_w = oracle.codes(w, s_w, *oracle.bounds(weights.spec.bits, True, weights.spec.narrow), axis=axis, group_size=size)
     q_x = oracle.codes(x, s_x, lo, hi, z)
+    if isinstance(layer, nn.ConvTranspose2d):
+        index = oracle.output_channels(w.shape, layer.groups) if len(s_w) > 1 else np.zeros(w.shape, int)
+        q_w = np.clip(np.rint(w / s_w[index]), *oracle.bounds(weights.spec.bits, True, weights.spec.narrow))
+        options = (layer.stride, layer.padding, layer.dilation, layer.groups, layer.output_padding)
+        return oracle.transposed_convolution(oracle.codes(x, s_x, lo, hi, z), z, s_x[0], q_w, s_w, bias, *options)
     if isinstance(layer, nn.Conv2d):
         padding = layer.padding if layer.padding_mode == "zeros" else 0
         geometry: Any = (layer.stride, padding, layer.dilation, layer.groups)
@@ -108,18 +113,36 @@ def test_the_seeds_cover_what_they_should() -> None:
             seen |= {("w", w.spec.bits), ("x", x.spec.bits), (type(layer).__name__, w.spec.granularity)}
             seen |= {("signed", x.q_min < 0), ("offset", x.spec.offset), ("narrow", x.spec.narrow, w.spec.narrow)}
             seen.add(("guarded", bool((w.step < 0).any())))
+            if isinstance(layer, nn.ConvTranspose2d):
+                seen |= {("transposed groups", layer.groups > 1), ("extra", max(layer.output_padding) > 0)}
             if isinstance(layer, nn.Conv2d):
                 seen |= {("depthwise", layer.groups == layer.in_channels > 1), ("grouped", layer.groups > 1)}
                 seen |= {("mode", layer.padding_mode), ("same", layer.padding == "same"), ("dilation", layer.dilation)}
+        seen.add(("layers", len(list(lsq_nn.quantized_layers(net)))))
         for module in net.modules():
+            if isinstance(module, Block):
+                seen.add(("residual", module.residual))
             if isinstance(module, nn.BatchNorm2d):
                 seen.add(("gamma", bool((module.weight < 0).any()), bool((module.weight > 0).any())))
             seen.add(type(module).__name__)
     wanted: set[Any] = {(kind, bits) for kind in "wx" for bits in range(2, 9)}
     wanted |= {("QuantLinear", g) for g in ("tensor", "channel", "group")}
-    wanted |= {("QuantConv2d", g) for g in ("tensor", "channel")}
+    wanted |= {(kind, g) for kind in ("QuantConv2d", "QuantConvTranspose2d") for g in ("tensor", "channel")}
+    wanted |= {("layers", n) for n in (1, 3, 4, 5)}
     wanted |= {
-        (kind, yes) for kind in ("signed", "offset", "depthwise", "grouped", "same", "guarded") for yes in (True, False)
+        (kind, yes)
+        for kind in (
+            "signed",
+            "offset",
+            "depthwise",
+            "grouped",
+            "same",
+            "guarded",
+            "residual",
+            "transposed groups",
+            "extra",
+        )
+        for yes in (True, False)
     }
     wanted |= {("narrow", x, w) for x in (True, False) for w in (True, False)}
     wanted |= {("mode", mode) for mode in ("zeros", "reflect", "replicate", "circular")}
