@@ -69,7 +69,7 @@ class FrozenQuantizer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         codes = state_dict.get(prefix + "codes")
-        if self.codes is not None and codes is not None:
+        if self.codes is not None and codes is not None and codes.dtype in (torch.int8, torch.uint8):
             self.codes = self.codes.to(codes.dtype)  # a sign decided otherwise than here
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.q_min, self.q_max = self.bounds.tolist()
