@@ -74,6 +74,11 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").glob("*.so"))
 
 
+def test_env_says_which_engine_is_forced() -> None:
+    done = run("from lsquant.cli.main import main; main(['env'])", LSQUANT_ENGINE="eager")
+    assert any(line.split() == ["engine_forced", "eager"] for line in done.stdout.splitlines())
+
+
 @needs_cpp
 @pytest.mark.slow
 def test_processes_that_start_together_build_once(tmp_path: Path) -> None:

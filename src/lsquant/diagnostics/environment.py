@@ -34,6 +34,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        **({"engine_forced": os.environ[kernels.VARIABLE]} if kernels.VARIABLE in os.environ else {}),
         "engines": {name: kernels.why_not(name) or "on" for name in kernels.ENGINES},
         "packages": packages,
     }
