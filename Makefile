@@ -1,6 +1,6 @@
 # make install   .venv with lsquant (editable) and all extras, pinned by constraints.txt
 # make demo      digits at 2 bits: train, export, verify, report (about a minute on 2 cores)
-# make test      the tests; make test-all adds the slow ones
+# make test      the tests; make test-all adds the slow ones; make test-engines runs them with each engine forced
 # make package   the wheel, built, installed elsewhere and used
 # make bench     speed and memory against the float model and others: results/bench, and the tables of docs/benchmarks.md
 # make lint      ruff and pyright; make docs: the documentation site in site/; make figure: docs/figures
@@ -24,7 +24,7 @@ PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAIN
 # each test process computes on one thread; JOBS processes use the cores
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: install demo test test-all bench lint docs figure package clean
+.PHONY: install demo test test-all test-engines bench lint docs figure package clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -49,6 +49,12 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) -m ""
+
+# with each engine that runs on a CPU forced, and with the instructions of AVX2 only; benchmarks and pages do not depend on them
+test-engines: $(STAMP)
+	LSQUANT_ENGINE=eager $(PYTEST) --ignore tests/test_packaging.py --ignore tests/test_benchmarks.py
+	LSQUANT_ENGINE=cpp $(PYTEST) --ignore tests/test_packaging.py --ignore tests/test_benchmarks.py
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) --ignore tests/test_packaging.py --ignore tests/test_benchmarks.py
 
 # takes long, and wants a machine that does nothing else
 bench: $(STAMP)

@@ -190,6 +190,7 @@ import lsquant
 from lsquant import kernels, ops
 from lsquant.kernels import triton
 triton.why_not = lambda: ""
+kernels._forced = None  # whatever the suite runs under
 
 def show(graph, inputs):
     print([str(node.target) for node in graph.graph.nodes])
