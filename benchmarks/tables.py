@@ -107,7 +107,7 @@ def render(name: str, results: Path) -> str:
         return NOT_MEASURED
     if name == "quantizer-checks":
         return "\n".join(differences(rows))
-    body = ratios(rows) if name == "quantizer" else phases(rows)
+    body = ratios(rows) if name in ("quantizer", "deploy") else phases(rows)
     return "\n".join([*conditions(rows), *body, *left_out(rows)])
 
 

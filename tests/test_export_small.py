@@ -35,7 +35,10 @@ class Widths(nn.Module):
 
 
 WIDTHS = [(bits, True) for bits in range(2, 9)] + [(2, False), (4, False)]
-TYPES = [INT2, INT4, INT4, INT8, INT8, INT8, UINT8, UINT2, UINT4]
+TYPES = {
+    "linear": [INT2, INT4, INT4, INT8, INT8, INT8, UINT8, UINT2, UINT4],
+    "conv": [UINT2, UINT4, UINT4, UINT8, UINT8, UINT8, UINT8, UINT2, UINT4],  # code - q_min
+}
 BYTES = [4, 8, 8, 15, 15, 15, 15, 4, 8]
 
 
@@ -48,7 +51,7 @@ def test_types_and_sizes_of_every_width(tmp_path: Path) -> None:
     assert proto.opset_import[0].version == 25
     tensors = {t.name: t for t in proto.graph.initializer}
     for kind in ("linear", "conv"):
-        assert [tensors[f"{kind}.{i}.weight"].data_type for i in range(9)] == TYPES
+        assert [tensors[f"{kind}.{i}.weight"].data_type for i in range(9)] == TYPES[kind]
         assert [len(tensors[f"{kind}.{i}.weight"].raw_data) for i in range(9)] == BYTES
     # 15 codes of 2 bits, the first in the lowest bits, rows of the transposed weight
     codes = model.linear[0].integer_weight()[0].numpy().T.ravel().tolist() + [0]  # type: ignore[union-attr, index, operator]
@@ -131,3 +134,24 @@ def test_groups_on_both_sides_stay_exact(tmp_path: Path) -> None:
     assert [tensors[f"sequence.weight.group{g}"].data_type for g in range(4)] == [INT4] * 4
     verdict = lsquant.verify(model, path, [x])
     assert verdict.exact, str(verdict)
+
+
+def test_qdq_meets_the_rules_that_tensorrt_publishes() -> None:
+    """Signed INT8 and zero points of 0 at every Q and DQ, unless codes need 8 unsigned bits."""
+    x = torch.randn(4, 6)
+    layers = [nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)]
+    model = ready(nn.Sequential(*layers), Recipe(4, 4, [Rule("last", 8, QuantSpec(8, signed=True))]), x)
+    assert points(model, x) == {(INT8, 0)}
+    lsquant.revert(model)
+    ready(model, Recipe(4, 4, [Rule("last", 8, 8)]), x)
+    assert points(model, x) == {(INT8, 0), (UINT8, 0)}
+
+
+def points(model: nn.Module, x: Tensor) -> set[tuple[int, int]]:
+    """(type, value) of all zero points of a qdq file."""
+    proto = onnx_model(model, x, profile="qdq")
+    tensors = {t.name: t for t in proto.graph.initializer}
+    nodes = [node for node in proto.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert len(nodes) == 9
+    found = [tensors[node.input[2]] for node in nodes]
+    return {(t.data_type, int(value)) for t in found for value in onnx.numpy_helper.to_array(t).ravel()}

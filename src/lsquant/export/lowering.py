@@ -2,16 +2,17 @@
 
 All forms quantize by ``QuantizeLinear``, which divides and rounds half to even as section 1 of the mathematics asks.
 
-exact: activations are stored as uint8, signed codes as code + 128; weights of at most 7 bits as int8, of 8 bits as
-uint8 code + 128.  So no product of an 8-bit unsigned and an 8-bit signed number occurs: on x86 without VNNI a pair of
-those saturates at 16 bits in ONNX Runtime.  The zero points take the 128 out again, exactly.
+exact: activations are stored as uint8, signed codes as code + 128; weights of convolutions, and of linear layers with 8
+bits, as uint8 ``code - q_min``, else as int8.  So no product of an 8-bit unsigned and an 8-bit signed number occurs: on
+x86 without VNNI a pair of those saturates at 16 bits in ONNX Runtime.  The zero points take the offsets out again,
+exactly.  (ConvInteger with int8 weights is four times slower there, and missing in older releases.)
 
     x -> QuantizeLinear -> Clip -> ConvInteger | MatMulInteger -> Cast(FLOAT) -> Mul(fl(s_x s_w)) -> Add(bias)
 
 A transposed convolution is ConvInteger with reversed kernels over codes between which stride - 1 zero points are put.
 
-small: as exact, with weights of at most 4 bits as INT4 or INT2 initializers and a Cast(INT8) after them; a weight whose
-input is not quantized, and a group-wise convolution, by DequantizeLinear in blocks as in qdq.
+small: as exact, with weights of at most 4 bits as initializers of 4 or 2 bits and a Cast after them; a weight whose
+input is not quantized, and a group-wise convolution, by DequantizeLinear as in qdq, groups in blocks.
 
 qdq: int8 containers (uint8 for 8-bit unsigned codes); codes of fewer bits are held in range by a float Clip before
 QuantizeLinear at ``(q - z) s``, which rounds back to q, so that Q and DQ stay neighbours.
@@ -30,7 +31,7 @@ from lsquant._util.optional import require
 from lsquant.export.graph import FLOAT, Facts, Graph, array, dequantize, quantize_in_float_range
 from lsquant.integer import FrozenQuantizer, IntegerConv, IntegerLayer
 
-INT8 = 3  # onnx.TensorProto.INT8
+UINT8, INT8 = 2, 3  # onnx.TensorProto
 NARROW = ((2, 25), (4, 21))
 """(bits of an initializer in profile small, the lowest operator set that has the type)."""
 
@@ -50,22 +51,21 @@ def lower(graph: Graph, layer: Any, facts: Facts, shapes: tuple[Dims, Dims], pro
         rank = len(shapes[1])
         dequantize(graph, codes, layer, name, facts.output, rank, standard=profile == "qdq")
         return
-    narrow = narrow_type(layer, opset) if profile == "small" else None
+    small = opset if profile == "small" else 0
     grouped = isinstance(layer, IntegerConv) and layer.group_size is not None
-    if profile == "qdq" or layer.scale is None or (grouped and profile == "small"):
-        _qdq(graph, layer, facts, name, shapes, narrow)
+    if profile == "qdq" or layer.scale is None or (grouped and small):
+        _qdq(graph, layer, facts, name, shapes, narrow_type(*layer.weight_bounds, small))
     elif grouped:
         raise UsageError(
             f"{name}: a convolution with group-wise weight steps has no exact form in ONNX; "
             "use granularity='channel' for it, or profile='small' or 'qdq'"
         )
     else:
-        _exact(graph, layer, facts, name, shapes, narrow)
+        _exact(graph, layer, facts, name, shapes, small)
 
 
-def narrow_type(layer: Any, opset: int) -> Any:
-    """The smallest type of ml_dtypes for a layer's weight codes below a byte, or None where a byte it is."""
-    low, high = getattr(layer, "weight_bounds", (0, 0))
+def narrow_type(low: int, high: int, opset: int) -> Any:
+    """The smallest type of ml_dtypes for codes from low to high below a byte, or None where a byte it is."""
     for bits, since in NARROW:
         signed = low < 0
         top = 2 ** (bits - signed) - 1
@@ -77,7 +77,7 @@ def narrow_type(layer: Any, opset: int) -> Any:
 # ---- exact ----
 
 
-def _exact(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, shapes: tuple[Dims, Dims], narrow: Any) -> None:
+def _exact(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, shapes: tuple[Dims, Dims], small: int) -> None:
     source, codes, scale = layer.input, layer.codes, layer.scale
     assert source is not None
     assert codes is not None
@@ -93,9 +93,10 @@ def _exact(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, shapes: t
     if not full:
         limits = [graph.constant(f"uint8_{n}", np.uint8(n)) for n in (low, high)]
         q = graph.node("Clip", [q, *limits], facts.codes)
-    wide = layer.weight_bounds[0] < -64 or layer.weight_bounds[1] > 63
-    facts.weight_offset = 128 if wide and layer.weight_bounds[0] < 0 else 0
-    dtype = np.uint8 if wide else np.int8
+    low, high = layer.weight_bounds
+    dtype = np.uint8 if isinstance(layer, IntegerConv) or low < -64 or high > 63 else np.int8
+    facts.weight_offset = -low if dtype is np.uint8 and low < 0 else 0
+    narrow = narrow_type(low + facts.weight_offset, high + facts.weight_offset, small)
     stored = (array(codes).astype(np.int16) + facts.weight_offset).astype(dtype)
     weight_point = graph.constant(f"{dtype.__name__}_{facts.weight_offset}", dtype(facts.weight_offset))
     if isinstance(layer, IntegerConv):
@@ -119,8 +120,8 @@ def _initializer(graph: Graph, facts: Facts, name: str, stored: np.ndarray, narr
     facts.weights.append(graph.constant(name, np.ascontiguousarray(stored, narrow or stored.dtype)))
     if narrow is None:
         return name
-    tag = name.rpartition(".weight")[2].replace(".", "_")
-    return graph.node("Cast", [name], f"{graph.prefix}/weight{tag}", f"Cast_weight{tag}", to=INT8)
+    tag, to = name.rpartition(".weight")[2].replace(".", "_"), UINT8 if stored.dtype == np.uint8 else INT8
+    return graph.node("Cast", [name], f"{graph.prefix}/weight{tag}", f"Cast_weight{tag}", to=to)
 
 
 def _spread(graph: Graph, layer: IntegerConv, q: str, point: str, name: str, shapes: tuple[Dims, Dims]) -> str:

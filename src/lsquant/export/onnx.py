@@ -21,7 +21,7 @@ from lsquant._version import __version__
 from lsquant.export.capture import TORCH_OPSET, captured
 from lsquant.export.graph import Facts, Graph
 from lsquant.export.lowering import NARROW, lower, narrow_type
-from lsquant.integer import integer_model
+from lsquant.integer import IntegerLayer, integer_model
 
 FORMAT = 1
 """Version of the metadata; a reader refuses a higher one."""
@@ -44,10 +44,10 @@ def export_onnx(
 
     example_inputs: one batch as for ``calibrate``: a tensor; a tuple or list, whose first element counts; a mapping of
     keywords for a model with several inputs.  The first dimension of each tensor is the batch.
-    profile: "exact", integer sums equal to the trained layers; "small", the same with weights of 2 bits as INT2 and of
-    3 and 4 bits as INT4 (opset 25 and 21; with opset=21 both as INT4); or "qdq", standard QuantizeLinear and
-    DequantizeLinear around float operators.  opset: the file's operator set; default: the lowest one that has all the
-    operators and types used.
+    profile: "exact", integer sums equal to the trained layers; "small", the same with weights of 2 bits as INT2 or
+    UINT2 and of 3 and 4 bits as INT4 or UINT4 (opset 25 and 21; with opset=21 all of 4 bits); or "qdq", standard
+    QuantizeLinear and DequantizeLinear around float operators.  opset: the file's operator set; default: the lowest one
+    that has all the operators and types used.
     The file is written aside and renamed.  Returns the path.
 
     Raises: UsageError for an unknown profile, an unset step (naming the layer), a model without quantized layers, an
@@ -87,7 +87,8 @@ def onnx_model(
 
 def _small_opset(frozen: nn.Module, wanted: int | None) -> int | None:
     """The operator set of a file of profile small: the lowest that has the types which its weights fit in."""
-    types = {str(narrow_type(layer, NARROW[0][1])) for layer in frozen.modules()}
+    bounds = {m.weight_bounds for m in frozen.modules() if isinstance(m, IntegerLayer)}
+    types = {str(narrow_type(*pair, NARROW[0][1])) for pair in bounds}
     best = next((since for bits, since in NARROW if any(name.endswith(f"int{bits}'>") for name in types)), None)
     lowest = NARROW[-1][1]
     if wanted is not None and best is not None and wanted < lowest:
