@@ -320,6 +320,7 @@ def test_what_is_missing_or_damaged_in_a_run(line, tmp_path):
         ("onnx", "onnx", ("export", "RUN", "--out", "m.onnx")),
         ("onnxruntime", "onnx", ("verify", "RUN")),
         ("matplotlib", "figure", ("figure",)),
+        ("tensorboard", "tensorboard", ("train", "digits", "--bits", "2", "--tensorboard", "--out", "OUT")),
     ],
 )
 def test_a_missing_extra_is_named(package, extra, command, line, in_tmp, monkeypatch):

@@ -268,7 +268,13 @@ def test_bad_float_checkpoints_are_named(tmp_path):
     with pytest.raises(DamagedFile, match=r"f\.safetensors"):
         load_float(DigitsNet(2), path)
     save_file(DigitsNet(4).state_dict(), path)
-    with pytest.raises(UsageError, match=r"f\.safetensors .*another architecture"):
+    with pytest.raises(UsageError, match=r"f\.safetensors .*another architecture: \S+ is \(4\D.*\), not \(2\D.*\)$"):
+        load_float(DigitsNet(2), path)
+    save_file({**DigitsNet(2).state_dict(), "extra": torch.ones(1), "more": torch.ones(1)}, path)
+    with pytest.raises(UsageError, match=r"the model lacks extra \(and 1 more\)$"):
+        load_float(DigitsNet(2), path)
+    save_file({"conv1.weight_quantizer.step": torch.ones(1)}, path)
+    with pytest.raises(UsageError, match="a float checkpoint is wanted here"):
         load_float(DigitsNet(2), path)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,3 +119,77 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtra, match=r"lsquant\[figure\]"):
         figure.draw_figure(tmp_path / "f.svg")
+
+
+# ---- LSQ+ ----
+
+# unsigned 2 bits, s = 0.5, b = -0.6: z = round(1.2) = 1, values -0.5 to 1
+PLUS_V = [-1.0, -0.5, -0.375, -0.125, 0.0, 0.375, 0.875, 1.0, 1.5]
+PLUS_STEP = [0, 0, -0.25, 0.25, 0, 0.25, 0.25, 3, 3]
+PLUS_OFFSET = [1, 1, 0, 0, 0, 0, 0, 1, 1]
+FIXED_STEP = [-1, -1, -0.25, 0.25, 0, 0.25, 0.25, 2, 2]  # LSQ, where z is a constant
+
+
+def test_lsq_plus_curves():
+    by_step, by_offset = figure.lsq_plus_gradients(torch.tensor(PLUS_V), 0.5, 0, 3, -0.6)
+    torch.testing.assert_close(by_step, torch.tensor(PLUS_STEP, dtype=torch.float32), rtol=0, atol=1e-6)
+    torch.testing.assert_close(by_offset, torch.tensor(PLUS_OFFSET, dtype=torch.float32), rtol=0, atol=0)
+
+
+def lines(axes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What is drawn, without the gaps, by what its label begins with."""
+    found = {}
+    for line in axes.get_lines():
+        x, y = (np.asarray(line.get_data()[i], dtype=np.float64) for i in (0, 1))
+        found[re.split(r": |, ", line.get_label())[0]] = x[~np.isnan(y)], y[~np.isnan(y)]
+    return found
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("signed", "step", "offset"), [(False, 1.0, -2.2), (True, 0.3, 0.5), (True, 1.0, None)])
+def test_every_curve_that_is_drawn(bits, signed, step, offset):
+    """LSQ, LSQ+, PACT and QIL at all bits, by formulas in NumPy written from their papers."""
+    pytest.importorskip("matplotlib")
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    drawn = [lines(axes) for axes in figure._figure(low, high, step, offset).axes]
+    z = 0 if offset is None else int(np.clip(np.round(-offset / step), low, high))
+    bottom, top = (low - z) * step, (high - z) * step  # the clip points
+    x, y = next(line for name, line in drawn[0].items() if "clip" in name)
+    np.testing.assert_allclose(y, (np.clip(np.round(x / step) + z, low, high) - z) * step, atol=1e-5 * 2**bits)
+    assert x.min() < bottom < top < x.max()
+
+    def pick(x, below, between, above):
+        return np.where(x <= bottom, below, np.where(x >= top, above, between))
+
+    want = {
+        "LSQ": lambda x: pick(x, low - z, np.round(x / step) - x / step, high - z),
+        "PACT": lambda x: pick(x, low - z, 0.0, high - z),
+        "QIL": lambda x: pick(x, 0.0, ((bottom + top) / 2 - x) / step, 0.0),
+        "LSQ+": lambda x: pick(x, low, np.round(x / step) - x / step, high),
+    }
+    gradients = {name: line for name, line in drawn[1].items() if not name.startswith("_")}
+    assert gradients.keys() == want.keys() - (set() if offset is not None else {"LSQ+"})
+    for name, (x, y) in gradients.items():
+        assert len(x) > 20
+        np.testing.assert_allclose(y, want[name](x), atol=2e-5 * 2**bits, err_msg=name)
+    assert len(drawn) == (2 if offset is None else 3)
+    if offset is not None:
+        x, y = drawn[2]["LSQ+"]
+        np.testing.assert_array_equal(y, pick(x, 1.0, 0.0, 1.0))
+
+
+def test_an_offset_that_is_not_finite(tmp_path):
+    for call in (lambda: figure.draw_figure(tmp_path / "f.svg", offset=float("inf")),
+                 lambda: figure.draw_figures(tmp_path / "new", offset=float("nan"))):  # fmt: skip
+        with pytest.raises(UsageError, match="offset must be finite"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_with_an_offset(tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = figure.draw_figures(tmp_path, bits=3, offset=-2.2)
+    plain = figure.draw_figure(tmp_path / "plain.svg", bits=3)
+    assert "LSQ+" in paths[0].read_text()
+    assert "LSQ+" not in plain.read_text()
+    assert paths[1].read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

@@ -88,6 +88,16 @@ def test_trainer_learns_every_step_and_the_callback_writes_facts(tmp_path):
     assert groups["steps"]["weight_decay"] == 0.0
 
 
+def test_oscillation_is_collected(tmp_path):
+    """After 17 looks, one a step, every weight quantizer has a share, the tied one once."""
+    callback = huggingface.QuantizerCallback(every=17, oscillation_every=1)
+    model = make()
+    train(model, arguments(tmp_path, max_steps=17), callback=callback)
+    shares = {name: some["oscillation"] for name, some in callback.last["quantizers"].items() if "oscillation" in some}
+    assert shares.keys() == {name for name, _ in quantizers(model) if name.endswith("weight_quantizer")}
+    assert all(0.0 <= share < 0.5 for share in shares.values())
+
+
 def test_steps_without_gradient_are_not_decayed(tmp_path):
     """Learning rate and decay are on, every gradient of a step is 0: the steps stay what they are, bit for bit."""
     model = make()

@@ -86,6 +86,27 @@ def test_steps_learn_and_facts_are_written(tmp_path):
     assert ours[-1][0]["quantizers/network.2.input_quantizer/step"] == facts["step"]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_oscillation_is_collected_and_goes_on_in_a_resumed_run(tmp_path):
+    """10 epochs of 4 steps; 17 looks, one every second step, are there after the ninth epoch."""
+
+    def run(name, epochs, **kwargs):
+        keep = pl.callbacks.ModelCheckpoint(dirpath=tmp_path / name, save_top_k=-1, filename="{epoch}")
+        callback = QuantizerCallback(every=4, log=tmp_path / f"{name}.jsonl", oscillation_every=2)
+        trainer(tmp_path, callback, keep, enable_checkpointing=True, max_epochs=epochs).fit(
+            Classifier(kind=torch.optim.SGD), loader(), **kwargs
+        )
+        lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
+        return [json.loads(line)["quantizers"] for line in lines], callback.watch.oscillation
+
+    whole, seen = run("a", 10)
+    assert ["oscillation" in row["network.2.weight_quantizer"] for row in whole] == [False] * 8 + [True] * 2
+    assert not any("oscillation" in row["network.2.input_quantizer"] for row in whole)
+    again, seen_again = run("b", 10, ckpt_path=str(tmp_path / "a" / "epoch=4.ckpt"), weights_only=True)
+    assert again == whole[5:]
+    assert all(torch.equal(seen.seen[name], seen_again.seen[name]) for name in seen.seen)
+
+
 def test_steps_without_gradient_are_not_decayed(tmp_path):
     model = Classifier()
     for _, q in quantizers(model):

@@ -147,6 +147,18 @@ def test_fit_learns_and_logs(tmp_path):
     assert done.log_position == (tmp_path / "log.jsonl").stat().st_size
 
 
+def test_the_bar_shows_the_numbers_of_the_log(tmp_path, capsys):
+    """Loss and accuracy of the epoch, the accuracy after the epoch before, the learning rate."""
+    model, optimizer = setup()
+    options = {"schedule": CosineSchedule(8), "log": tmp_path / "log.jsonl"}
+    fit(model, data, optimizer, epochs=2, steps_per_epoch=4, evaluate=lambda m: {"accuracy": 12.5}, **options)
+    rows = Log(tmp_path / "log.jsonl").rows()
+    want = [f"loss {r['loss']:.4f}  accuracy {r['train_accuracy']:.2f} %  {t}lr {r['lr']:.3g}"
+            for r, t in zip(rows, ("", "tested 12.50 %  "), strict=True)]  # fmt: skip
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.endswith(text) for line, text in zip(lines, want, strict=True)] == [True, True], lines
+
+
 def test_fit_joins_facts_and_clip_rates_by_name(tmp_path):
     model, optimizer = setup()
     seen = []

@@ -45,7 +45,7 @@ def set_up(arguments: Namespace) -> None:
 
 def train(a: Namespace) -> Outcome:
     """Train a task, or go on with a run."""
-    how = {"checkpoint_every": a.checkpoint_every, "quiet": a.quiet}
+    how = {"checkpoint_every": a.checkpoint_every, "tensorboard": a.tensorboard, "quiet": a.quiet}
     if a.resume and a.overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     if a.resume and (a.task is None or Path(a.out).exists()):
@@ -177,7 +177,7 @@ def check_(a: Namespace) -> Outcome:
 
 def figure(a: Namespace) -> Outcome:
     """staircase.svg and staircase.png in a folder."""
-    paths = [str(p) for p in draw_figures(a.out, bits=a.bits, signed=a.signed)]
+    paths = [str(p) for p in draw_figures(a.out, bits=a.bits, signed=a.signed, offset=a.offset)]
     return {"files": paths}, "\n".join(paths), True
 
 

@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
     subs = top.add_subparsers(metavar="COMMAND", required=True)
 
     def add(name: str, run: commands.Command, about: str) -> argparse.ArgumentParser:
-        sub = subs.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".", parents=[common])
+        text = about[0].upper() + about[1:] + "."
+        sub = subs.add_parser(name, help=about, description=text, parents=[common], allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
 
@@ -79,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", metavar="DIR", default=".", help="folder (default: here)")
     sub.add_argument("--bits", type=int, default=2, help="2 to 8 (default 2)")
     sub.add_argument("--signed", action="store_true", help="signed levels")
+    sub.add_argument("--offset", type=float, metavar="B", help="LSQ+ with this offset, for a step of 1 (try -0.75)")
 
     add("env", commands.env, "print versions and hardware, for a bug report")
     return top
@@ -122,6 +124,7 @@ def _train(sub: argparse.ArgumentParser) -> None:
     _task_options(sub)
     sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) instead of float training")
     sub.add_argument("--checkpoint-every", type=int, metavar="N", help="also write a checkpoint every N iterations")
+    sub.add_argument("--tensorboard", action="store_true", help="also write the log's numbers to DIR/tensorboard")
     sub.add_argument("--teacher", metavar="FILE", help="distill from this float checkpoint (.safetensors)")
     boolean = argparse.BooleanOptionalAction
     sub.add_argument("--distill", action=boolean, default=None, help="train against the run's float network as well")

@@ -11,7 +11,7 @@ from torch import nn
 
 from lsquant._util.errors import UsageError
 from lsquant._util.optional import require
-from lsquant.integrations.watch import Problems, Watch, flat
+from lsquant.integrations.watch import EVERY, Problems, Watch, flat
 from lsquant.training import param_groups
 
 transformers = require("transformers", extra="integrations")
@@ -44,7 +44,9 @@ class QuantizerCallback(transformers.TrainerCallback):
 
     every: optimizer steps between two looks.  log: a JSON-lines file.  report: called with a flat dictionary of
     numbers, for instance ``trainer.log`` (set it after the trainer is made).  problems: "raise", "warn" or "ignore".
-    ``last`` is the latest row, {"iteration", "quantizers": ``lsquant.training.quantizer_facts(model)``}.
+    oscillation_every: optimizer steps between two looks of ``lsquant.training.Oscillation``; its window begins anew
+    where Trainer resumes.  ``last`` is the latest row, {"iteration", "quantizers":
+    ``lsquant.training.quantizer_facts(model)``}, with ``oscillation`` among them.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class QuantizerCallback(transformers.TrainerCallback):
         log: str | os.PathLike[str] | None = None,
         report: Callable[[dict[str, float]], Any] | None = None,
         problems: Problems = "raise",
+        oscillation_every: int = EVERY,
     ) -> None:
-        self.watch, self.report = Watch(every, log, problems), report
+        self.watch, self.report = Watch(every, log, problems, oscillation_every), report
 
     @property
     def last(self) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from torch import nn
 from lsquant._util.errors import UsageError
 from lsquant.diagnostics import check
 from lsquant.nn import quantizers
-from lsquant.training import Log, quantizer_facts
+from lsquant.training import Log, Oscillation, quantizer_facts
+from lsquant.training.log import flat as flat
+from lsquant.training.oscillation import EVERY as EVERY
 
 Problems = Literal["raise", "warn", "ignore"]
 
@@ -26,21 +28,31 @@ class Watch:
     """every: optimizer steps between two looks.  log: a JSON-lines file, one row a look, or None.
     problems: "raise" an error, "warn" or "ignore" when the optimizer decays, misses or replaces steps.
 
-    ``last``: the latest row, {"iteration": ..., "quantizers": ``lsquant.training.quantizer_facts(model)``}.
+    oscillation_every: optimizer steps between two looks of ``lsquant.training.Oscillation``.
+
+    ``last``: the latest row, {"iteration": ..., "quantizers": ``lsquant.training.quantizer_facts(model)``}, and in it
+    ``oscillation`` once its window is full.  ``state``: of Oscillation, from a checkpoint, to go on with.
     """
 
-    def __init__(self, every: int, log: str | os.PathLike[str] | None, problems: Problems) -> None:
+    def __init__(
+        self, every: int, log: str | os.PathLike[str] | None, problems: Problems, oscillation_every: int = EVERY
+    ) -> None:
         if type(every) is not int or every < 1:
             raise UsageError(f"QuantizerCallback: every={every!r}; give a number of optimizer steps, at least 1")
         if problems not in ("raise", "warn", "ignore"):
             raise UsageError(f"QuantizerCallback: problems={problems!r}; use 'raise', 'warn' or 'ignore'")
         self.every, self.problems, self.log = every, problems, Log(log)
         self.last: dict[str, Any] = {}
+        self.state: dict[str, Any] | None = None
+        self.oscillation = Oscillation(nn.Module(), oscillation_every)
 
     def begin(self, model: nn.Module, optimizers: Any) -> None:
         """Before the first step.  Raises: UsageError listing what is wrong and what to do."""
         for _, quantizer in quantizers(model):
             quantizer.read_state()  # DDP has copied the first process's buffers
+        self.oscillation = Oscillation(model, self.oscillation.every)
+        if self.state is not None:
+            self.oscillation.load_state_dict(self.state)
         if self.problems == "ignore":
             return
         findings = check(model, optimizers)
@@ -54,14 +66,13 @@ class Watch:
 
     def look(self, model: nn.Module, iteration: int, write: bool = True) -> dict[str, Any] | None:
         """Between backward and the optimizer's step `iteration`, counted from 1: the row, every so often; else None."""
+        if write:
+            self.oscillation.look()
         if iteration % self.every or not write:
             return None
-        self.last = {"iteration": iteration, "quantizers": quantizer_facts(model)}
+        facts = quantizer_facts(model)
+        for name, share in self.oscillation.shares().items():
+            facts[name]["oscillation"] = share
+        self.last = {"iteration": iteration, "quantizers": facts}
         self.log.append(self.last)
         return self.last
-
-
-def flat(row: dict[str, Any]) -> dict[str, float]:
-    """{"quantizers/conv1.weight_quantizer/step": 0.1, ...}, as trackers take it; what is None is left out."""
-    facts = ((f"quantizers/{name}/{key}", v) for name, some in row["quantizers"].items() for key, v in some.items())
-    return {key: float(value) for key, value in facts if value is not None}

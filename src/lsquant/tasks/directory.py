@@ -3,13 +3,15 @@
 config.toml        kind "lsquant run", format; the task, its options and the settings
 recipe.toml        bits by layer
 env.json           versions and hardware, as the run was started
-log.jsonl          one row an epoch: loss, learning rates, metrics, time, every quantizer's step, R, guards, clip rate
+log.jsonl          one row an epoch: loss, learning rates, metrics, time, every quantizer's step, R, guards, clip rate,
+                   oscillation
 metrics.json       the results: float, teacher, rounded (the float network at these bits, untrained), lsq
 model.safetensors  the trained network: weights, steps, recipe
 last/              what a killed run is resumed from: float.safetensors, lsq.safetensors, teacher.safetensors, and for
                    progressive bits lsq-8.safetensors and the like
 export/            exported files
 report.html        the report
+tensorboard/       with --tensorboard: the numbers of log.jsonl, a folder for each phase
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ _CONTENT = (
     "last",
     "export",
     "report.html",
+    "tensorboard",
     "config.toml",
 )  # fmt: skip  (config.toml marks the directory: it goes last)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -46,7 +47,13 @@ SAMPLE = 32  # training samples that clip rates are taken from: less than 0.5 % 
 
 
 def run_training(
-    run: Run, *, resume: bool = False, overwrite: bool = False, checkpoint_every: int | None = None, quiet: bool = False
+    run: Run,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    checkpoint_every: int | None = None,
+    tensorboard: bool = False,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Train the task of `run` in the directory `run.path` and return the content of metrics.json.
 
@@ -55,11 +62,13 @@ def run_training(
     the weights as the optimizer left them; each with the task's metrics. The same seed gives the same numbers
     ("seconds" apart).
     A checkpoint is written at the end of every epoch and every `checkpoint_every` iterations; `resume=True` goes on
-    from the last one, wherever the run was killed, and ends with the same bits.
+    from the last one, wherever the run was killed, and ends with the same bits. `tensorboard`: write the numbers of the
+    log to `run.path`/tensorboard as well.
 
     Raises: UsageError if `run.path` exists, without `resume` or `overwrite`; see `fit` for the rest.
     """
     run = _with_hash(run, resume)
+    log = Log(run.file("log.jsonl"), run.file("tensorboard") if tensorboard else None)
     if not (resume and run.path.exists()):
         _try_out(run)
     start_run(run, resume=resume, overwrite=overwrite)
@@ -68,7 +77,7 @@ def run_training(
     before = torch.get_num_threads()
     torch.set_num_threads(run.settings.threads or before)
     try:
-        return _train(run, checkpoint_every, quiet)
+        return _train(run, log, checkpoint_every, quiet)
     finally:
         torch.set_num_threads(before)
 
@@ -98,11 +107,11 @@ def _with_hash(run: Run, resume: bool) -> Run:
     return replace(run, teacher_sha256=sha256(run.teacher))
 
 
-def _train(run: Run, checkpoint_every: int | None, quiet: bool) -> dict[str, Any]:
+def _train(run: Run, log: Log, checkpoint_every: int | None, quiet: bool) -> dict[str, Any]:
     task, settings, done = run.task, run.settings, Fitted()
     results: dict[str, Any] = {}
     seconds: dict[str, float] = {}
-    phase = partial(_phase, run, checkpoint_every=checkpoint_every, quiet=quiet)
+    phase = partial(_phase, run, log, checkpoint_every=checkpoint_every, quiet=quiet)
 
     def measure(what: str, network: nn.Module, words: str) -> None:
         results[what] = task.metric(network)
@@ -178,11 +187,24 @@ def load_float(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
 
     Raises: MissingFile; DamagedFile; UsageError for another architecture; each names the file.
     """
+    tensors = _float_tensors(path)
     try:
-        model.load_state_dict(_float_tensors(path))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UsageError(f"{path} is the checkpoint of another architecture: {error}") from error
+        found = _difference(model.state_dict(), tensors)
+        raise UsageError(f"{path} is the checkpoint of another architecture: {found}") from error
     return model
+
+
+def _difference(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> str:
+    """In one line, what a float checkpoint has otherwise than the model."""
+    if any("quantizer" in name for name in found):
+        return "it has quantizers, lsquant wrote it; a float checkpoint is wanted here"
+    other = [n for n in wanted if n in found and wanted[n].shape != found[n].shape]
+    kinds = {"it lacks": sorted(wanted.keys() - found.keys()), "the model lacks": sorted(found.keys() - wanted.keys())}
+    says = [f"{kind} {names[0]} (and {len(names) - 1} more)" for kind, names in kinds.items() if names]
+    says += [f"{other[0]} is {tuple(found[other[0]].shape)}, not {tuple(wanted[other[0]].shape)}"] if other else []
+    return "; ".join(says)
 
 
 def load_teacher(task: Task, path: str | os.PathLike[str]) -> nn.Module:
@@ -224,6 +246,7 @@ def _from_checkpoint(run: Run, model: nn.Module) -> None:
 
 def _phase(
     run: Run,
+    log: Log,
     model: nn.Module,
     label: str,
     epochs: int,
@@ -247,7 +270,7 @@ def _phase(
         weight_decay_by_bits=settings.weight_decay_by_bits,
     )
     steps = task.steps_per_epoch(settings.batch_size)
-    log, last = Log(run.file("log.jsonl")), run.file(f"last/{label}.safetensors")
+    last = run.file(f"last/{label}.safetensors")
     if not last.exists():
         log.cut(before.log_position)  # a row may have been written without its checkpoint
 
@@ -269,7 +292,7 @@ def _phase(
         evaluate=evaluate,
         after_step=None if average is None else lambda iteration: average.update(),
         extras={} if average is None else {"average": average},
-        log=log.path,
+        log=log,
         checkpoint=last,
         checkpoint_every=checkpoint_every,
         resume=True,

@@ -10,6 +10,7 @@ from lsquant.training.groups import param_groups as param_groups
 from lsquant.training.log import Log as Log
 from lsquant.training.loop import Fitted as Fitted
 from lsquant.training.loop import fit as fit
+from lsquant.training.oscillation import Oscillation as Oscillation
 from lsquant.training.schedule import CosineSchedule as CosineSchedule
 from lsquant.training.stages import widened as widened
 from lsquant.training.state import load_state as load_state

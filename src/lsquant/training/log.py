@@ -1,22 +1,25 @@
-"""log.jsonl: one JSON object a line, cut back to the checkpoint's position when a run is resumed."""
+"""log.jsonl: one JSON object a line, cut back to the checkpoint's position when a run is resumed; and TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lsquant._util.errors import DamagedFile, DiskFull
 from lsquant._util.files import disk_is_full, json_text
+from lsquant._util.optional import require
 
 
 class Log:
-    """Appends rows to `path` (None: keeps nothing)."""
+    """Appends rows to `path` (None: keeps nothing); with `board`, also to TensorBoard's event files in that folder."""
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, board: str | os.PathLike[str] | None = None) -> None:
+        """Raises: MissingExtra for a `board` without the package tensorboard."""
         self.path = None if path is None else Path(path)
+        self.board = None if board is None else Board(board)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row and flush it to the disk. NaN becomes null. Raises: DiskFull."""
@@ -31,6 +34,8 @@ class Log:
             if disk_is_full(error):
                 raise DiskFull(f"no space left on the disk while writing {self.path}") from error
             raise
+        if self.board is not None:
+            self.board.write(row, self.rows)
 
     @property
     def position(self) -> int:
@@ -50,9 +55,50 @@ class Log:
                 "it was cut or replaced, so the run cannot be resumed with a complete log"
             )
         os.truncate(self.path, position)
+        if self.board is not None:
+            self.board.close()
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows written so far."""
         if self.path is None or not self.path.exists():
             return []
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+
+def flat(row: Mapping[str, Any]) -> dict[str, float]:
+    """{"loss": 0.3, "quantizers/conv1.weight_quantizer/step": 0.1, ...}: the numbers of a row as trackers take them."""
+    facts = {f"quantizers/{n}/{k}": v for n, some in row.get("quantizers", {}).items() for k, v in some.items()}
+    return {k: float(v) for k, v in ({**row, **facts}).items() if isinstance(v, (int, float)) and k != "iteration"}
+
+
+class Board:
+    """The numbers of the log as TensorBoard's scalars over `iteration`, each phase in a folder of its name.
+
+    The first row that is written, and the first after `close`, writes the folder anew from the whole log: what a
+    killed run wrote after its checkpoint does not stay.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        require("tensorboard", extra="tensorboard")
+        self.folder, self.writers = Path(folder), {}
+
+    def write(self, row: Mapping[str, Any], rows: Callable[[], list[dict[str, Any]]]) -> None:
+        """`rows()`: all rows of the log, `row` the last of them."""
+        from torch.utils.tensorboard import SummaryWriter  # imports tensorboard
+
+        if not self.writers:
+            for old in self.folder.glob("*/events.out.tfevents.*"):
+                old.unlink()
+        for one in [row] if self.writers else rows():
+            phase = str(one.get("phase", "train"))
+            if phase not in self.writers:
+                self.writers[phase] = SummaryWriter(str(self.folder / phase))
+            for tag, value in flat(one).items():
+                self.writers[phase].add_scalar(tag, value, one["iteration"])
+        for writer in self.writers.values():
+            writer.flush()
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
+        self.writers.clear()

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from lsquant._util.errors import LsquantError, UsageError
 from lsquant.training.distillation import classification_loss, hits
 from lsquant.training.facts import quantizer_facts
 from lsquant.training.log import Log
+from lsquant.training.oscillation import EVERY, Oscillation
 from lsquant.training.progress import Progress, message
 from lsquant.training.schedule import CosineSchedule
 from lsquant.training.seeds import rng_state, set_rng_state
@@ -72,7 +74,8 @@ def fit(
     observe: Callable[[nn.Module], dict[str, dict[str, Any]]] = quantizer_facts,
     after_step: Callable[[int], None] | None = None,
     extras: Mapping[str, Stateful] | None = None,
-    log: str | os.PathLike[str] | None = None,
+    oscillation_every: int = EVERY,
+    log: str | os.PathLike[str] | Log | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     resume: bool = False,
@@ -86,20 +89,23 @@ def fit(
     `loss(output, batch, teacher_output)`: a scalar; `teacher_output` is None without a `teacher`, which is only read.
     `clip_norm`: the largest norm of the gradient of all parameters together; `evaluate(model)`: metrics for the log at
     the end of an epoch; `observe(model)`: facts by quantizer, called between backward and step in an epoch's last
-    iteration; `after_step(iteration)`: called after every optimizer step; `extras`: other things to checkpoint.
+    iteration; `after_step(iteration)`: called after every optimizer step; `extras`: other things to checkpoint;
+    `oscillation_every`: iterations between two looks of `Oscillation`, whose shares join the facts.
 
-    `log`: a JSON-lines file, one row an epoch: loss, learning rates, metrics, facts; accuracy in training where
-    batch[1] is class numbers; the mean norm of the gradient before it is clipped; `seconds`, without `evaluate`, and
-    samples per second. `checkpoint`: one file, replaced at the end of every epoch and every `checkpoint_every`
-    iterations. `resume=True` goes on from it, if it is there, and cuts the log back to it; a complete run is only
-    loaded, its log left alone. The bits are the same if the machine, the versions and the number of threads are.
+    `log`: a JSON-lines file (or a `Log`), one row an epoch: loss, learning rates, metrics, facts; accuracy in
+    training where batch[1] is class numbers; the mean norm of the gradient before it is clipped; `seconds`, without
+    `evaluate`, and samples per second. `checkpoint`: one file, replaced at the end of every epoch and every
+    `checkpoint_every` iterations. `resume=True` goes on from it, if it is there, and cuts the log back to it; a
+    complete run is only loaded, its log left alone. The bits are the same if the machine, the versions and the number
+    of threads are.
 
     Raises: UsageError if the checkpoint is of another run; DamagedFile; DiskFull (the last checkpoint stays);
     LsquantError if the loss is not finite (the last checkpoint stays).
     """
     if epochs < 0 or steps_per_epoch < 1:
         raise UsageError(f"epochs={epochs}, steps_per_epoch={steps_per_epoch}: at least 0 and 1 are needed")
-    rows, extras = Log(log), dict(extras or {})
+    rows, extras = log if isinstance(log, Log) else Log(log), dict(extras or {})
+    oscillation = Oscillation(model, oscillation_every)
     run = {"label": label, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
     epoch_rng, at = rng_state(), Fitted(log_position=rows.position)
     if resume and checkpoint is not None and Path(checkpoint).exists():
@@ -108,6 +114,8 @@ def fit(
         if at.epoch >= epochs:
             return at
         epoch_rng = state["epoch_rng"]
+        if "oscillation" in state:  # checkpoints of earlier versions have none
+            oscillation.load_state_dict(state["oscillation"])
         rows.cut(at.log_position)
 
     if teacher is not None:
@@ -121,6 +129,7 @@ def fit(
         at.log_position, at.seconds = rows.position, time.monotonic() - began
         state = {"run": run, "at": asdict(at), "rng": rng_state(), "epoch_rng": epoch_rng}
         state |= {"threads": torch.get_num_threads(), "model": model_state(model), "optimizer": optimizer.state_dict()}
+        state["oscillation"] = oscillation.state_dict()
         save_state(checkpoint, state | {"extras": {name: extra.state_dict() for name, extra in extras.items()}})
 
     while at.epoch < epochs:
@@ -148,6 +157,7 @@ def fit(
             if clip_norm is not None:
                 sums[2] += torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
             optimizer.step()
+            oscillation.look()
             if after_step is not None:
                 after_step(iteration)
             sums[0] += value.detach()
@@ -155,7 +165,7 @@ def fit(
             sums[1] += right
             at.targets += targets
             at.samples += len(output) if isinstance(output, torch.Tensor) and output.ndim else 0
-            bar.note(lambda s=sums, n=at.step: f"loss {s[0].item() / n:.4f}")
+            bar.note(partial(_note, sums, at, optimizer.param_groups[0]["lr"]))
             if checkpoint_every and (iteration + 1) % checkpoint_every == 0 and at.step < steps_per_epoch:
                 _read(sums, clock, label, at)
                 write_checkpoint()
@@ -163,6 +173,8 @@ def fit(
             raise UsageError(f"batches({at.epoch}) gave {at.step} batches instead of steps_per_epoch={steps_per_epoch}")
         _read(sums, clock, label, at)
         row = _row(label, at, steps_per_epoch, optimizer, clip_norm is not None)
+        for name, share in oscillation.shares().items():
+            facts[name] = facts.get(name, {}) | {"oscillation": share}
         row = _joined(row, facts, evaluate and evaluate(model))
         at = Fitted(epoch=at.epoch + 1, row=row)
         rows.append(row)
@@ -187,6 +199,15 @@ def _rest(batches: Callable[[int], Iterable[Any]], at: Fitted, epoch_rng: dict[s
         pass
     set_rng_state(now)
     return rest
+
+
+def _note(sums: torch.Tensor, at: Fitted, lr: float) -> str:
+    """What the bar shows: means over the epoch so far, the learning rate, and the accuracy after the epoch before."""
+    loss, right, _ = sums.tolist()
+    parts = [f"loss {loss / at.step:.4f}"]
+    parts += [f"accuracy {100.0 * right / at.targets:.2f} %"] if at.targets else []
+    parts += [f"tested {at.row['accuracy']:.2f} %"] if isinstance(at.row.get("accuracy"), float) else []
+    return "  ".join([*parts, f"lr {lr:.3g}"])
 
 
 def _read(sums: torch.Tensor, clock: float, label: str, at: Fitted) -> None:
@@ -218,9 +239,7 @@ def _row(label: str, at: Fitted, steps: int, optimizer: torch.optim.Optimizer, c
     return row
 
 
-def _joined(
-    row: dict[str, Any], facts: dict[str, dict[str, Any]], metrics: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def _joined(row: dict[str, Any], facts: dict[str, dict[str, Any]], metrics: Mapping[str, Any] | None) -> dict[str, Any]:
     """Row and metrics; the metrics' own "quantizers" (clip rates) are joined with the facts by name."""
     metrics = dict(metrics or {})
     for name, more in metrics.pop("quantizers", {}).items():

@@ -1,0 +1,88 @@
+"""How many weights go back and forth between two codes while training.
+
+After Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", arXiv:2203.11086.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsquant import reference
+from lsquant._util.errors import UsageError
+from lsquant.nn import quantized_layers
+from lsquant.quantizer import Quantizer
+
+EVERY = 11  # iterations between two looks: a prime, so that a short period is not mistaken for rest
+WINDOW = 16  # looks
+SAMPLE = 2048  # weights of a quantizer that are looked at
+
+
+class Oscillation:
+    """oscillation = share of the weights whose code has gone both up and down within the last WINDOW looks
+
+    by weight quantizer. A look, every `every` optimizer steps, compares codes with those of the look before, on at most
+    SAMPLE weights spread evenly (frac(i * 0.618...) of the way). Nothing is read back from the device in a look, and no
+    random number is drawn. Call `look` after every optimizer step.
+    """
+
+    def __init__(self, model: nn.Module, every: int = EVERY) -> None:
+        """Raises: UsageError unless `every` is a whole number, at least 1."""
+        if type(every) is not int or every < 1:
+            raise UsageError(f"Oscillation: every={every!r}; give a number of optimizer steps, at least 1")
+        self.every, self.steps = every, 0
+        self.seen: dict[str, Tensor] = {}  # (3, n) int16: codes, looks since they went up, since they went down
+        self.places: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
+        self.layers: dict[str, tuple[Any, Quantizer]] = {}
+        known: set[Quantizer] = set()
+        for name, layer in quantized_layers(model):
+            q = layer.weight_quantizer
+            if q is not None and q.is_initialized and q not in known:
+                known.add(q)
+                self.layers[f"{name}.weight_quantizer".lstrip(".")] = layer, q
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Count an optimizer step, and look if it is time to."""
+        self.steps += 1
+        for name, (layer, q) in self.layers.items() if self.steps % self.every == 0 else ():
+            rows = layer.rows()
+            if name not in self.places:
+                self.places[name] = _places(rows, q.step.numel())
+            place, shared = self.places[name]
+            found = reference.codes(rows[place], q.effective_step()[shared], q.q_min, q.q_max, axis=0)
+            codes = torch.nan_to_num(found).to(torch.int16)
+            if name not in self.seen:
+                self.seen[name] = torch.stack([codes, torch.full_like(codes, WINDOW), torch.full_like(codes, WINDOW)])
+                continue
+            before, ages = self.seen[name][0], self.seen[name][1:]
+            ages.add_(1).clamp_(max=WINDOW).masked_fill_(torch.stack([codes > before, codes < before]), 0)
+            before.copy_(codes)
+
+    def shares(self) -> dict[str, float]:
+        """The share by quantizer; nothing until a window is full, after WINDOW + 1 looks."""
+        if self.steps // self.every <= WINDOW:
+            return {}
+        return {name: float((seen[1:] < WINDOW).all(0).double().mean()) for name, seen in self.seen.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints: steps and what was seen."""
+        return {"steps": self.steps, "every": self.every, "seen": self.seen}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave; what is of another model, or of another interval, begins anew."""
+        seen: dict[str, Tensor] = state_dict["seen"]
+        if state_dict["every"] == self.every and seen.keys() <= self.layers.keys():
+            self.steps = state_dict["steps"]
+            self.seen = {name: t.to(self.layers[name][1].step.device, copy=True) for name, t in seen.items()}
+
+
+def _places(rows: Tensor, steps: int) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Where the weights of the sample are: their index in rows, and that of their step."""
+    count, n = rows.numel(), min(rows.numel(), SAMPLE)
+    flat = torch.arange(n, dtype=torch.float64)
+    flat = (flat if n == count else flat * 0.6180339887498949 % 1.0 * count).long().to(rows.device)
+    return torch.unravel_index(flat, rows.shape), flat // (count // steps)
