@@ -54,7 +54,8 @@ def lower(graph: Graph, layer: Any, facts: Facts, shapes: tuple[Dims, Dims], pro
     small = opset if profile == "small" else 0
     grouped = isinstance(layer, IntegerConv) and layer.group_size is not None
     if profile == "qdq" or layer.scale is None or (grouped and small):
-        _qdq(graph, layer, facts, name, shapes, narrow_type(*layer.weight_bounds, small))
+        low, high = layer.weight_bounds
+        _qdq(graph, layer, facts, name, shapes, narrow_type(low, high, small))
     elif grouped:
         raise UsageError(
             f"{name}: a convolution with group-wise weight steps has no exact form in ONNX; "
