@@ -116,7 +116,7 @@ def test_whole_test_sets(name: str, bits: int, data_folder: Path, tmp_path: Path
         assert verdict.exact, f"{target}:\n{verdict}"
         assert all(check.compared > 0 for check in verdict.checks)
     if bits == 8:
-        assert found.right / found.samples > {"ResNet-20": 0.91, "ResNet-8": 0.86, "MobileNetV1": 0.5}[name]
+        assert found.right / found.samples > {"ResNet-20": 0.91, "ResNet-8": 0.86, "MobileNetV1": 0.3}[name]
 
 
 if __name__ == "__main__":
