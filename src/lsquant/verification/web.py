@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -157,11 +158,12 @@ def _handler(browser: Browser) -> type[BaseHTTPRequestHandler]:
             self.send(b"")
 
         def send(self, data: bytes, suffix: str = "") -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", TYPES.get(suffix, "application/octet-stream"))
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            with suppress(ConnectionError):  # the browser has ended
+                self.send_response(200)
+                self.send_header("Content-Type", TYPES.get(suffix, "application/octet-stream"))
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass
