@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -202,6 +203,7 @@ def test_an_existing_directory(line, tmp_path):
     assert again.code == 0
     assert again.out == results["train"].out
     assert again.err == ""
+    assert "is complete: nothing is left to train" in run("train", "--out", path, "--resume").err
     assert (path / "model.safetensors").read_bytes() == before
     (tmp_path / "mine.txt").write_text("x")
     refused(2, "no run directory", "train", "digits", "--bits", "2", "--out", tmp_path, "--overwrite")
@@ -337,6 +339,13 @@ def test_an_interrupt(monkeypatch):
 
     monkeypatch.setattr(commands, "environment", stop)
     refused(130, "interrupted", "env")
+
+
+def test_sigterm_is_an_interrupt_that_says_how_to_go_on(monkeypatch, in_tmp):
+    monkeypatch.setattr(commands, "run_training", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    refused(130, "go on with: lsquant train --resume --out x", "train", "digits", "--bits", "2", "--out", "x")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_other_errors_are_not_hidden(monkeypatch):

@@ -281,7 +281,9 @@ def test_command_lines_that_contradict_themselves(files, tmp_path, capsys, start
     stopped(small(tmp_path / "b", files, str(changed)))
     changed.write_bytes(Path(files[4]).read_bytes())
     for words, says in (
-        (["digits", "--bits", 2, "--out", "x", "--teacher", "f", "--no-distill"], "leave out --no-distill"),
+        (["digits", "--bits", 2, "--out", "x", "--teacher", "f", "--no-distill"], "leave out --distill and"),
+        (["digits", "--bits", 2, "--out", "x", "--teacher", "f", "--distill"], "leave out --distill and"),
+        (["cifar10", "--data", "d", "--bits", 2, "--out", "x", "--distill-weight", 1], "weight has no effect"),
         (["--resume", "--out", run.path, "--teacher", files[4]], "teacher is"),
         (["--resume", "--out", tmp_path / "b", "--teacher", changed], r"t\.safetensors is not the file it was"),
         (["--resume", "--out", run.path, "--progressive", "8,4"], r"progressive is \(\), not \(8, 4\)"),

@@ -57,8 +57,11 @@ def train(a: Namespace) -> Outcome:
     else:
         task = get_task(a.task, **_options(a, "data", "model"))
         settings = replace(task.settings, **{n: value for n in _SETTINGS if (value := getattr(a, n)) is not None})
-        if a.teacher is not None and a.distill is False:
-            raise UsageError("--teacher is a file to distill from: leave out --no-distill")
+        if a.teacher is not None and a.distill is not None:
+            raise UsageError("--teacher is a file to distill from: leave out --distill and --no-distill")
+        alone = a.teacher is None and a.distill is None and not settings.distill
+        for idle in _options(a, "distill_weight", "distill_temperature") if alone else ():
+            raise UsageError(f"--{idle.replace('_', '-')} has no effect without --teacher FILE or --distill")
         run = Run(Path(a.out), task, _recipe(a), settings, a.init, a.teacher)
         metrics = run_training(run, resume=a.resume, overwrite=a.overwrite, **how)
     return (

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from lsquant._util.errors import LsquantError
 from lsquant._util.files import json_text
@@ -167,12 +171,30 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, which schedulers and containers send, ends a command as Ctrl-C does: with words and code 130."""
+
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.  Returns 0 good, 1 result not as required, 2 usage, 3 missing or damaged, 130 interrupted."""
     arguments = parser().parse_args(argv)
     try:
-        commands.set_up(arguments)
-        result, text, good = arguments.run(arguments)
+        with _terminated_like_interrupted():
+            commands.set_up(arguments)
+            result, text, good = arguments.run(arguments)
     except LsquantError as error:
         print(f"lsquant: error: {error}", file=sys.stderr)
         return error.exit_code

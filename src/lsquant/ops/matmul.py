@@ -95,10 +95,12 @@ def _backward(
         x_hat = kernels.quantize(x.float(), x_step, x_min, x_max, *x_layout).to(dtype)
     else:  # only its shape is looked at
         x_hat = x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32)
-    w_hat = empty
-    if need_x or conv:
-        w_hat = kernels.quantize(weight.float(), w_step, w_min, w_max, *w_layout).to(dtype)
+
+    def quantized_weight() -> Tensor:
+        return kernels.quantize(weight.float(), w_step, w_min, w_max, *w_layout).to(dtype)
+
     if conv:
+        w_hat = quantized_weight()
         if need_x and grad_w is not None and (fused := getattr(kernels, "input_gradient", None)):
             grad_x = fused(up, x, w_hat, conv)
         mask = [need_x and grad_x is None, grad_w is None, False]
@@ -106,23 +108,25 @@ def _backward(
             grads = torch.ops.aten.convolution_backward(up, x_hat, arranged(w_hat, conv), None, *conv, mask)
             grad_x = grads[0] if mask[0] else grad_x
             grad_w = arranged(grads[1], conv) if mask[1] else grad_w
+        del x_hat, w_hat
         grad_bias = up.sum([0, *range(2, up.dim())], dtype=torch.float32) if has_bias else empty.clone()
     else:
         rows = up.reshape(-1, weight.shape[0])
         grad_w = rows.t() @ x_hat.reshape(-1, weight.shape[1])
+        del x_hat  # as large as grad_x: they never exist together, and the float layer's peak is this one's
         grad_bias = rows.sum(0, dtype=torch.float32) if has_bias else empty.clone()
-        if need_x:
-            grad_x = (rows @ w_hat).reshape(x.shape)
-    del x_hat, w_hat
+    assert grad_w is not None
+    grad_w = grad_w.to(torch.float32)
+    of_w, grad_ws, _ = kernels.quantize_backward(grad_w, *w_args, *w_layout, reuse=True)
+    del grad_w
     by_x = x.new_empty(0), empty, empty.clone()
     if need_x:
+        if grad_x is None:
+            grad_x = (up.reshape(-1, weight.shape[0]) @ quantized_weight()).reshape(x.shape)
         grids = (x, x_step, x_min, x_max, x_scale, *x_layout)
-        assert grad_x is not None
         grad_x = grad_x if grad_x.dtype == x.dtype else grad_x.to(torch.float32)
         of_x, grad_step, grad_b = kernels.quantize_backward(grad_x, *grids, reuse=True)
         by_x = laid_out_like(of_x, x), grad_step, empty if grad_b is None else grad_b
-    assert grad_w is not None
-    of_w, grad_ws, _ = kernels.quantize_backward(grad_w.to(torch.float32), *w_args, *w_layout)
     return *by_x, laid_out_like(of_w, weight), grad_ws, grad_bias
 
 

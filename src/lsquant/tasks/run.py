@@ -73,6 +73,7 @@ def run_training(
         _try_out(run)
     start_run(run, resume=resume, overwrite=overwrite)
     if run.file("metrics.json").is_file():
+        message(f"{run.path} is complete: nothing is left to train", quiet)
         return read_json(run.file("metrics.json"))
     before = torch.get_num_threads()
     torch.set_num_threads(run.settings.threads or before)

@@ -112,7 +112,9 @@ def fit(
         state = load_state(checkpoint)
         at = _restore(state, run, model, optimizer, extras, str(checkpoint), quiet)
         if at.epoch >= epochs:
+            message(f"{label}: all {epochs} epochs are done", quiet)
             return at
+        message(f"{label}: goes on after {at.epoch} epochs and {at.step} iterations of the next", quiet)
         epoch_rng = state["epoch_rng"]
         if "oscillation" in state:  # checkpoints of earlier versions have none
             oscillation.load_state_dict(state["oscillation"])
