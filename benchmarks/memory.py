@@ -3,7 +3,9 @@
 Every measurement is a fresh process, started by ``python benchmarks/speed.py memory``.  Kept: the bytes of the storages
 saved for backward, each counted once, without parameters and buffers.  Peak: the largest resident size (VmHWM) during
 three steps, less the resident size right before them, after two steps with two samples (compiled: with all, so that
-compiling does not count) and after free memory was given back.
+compiling does not count) and after free memory was given back.  The C library keeps freed blocks, and
+what it cannot use again (a tenth to a third, other in every process) counts too; so the peak is also taken with glibc
+told to give every freed block of 1 MiB or more back, which shows what the step itself needs.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor
 
 CHOSEN = ("resnet20", "vit")
 MIB = 2**20
+PHASES = {"kept": "kept for backward", "peak": "peak of the process", "own": "peak, freed blocks given back"}
 
 
 def kept(network: Network) -> int:
@@ -84,19 +87,20 @@ def child(workload: str, contender: str, options: Options) -> None:
     print(json.dumps({"kept": kept(network), "peak": grown}))
 
 
-def measured(workload: str, contender: str, options: Options) -> dict[str, float]:
-    """Run ``child`` in a process of its own."""
+def measured(workload: str, contender: str, options: Options, give_back: bool = False) -> dict[str, float]:
+    """Run ``child`` in a process of its own; ``give_back``: freed blocks at once."""
     command = [sys.executable, __file__, workload, contender, "--threads", str(torch.get_num_threads())]
     command += ["--device", options.device]
     command += [flag for flag, given in (("--tiny", options.tiny), ("--autocast", options.autocast)) if given]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": str(MIB)} if give_back else {})}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"memory of {workload}, {contender}: {done.stderr.strip()[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def run(options: Options) -> list[Row]:
-    """Both numbers of every contender, the contenders in turns."""
+    """The numbers of every contender, the contenders in turns."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         say("memory: left out, it is read from /proc/self, which Linux alone has")
         return []
@@ -109,8 +113,9 @@ def run(options: Options) -> list[Row]:
         sizes: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
         for _ in range(options.repeats):
             for name in chosen:
-                sizes[name].append(measured(workload, name, options))
-        for what, phase in (("kept", "kept for backward"), ("peak", "peak of the process")):
+                size, own = (measured(workload, name, options, give_back) for give_back in (False, True))
+                sizes[name].append({**size, "own": own["peak"]})
+        for what, phase in PHASES.items():
             field = [Contender(n, None, baselines[n]) for n in chosen]
             for contender in field:
                 contender.seconds = [size[what] for size in sizes[contender.name]]
