@@ -118,6 +118,33 @@ def test_embedding(spec: QuantSpec, dtype: torch.dtype) -> None:
         assert torch.equal(got, want)
 
 
+WEIGHTS = {
+    "linear": lambda: nn.Linear(3, 2), "conv": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "transposed": lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), "embedding": lambda: nn.Embedding(5, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_weight_can_be_read_as_the_float_layers(name: str, dtype: torch.dtype) -> None:
+    """transformers' models cast their input to the type of a weight.  Codes times step, in the layer's own layout."""
+    model = nn.Sequential(WEIGHTS[name]()).to(dtype)
+    lsquant.prepare(model, Recipe(CHANNEL, None))
+    layer = copy.deepcopy(lsquant.to_integer(model)[0])
+    assert layer.weight.dtype == dtype
+    assert torch.equal(layer.weight, model[0].dequantized_weight().to(dtype))
+    assert not [key for key in layer.state_dict() if key in ("weight", "like")]
+    assert layer.to(torch.float64).weight.dtype == torch.float64
+
+
+def test_the_weight_of_transformers_conv1d_is_in_by_out() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    for shape in ((2, 3), (4, 4)):
+        model = nn.Sequential(conv1d(*shape))
+        lsquant.prepare(model, Recipe(CHANNEL, None))
+        assert torch.equal(lsquant.to_integer(model)[0].weight, model[0].dequantized_weight())
+
+
 def test_output_size_of_a_transposed_convolution() -> None:
     layer, x = made("transposed2d", "LSQ+, channel")
     frozen = lsquant.to_integer(layer)
@@ -333,6 +360,8 @@ def test_what_is_refused() -> None:
 
 # ---- transformers ----
 
+FEW = ("bert", "gpt2", "falcon", "t5", "vit", "clip", "deberta-v2", "mamba")
+
 
 def check_model_type(name: str) -> None:
     model_types = pytest.importorskip("model_types")
@@ -363,12 +392,12 @@ def test_linears_of_transformers_are_exported(tmp_path: Path) -> None:
     assert verdict.layers == 2
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "falcon", "t5"])
+@pytest.mark.parametrize("name", FEW)
 def test_model_types(name: str) -> None:
     check_model_type(name)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in TYPES if n not in ("bert", "gpt2", "falcon", "t5")])
+@pytest.mark.parametrize("name", [n for n in TYPES if n not in FEW])
 def test_other_model_types(name: str) -> None:
     check_model_type(name)

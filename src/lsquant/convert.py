@@ -80,7 +80,7 @@ def execution_order(model: nn.Module, batch: Any) -> tuple[dict[nn.Module, int],
         hooks.append(layer.register_forward_pre_hook(enter))
         hooks.append(layer.register_forward_hook(leave, always_call=True))
     try:
-        with disabled(model), evaluating(model), Bypass(places, inside) as bypass:  # type: ignore[arg-type]
+        with disabled(model), evaluating(model), Bypass(places, inside, values=True) as bypass:  # type: ignore[arg-type]
             run_batch(model, batch)
     finally:
         for hook in hooks:

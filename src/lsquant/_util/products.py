@@ -19,7 +19,8 @@ def address(t: Tensor) -> int:
 class Bypass(TorchFunctionMode, Generic[Key]):
     """Notices products with a weight outside its layer; joining it to others counts as well.
 
-    weights: address -> key; inside: not empty while a layer computes.  found: key -> name of the function.
+    weights: address -> key; inside: not empty while a layer computes.  ``values``: notice every function that computes
+    with the weight's values, not products alone.  found: key -> name of the first function.
     """
 
     PRODUCT = re.compile(
@@ -27,15 +28,25 @@ class Bypass(TorchFunctionMode, Generic[Key]):
         r"|conv(_transpose)?[123]d|convolution|multi_head_attention_forward|cat|stack"
     )
 
-    def __init__(self, weights: dict[int, Key], inside: list[Any]) -> None:
+    # reads shape, dtype or device; ``__get__`` is an attribute
+    FORM = re.compile(r"__get__|to|type_as|new_\w+|\w+_like")
+
+    def __init__(self, weights: dict[int, Key], inside: list[Any], values: bool = False) -> None:
         super().__init__()
+        self.values = values
         self.weights = {place: key for place, key in weights.items() if place}
         self.inside, self.found = inside, dict[Key, str]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.inside and self.PRODUCT.fullmatch(getattr(func, "__name__", "")):
+        result = func(*args, **(kwargs or {}))
+        if not self.inside and self._counts(getattr(func, "__name__", ""), result):
             for value in [*args, *(kwargs or {}).values()]:
                 for t in value if isinstance(value, (tuple, list)) else [value]:
                     if isinstance(t, Tensor) and (key := self.weights.get(address(t))) is not None:
                         self.found.setdefault(key, func.__name__)
-        return func(*args, **(kwargs or {}))
+        return result
+
+    def _counts(self, name: str, result: Any) -> bool:
+        if self.PRODUCT.fullmatch(name):
+            return True
+        return self.values and isinstance(result, Tensor) and not self.FORM.fullmatch(name)

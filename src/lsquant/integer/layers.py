@@ -85,19 +85,32 @@ def mark(kind: str, x: Tensor, name: str, shape: Any) -> Tensor:
 class IntegerLayer(nn.Module):
     """Common to the frozen layers.  Quantized in weights, in its input, or in both.
 
-    weight: rows (out, ...), only when the weights are not quantized.  The float layer's plain attributes are kept.
+    The float layer's plain attributes are kept.  weight: rows (out, ...) when the weights are not quantized; otherwise
+    ``code * step`` in the float layer's shape and type, made at every access, for models that read its type or shape.
     """
 
-    weight: Tensor | None
+    weight: Tensor
+    like: Tensor
     bias: Tensor | None
 
     def __init__(self, source: Any, weights: FrozenQuantizer | None, inputs: FrozenQuantizer | None) -> None:
         super().__init__()
         vars(self).update({k: v for k, v in vars(source).items() if k[0] != "_" and k not in vars(self)})
         self.weight_quantizer, self.input_quantizer = weights, inputs
-        self.register_buffer("weight", source.rows().detach().clone() if weights is None else None)
+        if weights is None:
+            self.register_buffer("weight", source.rows().detach().clone())
+        self.register_buffer("like", source.weight.new_empty(0), persistent=False)
         self.register_buffer("bias", None if source.bias is None else source.bias.detach().clone())
         self.marker: Marker = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.weight_quantizer is not None:
+            return self.own_layout(self.weight_quantizer.values()).to(self.like.dtype)
+        return super().__getattr__(name)
+
+    def own_layout(self, rows: Tensor) -> Tensor:
+        """A weight from rows, as the float layer has it."""
+        return rows
 
     @property
     def input(self) -> FrozenQuantizer | None:
@@ -134,9 +147,8 @@ class IntegerLayer(nn.Module):
 
     def rows(self) -> Tensor:
         """The weight or its codes, output channels first."""
-        rows = self.codes if self.weight_quantizer is not None else self.weight
-        assert rows is not None
-        return rows
+        codes = self.codes
+        return self.weight if codes is None else codes
 
     def before(self, x: Tensor) -> Tensor:
         """What is done to the input before it is quantized: nothing, or the padding of a non-zero padding mode."""
@@ -167,6 +179,13 @@ class IntegerLayer(nn.Module):
 
 class IntegerLinear(IntegerLayer):
     """``nn.Linear`` over codes; with groups, the sums of the groups are added in float32 in their order."""
+
+    def __init__(self, source: Any, weights: FrozenQuantizer | None, inputs: FrozenQuantizer | None) -> None:
+        super().__init__(source, weights, inputs)
+        self.turned = source.rearranged(torch.empty(1, 2)).shape[0] == 2  # transformers' Conv1D: (in, out)
+
+    def own_layout(self, rows: Tensor) -> Tensor:
+        return rows.t() if self.turned else rows
 
     def output_shape(self, x: Tensor, *extra: Any) -> tuple[Any, ...]:
         return (*x.shape[:-1], self.rows().shape[0])
@@ -252,12 +271,6 @@ def _flat(sides: list[tuple[int, int]]) -> list[int]:
 
 class IntegerEmbedding(IntegerLayer):
     """``nn.Embedding`` from codes: the rows that are asked for, ``code * step`` in the type the float weight had."""
-
-    like: Tensor
-
-    def __init__(self, source: Any, weights: FrozenQuantizer | None, inputs: FrozenQuantizer | None) -> None:
-        super().__init__(source, weights, inputs)
-        self.register_buffer("like", source.weight.new_empty(0), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         quantizer = self.weight_quantizer
