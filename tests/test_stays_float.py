@@ -84,6 +84,23 @@ def test_layers_that_are_gone_round_stay_float():
     assert type(model.conv) is nn.Conv1d
 
 
+def test_an_embedding_whose_rows_are_read_without_calling_it_stays_float():
+    """Relative positions in DeBERTa.  Reading shape, type or device alone is no use of the values."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.key, self.spare = nn.Embedding(6, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            like = torch.zeros_like(self.spare.weight) + x.to(self.spare.weight).new_zeros(self.spare.weight.shape)
+            return self.key(x) @ self.key(self.table.weight.unsqueeze(0)).mT + like.sum()
+
+    rows = {c.name: c for c in lsquant.prepare(Positions(), W4A8, example_inputs=torch.randn(2, 3, 4))}
+    assert "used by unsqueeze without calling the layer" in rows["table"].reason
+    assert {name: c.weight == "float" for name, c in rows.items()} == {"table": True, "key": False, "spare": False}
+
+
 def test_a_layer_that_nothing_uses_is_still_refused_by_calibrate():
     model, index = GoneRound(), torch.tensor([1, 5, 3])
     model.spare = nn.Linear(4, 4)

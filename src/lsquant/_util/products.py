@@ -20,7 +20,7 @@ class Bypass(TorchFunctionMode, Generic[Key]):
     """Notices products with a weight outside its layer; joining it to others counts as well.
 
     weights: address -> key; inside: not empty while a layer computes.  ``values``: notice every function that computes
-    with the weight's values, not products alone.  found: key -> name of the first function.
+    with the weight's values, not products alone.  found: key -> name of the function, a product before others.
     """
 
     PRODUCT = re.compile(
@@ -33,20 +33,17 @@ class Bypass(TorchFunctionMode, Generic[Key]):
 
     def __init__(self, weights: dict[int, Key], inside: list[Any], values: bool = False) -> None:
         super().__init__()
-        self.values = values
         self.weights = {place: key for place, key in weights.items() if place}
-        self.inside, self.found = inside, dict[Key, str]()
+        self.inside, self.values, self.found = inside, values, dict[Key, str]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self.inside and self._counts(getattr(func, "__name__", ""), result):
+        result, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
+        product = bool(self.PRODUCT.fullmatch(name))
+        computes = self.values and isinstance(result, Tensor) and not self.FORM.fullmatch(name)
+        if not self.inside and (product or computes):
             for value in [*args, *(kwargs or {}).values()]:
                 for t in value if isinstance(value, (tuple, list)) else [value]:
-                    if isinstance(t, Tensor) and (key := self.weights.get(address(t))) is not None:
-                        self.found.setdefault(key, func.__name__)
+                    key = self.weights.get(address(t)) if isinstance(t, Tensor) else None
+                    if key is not None and (product or key not in self.found):
+                        self.found[key] = name
         return result
-
-    def _counts(self, name: str, result: Any) -> bool:
-        if self.PRODUCT.fullmatch(name):
-            return True
-        return self.values and isinstance(result, Tensor) and not self.FORM.fullmatch(name)

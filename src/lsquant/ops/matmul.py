@@ -116,9 +116,7 @@ def _backward(
         del x_hat  # as large as grad_x: they never exist together, and the float layer's peak is this one's
         grad_bias = rows.sum(0, dtype=torch.float32) if has_bias else empty.clone()
     assert grad_w is not None
-    grad_w = grad_w.to(torch.float32)
-    of_w, grad_ws, _ = kernels.quantize_backward(grad_w, *w_args, *w_layout, reuse=True)
-    del grad_w
+    of_w, grad_ws, _ = kernels.quantize_backward(grad_w.to(torch.float32), *w_args, *w_layout, reuse=True)
     by_x = x.new_empty(0), empty, empty.clone()
     if need_x:
         if grad_x is None:
