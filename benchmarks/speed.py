@@ -5,7 +5,8 @@
     python benchmarks/speed.py quantizer --only lsquant core --repeats 7
     python benchmarks/tables.py                     # the tables of docs/benchmarks.md
 
-Workloads: quantizer, resnet20, resnet18, vit, bert, memory.  Brevitas and torchao take part where they are installed.
+Workloads: quantizer, resnet20, resnet18, vit, bert, memory, collection.  Brevitas and torchao take part
+where they are installed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import collection
 import memory
 import network_speed
 import quantizer_speed
@@ -22,7 +24,8 @@ import torch
 from networks import WORKLOADS
 from timing import Options, report, say
 
-NAMES = ("quantizer", *WORKLOADS, "memory")
+OTHERS = {"quantizer": quantizer_speed.run, "memory": memory.run, "collection": collection.run}
+NAMES = ("quantizer", *WORKLOADS, "memory", "collection")
 MEMORY_REPEATS = 3
 
 
@@ -53,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if name in WORKLOADS:
             found = network_speed.run(name, options)
         else:
-            found = (quantizer_speed if name == "quantizer" else memory).run(options)
+            found = OTHERS[name](options)
         if found:
             say(f"written: {report(name + ('-autocast' if a.autocast and name in WORKLOADS else ''), found, options)}")
 

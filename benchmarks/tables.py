@@ -50,7 +50,8 @@ def ratios(rows: Rows) -> list[str]:
     lines = []
     for configuration in unique([r["configuration"] for r in rows]):
         found = {r["contender"]: r for r in rows if r["configuration"] == configuration}
-        cells = [f"{float(found[n]['ratio']):.2f}" if n in found and int(found[n]["repeats"]) else "" for n in others]
+        there = [found[n] if n in found and int(found[n]["repeats"]) else None for n in others]
+        cells = ["" if r is None else f"{float(r['ratio']):.{2 if float(r['ratio']) >= 0.1 else 4}f}" for r in there]
         lines.append([configuration, spread(found[baseline]), *cells])
     return table(["", f"{baseline}, {rows[0]['unit']}", *others], lines)
 
@@ -107,7 +108,7 @@ def render(name: str, results: Path) -> str:
         return NOT_MEASURED
     if name == "quantizer-checks":
         return "\n".join(differences(rows))
-    body = ratios(rows) if name in ("quantizer", "deploy") else phases(rows)
+    body = ratios(rows) if name in ("quantizer", "deploy", "collection") else phases(rows)
     return "\n".join([*conditions(rows), *body, *left_out(rows)])
 
 

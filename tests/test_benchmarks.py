@@ -109,6 +109,11 @@ def test_memory(tmp_path: Path) -> None:
     assert {row["unit"] for row in rows} == {"MiB"}
 
 
+def test_collection(tmp_path: Path) -> None:
+    rows = speed(tmp_path, "collection")["collection"]
+    assert_sound(rows, {"training step", "looks, by step", "end of an epoch, by step"}, groups=2)
+
+
 def test_saved_bytes_are_those_of_the_input_and_what_the_loss_needs(bench) -> None:
     network = bench("network_speed").Network
     model, target = nn.Linear(4, 8, bias=False), torch.randn(2, 8)
@@ -205,7 +210,7 @@ def test_the_formulation_is_the_papers(bench) -> None:
     assert step.grad.item() == pytest.approx(0.25 * (-0.4 + 0.4 + 7 - 8), abs=1e-6)
 
 
-TABLES = ["quantizer", "quantizer-checks", "resnet20", "resnet18", "vit", "bert", "memory"]
+TABLES = ["quantizer", "quantizer-checks", "resnet20", "resnet18", "vit", "bert", "memory", "collection"]
 
 
 def test_the_page_has_a_place_for_every_workload(bench) -> None:

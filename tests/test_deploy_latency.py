@@ -25,6 +25,9 @@ def test_rows_and_table(tmp_path: Path, bench) -> None:  # noqa: F811
     names = {f"{file}, {runtime}" for file in files for runtime in ("ONNX Runtime", "OpenVINO")}
     assert_sound(rows, names, groups=2)
     for row in rows:
+        if row["contender"] == "small, OpenVINO":  # it has no type of 2 bits
+            assert (row["repeats"], row["check"]) == ("0", "left out: Unsupported type"), row
+            continue
         assert row["repeats"] == "1", row
         if row["contender"] in ("exact, ONNX Runtime", "small, ONNX Runtime", "exact, float Conv, ONNX Runtime"):
             assert row["check"].endswith("other than trained: 0.00% of outputs"), row
