@@ -185,6 +185,18 @@ def test_a_small_layer_that_stays_float_is_a_note():
     assert [f.severity for f in check(model)] == ["note"]
 
 
+def test_quantized_layers_inside_do_not_count():
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projection, self.position = nn.Linear(16, 16), nn.Parameter(torch.ones(4, 16))
+
+    model = nn.Sequential(nn.Linear(16, 16), Patches())
+    lsquant.prepare(model, Recipe.preset("w4"))
+    (finding,) = check(model)
+    assert (finding.where, finding.evidence["weights"], finding.evidence["share"]) == ("1", 64, 64 / (256 + 256 + 64))
+
+
 def test_a_layer_that_the_recipe_leaves_float_is_no_finding():
     model, data = Cnn(), images()
     lsquant.prepare(model, Recipe.preset("w4a4", skip=["stem"]), data[0])

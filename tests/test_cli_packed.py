@@ -106,7 +106,10 @@ def test_refusals(line, tmp_path):
         2, "--opset belongs to ONNX", "export", path, "--profile", "packed", "--opset", "18", "--out", tmp_path / "p"
     )
     assert list(tmp_path.iterdir()) == []
-    refused(2, "export_packed|choose from", "export", path, "--profile", "dense", "--out", tmp_path / "p")
+    packed = path / "export" / "packed.safetensors"
+    refused(2, "has the profile packed, not qdq", "verify", path, "--file", packed, "--profile", "qdq")
+    refused(2, "'exact', 'qdq', 'small', 'packed'", "verify", path, "--profile", "qqd")
+    refused(2, "'exact', 'qdq', 'small', 'packed'", "export", path, "--profile", "dense", "--out", tmp_path / "p")
     refused(3, "does not exist", "export", path, "--profile", "packed", "--out", tmp_path / "none" / "p")
     data = (path / "export" / "packed.safetensors").read_bytes()
     (tmp_path / "p").write_bytes(data[:-5])

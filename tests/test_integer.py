@@ -335,6 +335,8 @@ def test_what_is_refused() -> None:
     with pytest.raises(UsageError, match=r"0\.input_quantizer.*no step yet; run lsquant\.calibrate"):
         lsquant.to_integer(model)
     lsquant.calibrate(model, [torch.randn(5, 4)])
+    with pytest.raises(UsageError, match="an integer model already"):
+        lsquant.to_integer(lsquant.to_integer(model))
     with lsquant.disabled(model, "0.weight_quantizer"), pytest.raises(UsageError, match=r"0\.weight.*switched off"):
         lsquant.to_integer(model)
     broken = copy.deepcopy(model)

@@ -298,7 +298,7 @@ FILES = ("config.toml", "recipe.toml", "env.json", "log.jsonl", "metrics.json", 
 def test_a_damaged_run_still_gives_a_page_of_the_rest(run_copy, capsys, file, damage):
     path = run_copy / file
     old = path.read_bytes()
-    new = {"deleted": b"", "empty": b"", "half": old[: len(old) // 2], "garbage": b"\x00\xff\xfe{]=" * 20}[damage]
+    new = {"deleted": b"", "empty": b"", "half": old[: len(old) * 2 // 5], "garbage": b"\x00\xff\xfe{]=" * 20}[damage]
     path.write_bytes(new)
     if damage == "deleted":
         path.unlink()

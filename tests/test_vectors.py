@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -138,6 +139,20 @@ def test_damaged_files_fail(exported, tmp_path):
     (tmp_path / "v.npz").write_bytes((folder / "v.npz").read_bytes()[:-99])
     assert check(tmp_path)[0] != 0
     assert check(tmp_path, onnx="none.onnx")[0] != 0
+
+
+def test_the_checker_names_what_it_wants(exported, tmp_path):
+    shutil.copytree(exported[0], tmp_path, dirs_exist_ok=True)
+    golden = {n.replace("input/0", "input/other"): v for n, v in np.load(tmp_path / "v.npz").items()}
+    np.savez(tmp_path / "v.npz", **golden)
+    done = subprocess.run(
+        [sys.executable, "check_vectors.py", "m.onnx", "v.npz"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert re.search(r"^v\.npz has no inputs for \S+ of m\.onnx: it is of another model$", done.stderr.strip())
+    done = subprocess.run([sys.executable, "check_vectors.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "python check_vectors.py FILE.onnx VECTORS.npz" in done.stderr
 
 
 class TwoInputs(nn.Module):

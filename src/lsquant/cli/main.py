@@ -91,7 +91,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _profile(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--profile", default="exact", help=f"one of {', '.join((*PROFILES, PACKED))} (default exact)")
+    known = (*PROFILES, PACKED)
+    sub.add_argument("--profile", choices=known, metavar="P", help=f"one of {', '.join(known)} (default exact)")
 
 
 def _subject(sub: argparse.ArgumentParser) -> None:

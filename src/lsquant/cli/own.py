@@ -29,10 +29,11 @@ from lsquant.tasks import is_run, load_float
 from lsquant.tasks.loading import call, load_object
 from lsquant.training.progress import message
 from lsquant.training.seeds import seed_everything
-from lsquant.verification import RUNTIMES, Verdict, export_vectors, verify
+from lsquant.verification import RUNTIMES, export_vectors, verify
 from lsquant.verification.vectors import CHECKER
 
 Outcome = tuple[dict[str, Any], str, bool]
+DEFAULT = "exact"  # the profile where none is named
 VECTORS = 4  # samples of --vectors
 SHOWN = 3  # findings of one code that are shown in full
 
@@ -99,22 +100,24 @@ def export(a: Namespace) -> Outcome:
     return written(a, model, path, example, map_tensors(example, lambda t: t[:VECTORS] if t.dim() else t))
 
 
-def file_name(profile: str) -> str:
+def file_name(profile: str | None) -> str:
     """Of an exported file."""
+    profile = profile or DEFAULT
     return f"{profile}.safetensors" if profile == PACKED else f"{profile}.onnx"
 
 
 def written(a: Namespace, model: nn.Module, path: Path, example: Any, few: Any) -> Outcome:
     """The outcome of ``export``.  few: a batch for --vectors."""
-    if a.profile == PACKED and a.opset is not None:
+    profile = a.profile or DEFAULT
+    if profile == PACKED and a.opset is not None:
         raise UsageError("--opset belongs to ONNX files: leave it out with --profile packed")
-    if a.profile == PACKED:
+    if profile == PACKED:
         export_packed(model, path)
     else:
-        export_onnx(model, path, example, profile=a.profile, opset=a.opset)
-    result = {"file": str(path), "profile": a.profile, "bytes": path.stat().st_size}
+        export_onnx(model, path, example, profile=profile, opset=a.opset)
+    result = {"file": str(path), "profile": profile, "bytes": path.stat().st_size}
     text = f"{path}: {result['bytes']:,} bytes"
-    if a.profile == PACKED:
+    if profile == PACKED:
         result["header"] = header_size(path)
         text += f", {result['header']:,} of them header"
     if a.vectors:
@@ -127,21 +130,21 @@ def verify_(a: Namespace) -> Outcome:
     """Compare the exported file with FILE's model on the batches of --data."""
     model = trained(a)
     path = Path(a.file) if a.file else Path(a.path).with_suffix(f".{file_name(a.profile)}")
+    return judged(a, model, path, batches(a))
+
+
+def judged(a: Namespace, model: nn.Module, path: Path, data: Iterable[Any]) -> Outcome:
+    """The outcome of ``verify``; the verdict is kept beside a file in its usual place."""
     if not path.is_file():
-        raise MissingFile(f"{path} does not exist: lsquant export {a.path} --profile {a.profile} ... writes it")
-    verdict = verify(model, path, batches(a), **target(a))
-    return judged(a, verdict, path)
-
-
-def target(a: Namespace) -> dict[str, Any]:
-    """Where and on how much ``verify`` runs."""
+        how = f"lsquant export {a.path} --profile {a.profile or DEFAULT}"
+        raise MissingFile(f"{path} does not exist: {how}{' ...' if is_own(a) else ''} writes it")
     if a.profile == PACKED and a.runtime != RUNTIMES[0]:
         raise UsageError(f"--runtime {a.runtime} is for ONNX files: leave it out with --profile packed")
-    return {"runtime": a.runtime, "node_modules": a.node_modules, "max_batches": a.max_batches}
-
-
-def judged(a: Namespace, verdict: Verdict, path: Path) -> Outcome:
-    """The outcome of ``verify``; the verdict is kept beside a file in its usual place."""
+    verdict = verify(
+        model, path, data, runtime=a.runtime, node_modules=a.node_modules, max_batches=a.max_batches
+    )  # fmt: skip
+    if a.file and a.profile and verdict.profile != a.profile:
+        raise UsageError(f"{path} has the profile {verdict.profile}, not {a.profile}: --file needs no --profile")
     result = {"required": a.require, **verdict.to_dict(), "text": str(verdict)}
     if not a.file:
         where = "" if a.runtime == RUNTIMES[0] else f".{a.runtime}"

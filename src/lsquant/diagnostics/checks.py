@@ -178,10 +178,11 @@ def _ties(model: nn.Module) -> Iterator[Finding]:
 def _floats(model: nn.Module) -> Iterator[Finding]:
     total = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     outer: list[str] = []
+    quantized = {p for _, layer in quantized_layers(model) for p in layer.parameters()}
     for name, module in model.named_modules():
         kind = quantized_type(module)
         reason = kind.unsupported(module) if kind else stays_float(module)
-        size = sum(p.numel() for p in module.parameters() if p.dim() > 1)
+        size = sum(p.numel() for p in module.parameters() if p.dim() > 1 and p not in quantized)
         if reason and size and not any(name.startswith(o) for o in outer):
             outer.append(f"{name}.".lstrip("."))
             severity: Severity = "warning" if size > LARGE_SHARE * total else "note"

@@ -41,6 +41,8 @@ def to_integer(model: nn.Module) -> nn.Module:
     quantizer has no step yet, is switched off or has values without a code.
     """
     model = unwrapped(model)
+    if frozen_parts(model):
+        raise UsageError("this is an integer model already; give the trained model it was made from")
     if not any(True for _ in lsq_nn.quantizers(model)):
         raise UsageError("to_integer: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
     return integer_model(model)

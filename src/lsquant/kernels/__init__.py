@@ -60,7 +60,7 @@ def why_not(name: str) -> str:
 
 
 def _choose(device: str) -> ModuleType:
-    if _forced is not None:
+    if _forced is not None and device != "meta":
         if reason := why_not(_forced):
             raise UsageError(f"the engine {_forced!r} is forced (use_engine or {VARIABLE}) and cannot run: {reason}")
         name = _forced

@@ -11,7 +11,9 @@ def main(file: str, vectors: str) -> int:
     golden = np.load(vectors)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     names = [x.name for x in session.get_inputs()]  # found by name, else in order
-    feeds = {n: golden[f"input/{n}" if f"input/{n}" in golden else f"input/{i}"] for i, n in enumerate(names)}
+    if not (named := all(f"input/{n}" in golden for n in names)) and f"input/{len(names) - 1}" not in golden:
+        sys.exit(f"{vectors} has no inputs for {', '.join(names)} of {file}: it is of another model")
+    feeds = {n: golden[f"input/{n}" if named else f"input/{i}"] for i, n in enumerate(names)}
     outputs = [np.asarray(y) for y in session.run(None, feeds)]
     wrong = int(len(outputs) != sum(name.startswith("output/") for name in golden))
     for i, got in enumerate(outputs):
@@ -23,4 +25,4 @@ def main(file: str, vectors: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(*sys.argv[1:]) if len(sys.argv) == 3 else __doc__)

@@ -56,6 +56,8 @@ def verify(
     if runtime not in RUNTIMES:
         raise UsageError(f"verify: runtime={runtime!r} is unknown; choose from {', '.join(RUNTIMES)}")
     if _is_safetensors(path):
+        if runtime != RUNTIMES[0]:
+            raise UsageError(f"verify: {path} is a packed file, which runs in PyTorch: leave out runtime={runtime!r}")
         return verify_packed(model, path, batches, forward, max_batches)
     proto, metadata = load_onnx(path)
     facts: list[Facts] = metadata["layers"]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lsquant._util.errors import DamagedFile
+from lsquant._util.errors import DamagedFile, UsageError
 from lsquant._util.optional import require
 from lsquant.export.onnx import make_session
 from lsquant.verification.web import Browser
@@ -66,7 +66,10 @@ class _OpenVino:
             self.model = core.compile_model(model, "CPU", options)
         except RuntimeError as error:
             where = source if isinstance(source, str) else "the model"
-            raise DamagedFile(f"OpenVINO refuses {where}: {' '.join(str(error).split())[-300:]}") from error
+            reason = str(error).strip().splitlines()[-1].strip()
+            if "Unsupported type" in reason:
+                raise UsageError(f"OpenVINO refuses {where}: {reason}; 2-bit codes: export with opset=21") from error
+            raise DamagedFile(f"OpenVINO refuses {where}: {reason[-300:]}") from error
         self.ports = {name: port for port in self.model.outputs for name in port.get_names()}
         self.inputs = [port.get_any_name() for port in self.model.inputs]
         self.outputs = list(self.ports)
