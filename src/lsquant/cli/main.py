@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _profile(sub: argparse.ArgumentParser) -> None:
-    known = (*PROFILES, PACKED)
+    known = (*(name for name, built in PROFILES.items() if built), PACKED)
     sub.add_argument("--profile", choices=known, metavar="P", help=f"one of {', '.join(known)} (default exact)")
 
 
