@@ -298,7 +298,7 @@ def test_missing_files(says, in_tmp):
 def test_what_is_missing_or_damaged_in_a_run(line, tmp_path):
     path, _ = line
     refused(3, r"none\.onnx does not exist", "verify", path, "--file", tmp_path / "none.onnx")
-    refused(3, r"lsquant export .* --profile fast", "verify", path, "--profile", "fast")
+    refused(3, r"lsquant export .* --profile small", "verify", path, "--profile", "small")
     (tmp_path / "bad.onnx").write_bytes((path / "export" / "exact.onnx").read_bytes()[:500])
     refused(3, r"bad\.onnx", "verify", path, "--file", tmp_path / "bad.onnx")
     refused(2, "profile|fast", "export", path, "--profile", "fast", "--out", tmp_path / "fast.onnx")

@@ -145,12 +145,11 @@ def test_the_checker_names_what_it_wants(exported, tmp_path):
     shutil.copytree(exported[0], tmp_path, dirs_exist_ok=True)
     golden = {n.replace("input/0", "input/other"): v for n, v in np.load(tmp_path / "v.npz").items()}
     np.savez(tmp_path / "v.npz", **golden)
-    done = subprocess.run(
-        [sys.executable, "check_vectors.py", "m.onnx", "v.npz"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    how: dict[str, Any] = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run([sys.executable, "check_vectors.py", "m.onnx", "v.npz"], **how)
     assert done.returncode == 1
     assert re.search(r"^v\.npz has no inputs for \S+ of m\.onnx: it is of another model$", done.stderr.strip())
-    done = subprocess.run([sys.executable, "check_vectors.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "check_vectors.py"], **how)
     assert done.returncode == 1
     assert "python check_vectors.py FILE.onnx VECTORS.npz" in done.stderr
 
