@@ -1,6 +1,7 @@
 """Latency of the exported files over the float export, in ONNX Runtime and OpenVINO.
 
     python benchmarks/deploy_latency.py [resnet20 ...] [--bits w4a4 w2a2] [--batches 1 64] [--threads N]
+    python benchmarks/deploy_latency.py --operators             # where ONNX Runtime's time goes, instead
     python benchmarks/tables.py --page docs/deployment.md       # the table
 
 Every contender is a session on a file of the same network: the float model as torch exports it, with BatchNorm, which
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import logging
 import tempfile
 import warnings
@@ -91,6 +93,9 @@ def with_float_convolutions(exact: Path, path: Path) -> Path:
         ]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    for constant in [c for c in model.graph.initializer if c.name not in used]:
+        model.graph.initializer.remove(constant)
     onnx.save(model, path)
     return path
 
@@ -135,6 +140,33 @@ def contenders(model: nn.Module, paths: dict[str, Path], x: Tensor, threads: int
             yield Contender(f"{name}, {runtime}", call, FLOAT, check=check)
 
 
+def operators(path: Path, x: np.ndarray, threads: int, passes: int = 20) -> dict[str, float]:
+    """Milliseconds by operator of one pass in a plain session, the largest first."""
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads, settings.enable_profiling = threads, True
+    settings.profile_file_prefix = str(path.with_suffix(""))
+    session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    for _ in range(passes):
+        session.run(None, {session.get_inputs()[0].name: x})
+    found: dict[str, float] = {}
+    for event in json.loads(Path(session.end_profiling()).read_text()):
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time"):
+            kind = event["args"]["op_name"]
+            found[kind] = found.get(kind, 0.0) + event["dur"] / 1000 / passes
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def say_operators(name: str, bits: str, batch: int, tiny: bool) -> None:
+    workload = WORKLOADS[name]
+    x = torch.randn(max(batch, 16), *(workload.tiny if tiny else workload.shape)[1:])
+    model = trained(workload, bits, x)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, path in files(model, x, Path(folder)).items():
+            times = operators(path, x[:batch].numpy(), torch.get_num_threads())
+            parts = ", ".join(f"{op} {ms:.1f}" for op, ms in list(times.items())[:6])
+            say(f"{workload.what}, {bits}, batch {batch}, {kind}: {sum(times.values()):.1f} ms: {parts}")
+
+
 def run(name: str, bits: str, batches: Sequence[int], options: Options) -> Iterator[Row]:
     """The rows of one network at some bits."""
     workload = WORKLOADS[name]
@@ -159,16 +191,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bits", nargs="+", default=["w4a4", "w2a2"], help="presets")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--only", nargs="+", default=(), help="contenders with these in their names")
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, help="of every runtime; default: torch's choice")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
+    parser.add_argument("--operators", action="store_true", help="time by operator, of the last of --batches")
     a = parser.parse_args(arguments)
     if a.threads:
         torch.set_num_threads(a.threads)
     warnings.simplefilter("ignore")
+    if a.operators:
+        for name in a.networks:
+            say_operators(name, a.bits[0], a.batches[-1], a.tiny)
+        return
     timing.VERSIONS = (*timing.VERSIONS, "onnx", "onnxruntime", "openvino")
-    seconds = 0.0 if a.tiny else 0.05
+    # long enough for several calls, before which one is made untimed: the threads of the session before still spin then
+    seconds = 0.0 if a.tiny else 0.3
     options = Options(a.out, a.only, a.repeats, 1 if a.tiny else 3, seconds, tiny=a.tiny)
     found = [row for name in a.networks for bits in a.bits for row in run(name, bits, a.batches, options)]
     say(f"written: {report('deploy', found, options)}")

@@ -3,9 +3,9 @@
 Every measurement is a fresh process, started by ``python benchmarks/speed.py memory``.  Kept: the bytes of the storages
 saved for backward, each counted once, without parameters and buffers.  Peak: the largest resident size (VmHWM) during
 three steps, less the resident size right before them, after two steps with two samples (compiled: with all, so that
-compiling does not count) and after free memory was given back.  The C library keeps freed blocks, and
-what it cannot use again (a tenth to a third, other in every process) counts too; so the peak is also taken with glibc
-told to give every freed block of 1 MiB or more back, which shows what the step itself needs.
+compiling does not count) and after free memory was given back.  The C library keeps freed blocks, and what it cannot
+use again, another amount in every process, counts too; so the peak is also taken with glibc told to give every freed
+block of 1 MiB or more back, which shows what the step itself needs.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ import test_layers_more
 from engines import assert_same
 from lsquant import QuantSpec, Recipe, Rule
 from lsquant._util.errors import UsageError
-from lsquant.integer import FrozenQuantizer, IntegerLayer
+from lsquant.integer import FrozenQuantizer
 from lsquant.verification.verdict import different
-from model_table import TYPES
 from test_layers import ready
 from test_layers_more import KINDS, LAYERS, made
 
@@ -135,14 +133,6 @@ def test_a_weight_can_be_read_as_the_float_layers(name: str, dtype: torch.dtype)
     assert torch.equal(layer.weight, model[0].dequantized_weight().to(dtype))
     assert not [key for key in layer.state_dict() if key in ("weight", "like")]
     assert layer.to(torch.float64).weight.dtype == torch.float64
-
-
-def test_the_weight_of_transformers_conv1d_is_in_by_out() -> None:
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
-    for shape in ((2, 3), (4, 4)):
-        model = nn.Sequential(conv1d(*shape))
-        lsquant.prepare(model, Recipe(CHANNEL, None))
-        assert torch.equal(lsquant.to_integer(model)[0].weight, model[0].dequantized_weight())
 
 
 def test_output_size_of_a_transposed_convolution() -> None:
@@ -358,48 +348,3 @@ def test_what_is_refused() -> None:
     model[0].__class__ = Own
     with pytest.raises(UsageError, match=r"0: Bilinear has no integer form; leave it in floating point: skip=\['0'\]"):
         lsquant.to_integer(model)
-
-
-# ---- transformers ----
-
-FEW = ("bert", "gpt2", "falcon", "t5", "vit", "clip", "deberta-v2", "mamba")
-
-
-def check_model_type(name: str) -> None:
-    model_types = pytest.importorskip("model_types")
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, TYPES[name].cls):
-        pytest.skip(f"transformers {transformers.__version__} has no {TYPES[name].cls}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model, batch = model_types.build(name), TYPES[name].batch()
-        lsquant.prepare(model, Recipe.preset("w4a8", skip=TYPES[name].skip), example_inputs=batch)
-        lsquant.calibrate(model, [batch])
-        want = model_types.outputs(model, batch)
-        frozen = lsquant.to_integer(model)
-        assert model_types.same(model_types.outputs(frozen, batch), want)
-    layers = [m for m in frozen.modules() if isinstance(m, IntegerLayer)]
-    assert len(layers) == len(list(lsquant.nn.quantized_layers(model))) > 0
-
-
-def test_linears_of_transformers_are_exported(tmp_path: Path) -> None:
-    """Conv1D, whose weight is (in, out), and FalconLinear."""
-    for package in ("onnx", "onnxruntime", "onnxscript"):
-        pytest.importorskip(package)
-    falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon").FalconLinear
-    model = nn.Sequential(test_layers_more.conv1d_of_transformers(5, 12), nn.ReLU(), falcon(5, 7))
-    x = ready(model, torch.randn(3, 4, 12), CHANNEL, 4) and torch.randn(2, 4, 12)
-    verdict = lsquant.verify(model, lsquant.export_onnx(model, tmp_path / "m.onnx", x), [x])
-    assert verdict.exact, verdict
-    assert verdict.layers == 2
-
-
-@pytest.mark.parametrize("name", FEW)
-def test_model_types(name: str) -> None:
-    check_model_type(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in TYPES if n not in FEW])
-def test_other_model_types(name: str) -> None:
-    check_model_type(name)

@@ -140,15 +140,14 @@ def judged(a: Namespace, model: nn.Module, path: Path, data: Iterable[Any]) -> O
         raise MissingFile(f"{path} does not exist: {how}{' ...' if is_own(a) else ''} writes it")
     if a.profile == PACKED and a.runtime != RUNTIMES[0]:
         raise UsageError(f"--runtime {a.runtime} is for ONNX files: leave it out with --profile packed")
-    verdict = verify(
-        model, path, data, runtime=a.runtime, node_modules=a.node_modules, max_batches=a.max_batches
-    )  # fmt: skip
+    where = {"runtime": a.runtime, "node_modules": a.node_modules}
+    verdict = verify(model, path, data, max_batches=a.max_batches, **where)
     if a.file and a.profile and verdict.profile != a.profile:
         raise UsageError(f"{path} has the profile {verdict.profile}, not {a.profile}: --file needs no --profile")
     result = {"required": a.require, **verdict.to_dict(), "text": str(verdict)}
     if not a.file:
-        where = "" if a.runtime == RUNTIMES[0] else f".{a.runtime}"
-        write_json(path.with_suffix(f"{where}.verdict.json"), result)
+        kind = "" if a.runtime == RUNTIMES[0] else f".{a.runtime}"
+        write_json(path.with_suffix(f"{kind}.verdict.json"), result)
     if verdict.reaches(a.require):
         return result, str(verdict), True
     hint = " (profile qdq promises weights: --require weights)" if verdict.profile == "qdq" else ""
