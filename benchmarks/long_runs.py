@@ -25,7 +25,7 @@ from lsquant.tasks import Run, get_task, is_run, open_run, run_training
 from lsquant.training import Log
 
 RUNS = {f"w{b}a{b}{'-teacher' if teacher else ''}": (b, teacher) for teacher in (False, True) for b in (2, 4, 3)}
-#: By bits, epochs and learning rate (docs/pilot.md: 0.03 is better at 2 bits, 0.01 at 4); together four hours of one core.
+#: Epochs and learning rate by bits (docs/pilot.md: 0.03 is better at 2 bits, 0.01 at 4); four hours of one core in all.
 LENGTHS = {2: (40, 0.03), 3: (22, 0.02), 4: (15, 0.01)}
 
 
