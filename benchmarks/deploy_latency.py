@@ -10,8 +10,7 @@ the same number of threads and the same batch, and are measured in turns.  Weigh
 matters to the time.  Before it is timed every file is compared with the trained model; ``check`` has its size and how
 many outputs differ.  Rows go to results/bench/deploy.csv.
 
-``exact, float Conv`` is no profile but an experiment: the exact file with float Conv over the same codes, exact while
-sums stay below 2^24, and a cast to int32 behind it, which keeps the runtime from fusing it with the scale.
+``exact, ConvInteger`` is no profile but the file as `exact` would be if no convolution added up in float32.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import timing
 import torch
 from networks import WORKLOADS, Workload
-from onnx import helper, numpy_helper
 from timing import Contender, Options, Row, measure, report, rows, say, show
 from torch import Tensor, nn
 
 import lsquant
+from lsquant.export import lowering
 from lsquant.verification.runtimes import OPENVINO
 
 PROFILES = ("exact", "small", "qdq")
@@ -66,38 +65,19 @@ def files(model: nn.Module, x: Tensor, folder: Path) -> dict[str, Path]:
     )
     for profile in PROFILES:
         found[profile] = lsquant.export_onnx(model, folder / f"{profile}.onnx", x[:2], profile=profile)
-    found["exact, float Conv"] = with_float_convolutions(found["exact"], folder / "float-conv.onnx")
+    with in_integers():
+        found["exact, ConvInteger"] = lsquant.export_onnx(model, folder / "integers.onnx", x[:2])
     return found
 
 
-def with_float_convolutions(exact: Path, path: Path) -> Path:
-    """The exact file with ``Conv`` of float codes, then ``Cast`` to int32, in the place of every ``ConvInteger``."""
-    model = onnx.load(exact)
-    constants = {c.name: numpy_helper.to_array(c) for c in model.graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    for node in model.graph.node:
-        if node.op_type != "ConvInteger":
-            nodes.append(node)
-            continue
-        (x, w, zero_x, zero_w), y = node.input, node.output[0]
-        new = {f"{y}.w": constants[w].astype(np.float32) - np.float32(constants[zero_w])}
-        new[f"{y}.z"] = np.float32(constants[zero_x])
-        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in new.items())
-        convolution = helper.make_node("Conv", [f"{y}.x", f"{y}.w"], [f"{y}.float"])
-        convolution.attribute.extend(node.attribute)
-        nodes += [
-            helper.make_node("Cast", [x], [f"{y}.codes"], to=onnx.TensorProto.FLOAT),
-            helper.make_node("Sub", [f"{y}.codes", f"{y}.z"], [f"{y}.x"]),
-            convolution,
-            helper.make_node("Cast", [f"{y}.float"], [y], to=onnx.TensorProto.INT32),
-        ]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    for constant in [c for c in model.graph.initializer if c.name not in used]:
-        model.graph.initializer.remove(constant)
-    onnx.save(model, path)
-    return path
+@contextmanager
+def in_integers() -> Iterator[None]:
+    """Exports in which convolutions never add up in float32."""
+    limit, lowering.FLOAT_SUMS = lowering.FLOAT_SUMS, 0
+    try:
+        yield
+    finally:
+        lowering.FLOAT_SUMS = limit
 
 
 def onnx_runtime(path: Path, x: np.ndarray, threads: int) -> Callable[[], np.ndarray]:

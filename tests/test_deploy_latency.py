@@ -21,7 +21,7 @@ def test_rows_and_table(tmp_path: Path, bench) -> None:  # noqa: F811
     assert done.returncode == 0, done.stderr
     tables = bench("tables")
     rows = tables.read(tmp_path / "deploy.csv")
-    files = ("float", "exact", "small", "qdq", "exact, float Conv")
+    files = ("float", "exact", "small", "qdq", "exact, ConvInteger")
     names = {f"{file}, {runtime}" for file in files for runtime in ("ONNX Runtime", "OpenVINO")}
     assert_sound(rows, names, groups=2)
     for row in rows:
@@ -29,7 +29,7 @@ def test_rows_and_table(tmp_path: Path, bench) -> None:  # noqa: F811
             assert (row["repeats"], row["check"]) == ("0", "left out: Unsupported type"), row
             continue
         assert row["repeats"] == "1", row
-        if row["contender"] in ("exact, ONNX Runtime", "small, ONNX Runtime", "exact, float Conv, ONNX Runtime"):
+        if row["contender"] in ("exact, ONNX Runtime", "small, ONNX Runtime", "exact, ConvInteger, ONNX Runtime"):
             assert row["check"].endswith("other than trained: 0.00% of outputs"), row
     page = tables.filled("<!-- table: deploy -->\n<!-- end of deploy -->", tmp_path)
     assert "| ResNet-20, w2a2, batch 2 |" in page

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import lsquant
 from lsquant import QuantSpec, Recipe, Rule
+from lsquant.export import lowering
 from lsquant.export.onnx import initializers, load_onnx
 
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 SHAPES = {1: (6, 9), 2: (6, 5, 7), 3: (6, 3, 2, 4)}
 
@@ -67,9 +68,14 @@ def largest(verdict: lsquant.Verdict) -> float:
     return verdict.checks[-1].largest
 
 
-@pytest.mark.parametrize("profile", ["exact", "small", "qdq"])
-def test_both_sides_quantized(profile: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("profile", "operator"),
+    [("exact", "Conv"), ("exact", "ConvInteger"), ("small", "Conv"), ("small", "ConvInteger"), ("qdq", "Conv")],
+)
+def test_both_sides_quantized(profile: str, operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps per channel and per tensor, LSQ+, 2 to 8 bits; the same file for other batch sizes."""
+    if operator == "ConvInteger":
+        monkeypatch.setattr(lowering, "FLOAT_SUMS", 0)
     rules = [Rule("two.*", QuantSpec(2, granularity="channel"), QuantSpec(3, offset=True)), Rule("three.*", 8, 8)]
     model = ready(QuantSpec(4), QuantSpec(4, offset=True), rules)
     path = lsquant.export_onnx(model, tmp_path / "m.onnx", inputs(1), profile=profile)
@@ -90,7 +96,57 @@ def test_both_sides_quantized(profile: str, tmp_path: Path) -> None:
         assert facts["two.up"].layout == "reversed"
         stored = initializers(load_onnx(path)[0])["two.up.weight"]  # (out, in / groups, *kernel), reversed
         codes = model.two["up"].integer_weight()[0].numpy()  # (in, out / groups, *kernel)
-        assert int(stored[3, 2, 0, 1]) - 2 == codes[5, 1, 2, 1]  # code - q_min
+        assert int(stored[3, 2, 0, 1]) - 2 * (operator == "ConvInteger") == codes[5, 1, 2, 1]  # there code - q_min
+    operators = {node.op_type for node in load_onnx(path)[0].graph.node}
+    assert {"Conv", "ConvInteger"} & operators == {operator}
+
+
+@pytest.mark.parametrize(("channels", "operator"), [(518, "Conv"), (519, "ConvInteger")])
+def test_float32_adds_up_only_what_it_holds(channels: int, operator: str, tmp_path: Path) -> None:
+    """8/8 bits, 1x1: 127 * 255 * 518 = 16,775,430 is below 2^24 = 16,777,216, with another channel it is above."""
+    model = nn.Sequential(nn.Conv2d(channels, 4, 1, bias=False))
+    x = torch.full((2, channels, 3, 3), 255.0)
+    x[0, 7] = 254.0  # an even sum becomes an odd one
+    x[1] -= torch.randint(0, 2, (channels, 3, 3))
+    lsquant.prepare(model, Recipe(8, 8), x)
+    lsquant.calibrate(model, [x])
+    layer: Any = model[0]
+    with torch.no_grad():
+        layer.weight.fill_(127.0)
+        layer.weight[1:] = torch.randint(-127, 128, (3, channels, 1, 1)).float()
+        layer.weight_quantizer.step.fill_(1.0)
+        layer.input_quantizer.step.fill_(1.0)
+    assert (layer.input_quantizer.q_min, layer.input_quantizer.q_max) == (0, 255)
+    path = lsquant.export_onnx(model.eval(), tmp_path / "m.onnx", x)
+    assert {node.op_type for node in load_onnx(path)[0].graph.node} & {"Conv", "ConvInteger"} == {operator}
+    want = np.einsum("oi,nihw->nohw", layer.weight[:, :, 0, 0].detach().numpy().astype(np.int64), x.long().numpy())
+    assert want.max() > 2**23.9
+    session = lsquant.onnx_session(path)
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert (got == want.astype(np.float32)).all()
+    verdict = lsquant.verify(model, path, [x])
+    assert verdict.exact, str(verdict)
+
+
+def test_an_integer_sum_has_no_negative_zero(tmp_path: Path) -> None:
+    """Zeros times negative weights are -0.0 in floating point; the trained sum is an integer, 0.  Any optimization."""
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.Conv2d(16, 16, 3, groups=16, bias=False))
+    x = torch.rand(2, 16, 6, 6)
+    lsquant.prepare(model, Recipe(4, 4), x)
+    lsquant.calibrate(model, [x])
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(-layer.weight.abs())  # type: ignore[operator, arg-type]
+        want = model.eval()(torch.zeros(2, 16, 6, 6)).numpy()
+    assert not np.signbit(want).any()
+    path = lsquant.export_onnx(model, tmp_path / "m.onnx", x)
+    assert {node.op_type for node in load_onnx(path)[0].graph.node} & {"Conv", "ConvInteger"} == {"Conv"}
+    levels = onnxruntime.GraphOptimizationLevel
+    for level in (levels.ORT_DISABLE_ALL, levels.ORT_ENABLE_BASIC, levels.ORT_ENABLE_EXTENDED, levels.ORT_ENABLE_ALL):
+        session = lsquant.onnx_session(path, graph_optimization_level=level)
+        (got,) = session.run(None, {session.get_inputs()[0].name: np.zeros((2, 16, 6, 6), np.float32)})
+        assert not got.any()
+        assert not np.signbit(got).any()
 
 
 @pytest.mark.parametrize("profile", ["exact", "small", "qdq"])

@@ -37,7 +37,7 @@ class Widths(nn.Module):
 WIDTHS = [(bits, True) for bits in range(2, 9)] + [(2, False), (4, False)]
 TYPES = {
     "linear": [INT2, INT4, INT4, INT8, INT8, INT8, UINT8, UINT2, UINT4],
-    "conv": [UINT2, UINT4, UINT4, UINT8, UINT8, UINT8, UINT8, UINT2, UINT4],  # code - q_min
+    "conv": [INT2, INT4, INT4, INT8, INT8, INT8, INT8, UINT2, UINT4],
 }
 BYTES = [4, 8, 8, 15, 15, 15, 15, 4, 8]
 

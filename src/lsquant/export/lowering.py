@@ -2,14 +2,23 @@
 
 All forms quantize by ``QuantizeLinear``, which divides and rounds half to even as section 1 of the mathematics asks.
 
-exact: activations are stored as uint8, signed codes as code + 128; weights of convolutions, and of linear layers with 8
-bits, as uint8 ``code - q_min``, else as int8.  So no product of an 8-bit unsigned and an 8-bit signed number occurs: on
-x86 without VNNI a pair of those saturates at 16 bits in ONNX Runtime.  The zero points take the offsets out again,
-exactly.  (ConvInteger with int8 weights is four times slower there, and missing in older releases.)
+exact: a convolution adds its codes up in float32 wherever no sum can leave 2^24 = the integers that float32 has all of:
+whatever the order, nothing is rounded, and ONNX Runtime takes half the time of ConvInteger or less.  The Clip of the
+sums to +-2^24 changes none and costs nothing, for it is fused with Conv; it keeps a runtime from drawing the scale
+into the weights:
+
+    x -> QuantizeLinear -> Clip -> Cast(FLOAT) -> Sub(zero point) -> Conv(Cast(FLOAT)(codes)) -> Clip
+      -> Mul(fl(s_x s_w)) -> Add(bias)
+
+Other convolutions and linear layers take integer operators, activations as uint8, signed codes as code + 128; weights
+of convolutions, and of linear layers with 8 bits, as uint8 ``code - q_min``, else as int8.  So no product of an 8-bit
+unsigned and an 8-bit signed number occurs: on x86 without VNNI a pair of those saturates at 16 bits in ONNX Runtime.
+The zero points take the offsets out again, exactly.  (ConvInteger with int8 weights is four times slower there, and
+missing in older releases.)
 
     x -> QuantizeLinear -> Clip -> ConvInteger | MatMulInteger -> Cast(FLOAT) -> Mul(fl(s_x s_w)) -> Add(bias)
 
-A transposed convolution is ConvInteger with reversed kernels over codes between which stride - 1 zero points are put.
+A transposed convolution is one with reversed kernels over codes between which stride - 1 zero points are put.
 
 small: as exact, with weights of at most 4 bits as initializers of 4 or 2 bits and a Cast after them; a weight whose
 input is not quantized, and a group-wise convolution, by DequantizeLinear as in qdq, groups in blocks.
@@ -32,6 +41,8 @@ from lsquant.export.graph import FLOAT, Facts, Graph, array, dequantize, quantiz
 from lsquant.integer import FrozenQuantizer, IntegerConv, IntegerLayer
 
 UINT8, INT8 = 2, 3  # onnx.TensorProto
+FLOAT_SUMS = 2**24
+"""Sums of integers that stay below this are exact in float32, in any order."""
 NARROW = ((2, 25), (4, 21))
 """(bits of an initializer in profile small, the lowest operator set that has the type)."""
 
@@ -83,46 +94,72 @@ def _exact(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, shapes: t
     assert source is not None
     assert codes is not None
     assert scale is not None
-    facts.offset = 128 if source.q_min < 0 else 0
+    in_float = isinstance(layer, IntegerConv) and largest_sum(layer) < FLOAT_SUMS
+    container = np.int8 if in_float and source.q_min < 0 else np.uint8
+    facts.offset = 128 if source.q_min < 0 and not in_float else 0
     zero = 0 if source.zero_point is None else int(source.zero_point.item())
     step = facts.input_step = graph.constant(f"{name}.input_step", array(source.step).reshape(()))
-    point = graph.constant(f"{name}.input_zero_point", np.uint8(zero + facts.offset))
+    point = graph.constant(f"{name}.input_zero_point", container(zero + facts.offset))
     low, high = source.q_min + facts.offset, source.q_max + facts.offset
-    full = (low, high) == (0, 255)
+    full = (low, high) == (np.iinfo(container).min, np.iinfo(container).max)
     facts.codes = f"{graph.prefix}/codes"
     q = graph.node("QuantizeLinear", [facts.input, step, point], facts.codes if full else f"{graph.prefix}/rounded")
     if not full:
-        limits = [graph.constant(f"uint8_{n}", np.uint8(n)) for n in (low, high)]
+        limits = [graph.constant(f"{container.__name__}_{n}", container(n)) for n in (low, high)]
         q = graph.node("Clip", [q, *limits], facts.codes)
     low, high = layer.weight_bounds
-    dtype = np.uint8 if isinstance(layer, IntegerConv) or low < -64 or high > 63 else np.int8
-    facts.weight_offset = -low if dtype is np.uint8 and low < 0 else 0
+    if in_float:
+        dtype = np.uint8 if high > 127 else np.int8
+    else:
+        dtype = np.uint8 if isinstance(layer, IntegerConv) or low < -64 or high > 63 else np.int8
+        facts.weight_offset = -low if dtype is np.uint8 and low < 0 else 0
     narrow = narrow_type(low + facts.weight_offset, high + facts.weight_offset, small)
     stored = (array(codes).astype(np.int16) + facts.weight_offset).astype(dtype)
-    weight_point = graph.constant(f"{dtype.__name__}_{facts.weight_offset}", dtype(facts.weight_offset))
     if isinstance(layer, IntegerConv):
         geometry = _geometry(layer)
         if layer.transposed:
             facts.layout, stored = "reversed", np.flip(stored, tuple(range(2, stored.ndim)))
             q = _spread(graph, layer, q, point, name, shapes)
             geometry |= {"strides": [1] * len(layer.stride), "pads": [0] * len(geometry["pads"])}
-        operands = [q, _initializer(graph, facts, f"{name}.weight", stored, narrow), point, weight_point]
-        sums = graph.node("ConvInteger", operands, f"{graph.prefix}/sums", **geometry)
+        if in_float:
+            weight = _initializer(graph, facts, f"{name}.weight", stored, narrow, to=FLOAT)
+            q = graph.node("Cast", [q], f"{graph.prefix}/float_codes", "Cast_codes", to=FLOAT)
+            if zero:
+                q = graph.node("Sub", [q, graph.constant(f"{name}.zero", np.float32(zero))], f"{graph.prefix}/centred")
+            product = graph.node("Conv", [q, weight], f"{graph.prefix}/product", **geometry)
+            limits = [graph.constant(f"float32_{n}", np.float32(n)) for n in (-FLOAT_SUMS, FLOAT_SUMS)]
+            sums = graph.node("Clip", [product, *limits], f"{graph.prefix}/sums", "Clip_sums")
+        else:
+            weight = _initializer(graph, facts, f"{name}.weight", stored, narrow)
+            weight_point = graph.constant(f"{dtype.__name__}_{facts.weight_offset}", dtype(facts.weight_offset))
+            sums = graph.node("ConvInteger", [q, weight, point, weight_point], f"{graph.prefix}/int_sums", **geometry)
+            sums = graph.node("Cast", [sums], f"{graph.prefix}/sums", to=FLOAT)
         facts.scales = [graph.constant(f"{name}.scale", _per_channel(array(scale), layer))]
-        y = _scaled(graph, sums, facts.scales[0], "")
+        y = graph.node("Mul", [sums, facts.scales[0]], f"{graph.prefix}/scaled")
     else:
         facts.transposed = True
+        weight_point = graph.constant(f"{dtype.__name__}_{facts.weight_offset}", dtype(facts.weight_offset))
         y = _matmul_integer(graph, layer, facts, name, [q, point, weight_point], stored, narrow)
     _add_bias(graph, layer, facts, name, y)
 
 
-def _initializer(graph: Graph, facts: Facts, name: str, stored: np.ndarray, narrow: Any) -> str:
-    """The value that holds a layer's codes in 8 bits: an initializer, or the Cast of one of 4 or 2 bits."""
+def largest_sum(layer: IntegerLayer) -> int:
+    """``max over outputs of sum |q_w|  *  max |q_x - z|``: no sum of products, nor a part of one, is larger."""
+    source, codes = layer.input, layer.codes
+    assert source is not None
+    assert codes is not None
+    zero = 0 if source.zero_point is None else int(source.zero_point.item())
+    reach = max(abs(source.q_min - zero), abs(source.q_max - zero))
+    return reach * int(np.abs(array(codes).astype(np.int64)).reshape(len(codes), -1).sum(1).max())
+
+
+def _initializer(graph: Graph, facts: Facts, name: str, stored: np.ndarray, narrow: Any, to: int | None = None) -> str:
+    """The value that holds a layer's codes: an initializer, or its Cast from 4 or 2 bits, or to the type `to`."""
     facts.weights.append(graph.constant(name, np.ascontiguousarray(stored, narrow or stored.dtype)))
-    if narrow is None:
+    if narrow is None and to is None:
         return name
-    tag, to = name.rpartition(".weight")[2].replace(".", "_"), UINT8 if stored.dtype == np.uint8 else INT8
-    return graph.node("Cast", [name], f"{graph.prefix}/weight{tag}", f"Cast_weight{tag}", to=to)
+    tag, eight = name.rpartition(".weight")[2].replace(".", "_"), UINT8 if stored.dtype == np.uint8 else INT8
+    return graph.node("Cast", [name], f"{graph.prefix}/weight{tag}", f"Cast_weight{tag}", to=to or eight)
 
 
 def _spread(graph: Graph, layer: IntegerConv, q: str, point: str, name: str, shapes: tuple[Dims, Dims]) -> str:
@@ -178,8 +215,11 @@ def _matmul_integer(
         scale = graph.constant(f"{name}.scale{suffix}", scales[:, g] if scales.shape[0] > 1 else scales[0, g])
         facts.scales.append(scale)
         tag = suffix.replace(".", "_")
-        sums = graph.node("MatMulInteger", [part, weight, *points], f"{graph.prefix}/sums{tag}", f"MatMulInteger{tag}")
-        y = _scaled(graph, sums, scale, tag)
+        sums = graph.node(
+            "MatMulInteger", [part, weight, *points], f"{graph.prefix}/int_sums{tag}", f"MatMulInteger{tag}"
+        )
+        sums = graph.node("Cast", [sums], f"{graph.prefix}/sums{tag}", f"Cast{tag}", to=FLOAT)
+        y = graph.node("Mul", [sums, scale], f"{graph.prefix}/scaled{tag}", f"Mul{tag}")
         total = y if g == 0 else graph.node("Add", [total, y], f"{graph.prefix}/total{tag}", f"Add{tag}")
     return total
 
@@ -192,11 +232,6 @@ def _split(graph: Graph, q: str, count: int, size: int) -> list[str]:
         graph.node("Slice", [q, edges[g], edges[g + 1], axis], f"{graph.prefix}/codes_group{g}", f"Slice_group{g}")
         for g in range(count)
     ]
-
-
-def _scaled(graph: Graph, sums: str, scale: str, tag: str) -> str:
-    as_float = graph.node("Cast", [sums], f"{graph.prefix}/float_sums{tag}", f"Cast{tag}", to=FLOAT)
-    return graph.node("Mul", [as_float, scale], f"{graph.prefix}/scaled{tag}", f"Mul{tag}")
 
 
 def _add_bias(graph: Graph, layer: IntegerLayer, facts: Facts, name: str, y: str) -> None:
