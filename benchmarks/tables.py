@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lsquant._util.files import atomic_write_text
@@ -112,10 +112,15 @@ def render(name: str, results: Path) -> str:
     return "\n".join([*conditions(rows), *body, *left_out(rows)])
 
 
-def filled(page: str, results: Path) -> str:
-    """The page with every table between its markers replaced."""
+def replaced(page: str, render: Callable[[str], str]) -> str:
+    """The page with every table between its markers replaced; render: gives a table of that name."""
     marker = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
-    return marker.sub(lambda m: f"{m[1]}\n{render(m[2], results)}\n\n{m[3]}", page)
+    return marker.sub(lambda m: f"{m[1]}\n{render(m[2])}\n\n{m[3]}", page)
+
+
+def filled(page: str, results: Path) -> str:
+    """The page with the tables of these results."""
+    return replaced(page, lambda name: render(name, results))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -98,6 +98,38 @@ def test_oscillation_is_collected(tmp_path):
     assert all(0.0 <= share < 0.5 for share in shares.values())
 
 
+def test_oscillation_goes_on_where_trainer_resumes(tmp_path):
+    """Killed after 10 of 17 looks: the shares of a run that was not, from the same folder; elsewhere a new window."""
+
+    class Killed(transformers.TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    def shares(callback):
+        facts = callback.last["quantizers"]
+        return {name: some["oscillation"] for name, some in facts.items() if "oscillation" in some}
+
+    def callback():
+        return huggingface.QuantizerCallback(every=17, oscillation_every=1)
+
+    kwargs = {"max_steps": 17, "save_strategy": "steps", "save_steps": 10, "learning_rate": 0.1}
+    whole = callback()
+    train(make(), arguments(tmp_path / "a", **kwargs), callback=whole)
+    assert any(share > 0 for share in shares(whole).values())
+    again, args = make(calibrated=False), arguments(tmp_path / "b", **kwargs)
+    trainer = transformers.Trainer(make(), args, train_dataset=EXAMPLES, callbacks=[callback(), Killed()])
+    trainer.optimizer = huggingface.optimizer(trainer.model, args, step_lr=1e-4)
+    trainer.train()
+    resumed = callback()
+    train(again, args, callback=resumed, resume_from_checkpoint=True)
+    assert shares(resumed) == shares(whole)
+    elsewhere = callback()
+    checkpoint = str(tmp_path / "b/checkpoint-10")
+    args = arguments(tmp_path / "c", **kwargs)
+    train(make(calibrated=False), args, callback=elsewhere, resume_from_checkpoint=checkpoint)
+    assert shares(elsewhere) == {}
+
+
 def test_steps_without_gradient_are_not_decayed(tmp_path):
     """Learning rate and decay are on, every gradient of a step is 0: the steps stay what they are, bit for bit."""
     model = make()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from lsquant._util.errors import UsageError
 from lsquant._util.optional import require
 from lsquant.integrations.watch import EVERY, Problems, Watch, flat
 from lsquant.training import param_groups
+from lsquant.training.state import load_state, save_state
 
 transformers = require("transformers", extra="integrations")
 
@@ -44,8 +46,9 @@ class QuantizerCallback(transformers.TrainerCallback):
 
     every: optimizer steps between two looks.  log: a JSON-lines file.  report: called with a flat dictionary of
     numbers, for instance ``trainer.log`` (set it after the trainer is made).  problems: "raise", "warn" or "ignore".
-    oscillation_every: optimizer steps between two looks of ``lsquant.training.Oscillation``; its window begins anew
-    where Trainer resumes.  ``last`` is the latest row, {"iteration", "quantizers":
+    oscillation_every: optimizer steps between two looks of ``lsquant.training.Oscillation``; what it has seen lies in
+    Trainer's checkpoints (``oscillation.safetensors``) and is taken up where the folder of the present run has the one
+    that is resumed; its window begins anew elsewhere.  ``last`` is the latest row, {"iteration", "quantizers":
     ``lsquant.training.quantizer_facts(model)``}, with ``oscillation`` among them.
     """
 
@@ -65,9 +68,21 @@ class QuantizerCallback(transformers.TrainerCallback):
         return self.watch.last
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        found = _seen(args, state)
+        self.watch.state = load_state(found) if state.global_step and found.is_file() else None
         self.watch.begin(kwargs["model"], kwargs["optimizer"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        path = _seen(args, state)
+        if state.is_world_process_zero and path.parent.is_dir():
+            save_state(path, self.watch.oscillation.state_dict())
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         row = self.watch.look(kwargs["model"], state.global_step + 1, state.is_world_process_zero)
         if row is not None and self.report is not None:
             self.report(flat(row))
+
+
+def _seen(args: Any, state: Any) -> Path:
+    """Where a checkpoint of the present step keeps what the oscillation watch has seen."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "oscillation.safetensors"

@@ -1,0 +1,130 @@
+"""The results: networks of the long runs as packed files with their verdicts, and the tables of docs/results.md.
+
+    python benchmarks/results.py --runs runs/long --data DIR    # files and verdicts of finished runs, then the page
+    python benchmarks/results.py                                # the page alone, from what is in results/
+
+Every finished run of long_runs.py is exported in every profile, and every file compared with the trained model on all
+test images, as by ``lsquant export`` and ``lsquant verify``.  ``results/networks`` gets the packed file of each, and a
+JSON with accuracy, sizes and verdicts; ``results/long`` the metrics (long_runs.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from long_runs import RUNS, collect
+from tables import ROOT, replaced, table
+
+from lsquant import Verdict, export_onnx, export_packed, load_packed, to_integer, verify
+from lsquant._util.files import atomic_write_text, read_json, write_json
+from lsquant.tasks import is_run, open_run
+
+PROFILES = ("packed", "exact", "small", "qdq")
+
+
+def summary(verdict: Verdict, size: int) -> dict[str, Any]:
+    """Size, level, and of every comparison the elements, how many differ and by how much at most."""
+    plain = {} if verdict.plain is None else {"plain": verdict.plain.level}
+    checks = [[c.what, c.compared, c.mismatches, c.largest] for c in verdict.checks]
+    about = {"bytes": size, "runtime": verdict.runtime, "level": verdict.level, **plain}
+    return {**about, "samples": verdict.samples, "checks": checks}
+
+
+def publish(path: Path, data: str | None, networks: Path) -> None:
+    """Files and verdicts of one finished run."""
+    run = open_run(path, **({"data": data} if data else {}))
+    model, batches = run.model(), partial(run.task.batches, "test", batch_size=250)
+    name, example = f"cifar10-{run.task.options['model']}-{path.name}", run.task.example_input()
+    files: dict[str, Any] = {}
+    for profile in PROFILES:
+        file = run.file(f"export/{profile}.{'safetensors' if profile == 'packed' else 'onnx'}")
+        if profile == "packed":
+            export_packed(model, file)
+        else:
+            export_onnx(model, file, example, profile=profile)
+        verdict = verify(model, file, batches())
+        files[profile] = summary(verdict, file.stat().st_size)
+        print(f"{name}, {profile}: {verdict.level}", file=sys.stderr, flush=True)
+    shipped = run.file("export/packed.safetensors")
+    integer = to_integer(load_packed(run.task.model(), shipped))
+    networks.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(shipped, networks / f"{name}.safetensors")
+    facts = {"run": path.name, "task": run.task.name, "model": run.task.options["model"]}
+    write_json(networks / f"{name}.json", {**facts, **run.task.metric(integer), "files": files})
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """All JSON files of a folder, in the order of the runs."""
+    return sorted(map(read_json, folder.glob("*.json")), key=lambda facts: list(RUNS).index(facts["run"]))
+
+
+def runs(found: Sequence[dict[str, Any]]) -> str:
+    """A line a run, finished or not."""
+    head = ("bits, weights/inputs", "test accuracy", "over float", "rounded only", "epochs", "learning rate", "minutes")
+    lines, environments = [], []
+    for run in found:
+        settings, metrics, rows = run["settings"], run.get("metrics"), run["rows"]
+        bits, teacher = RUNS[run["run"]]
+        what = f"{bits}/{bits}" + (f", taught by {run['teacher']}" if teacher else "")
+        if metrics is None:
+            accuracy, gap, rounded = f"({rows[-1]['accuracy']:.2f} % so far)" if rows else "", "", ""
+        else:
+            accuracy, floating = metrics["lsq"]["accuracy"], metrics["float"]["accuracy"]
+            gap, rounded = f"{accuracy - floating:+.2f}", f"{metrics['rounded']['accuracy']:.2f} %"
+            accuracy = f"**{accuracy:.2f} %**"
+        epochs = f"{run['epochs_done']}" if metrics else f"{run['epochs_done']} of {settings['epochs']}"
+        minutes = f"{sum(row['seconds'] for row in rows) / 60:.0f}"
+        lines.append((what, accuracy, gap, rounded, epochs, f"{settings['lr']:g}", minutes))
+        commits = ", ".join(commit[:7] for commit in run["commits"])
+        where = run["environment"]
+        environments.append(
+            f"- {what}: seed {settings['seed']}, commit {commits}, log `results/long/{run['run']}.json`; "
+            f"{where['processor']}, {where['cpu_capability']}, {settings['threads']} thread of {where['cores']} cores, "
+            f"torch {where['packages']['torch']}"
+        )
+    return "\n".join([*table(head, lines), "", *environments])
+
+
+def files(found: Sequence[dict[str, Any]]) -> str:
+    """A line a file, with its verdict."""
+    head = ("network", "profile", "bytes", "level", "inputs of layers that differ", "outputs that differ")
+    lines = []
+    for network in found:
+        for profile, file in network["files"].items():
+            counts = [f"{n:,} of {of:,}" + (f" (by {by:.2g})" if n else "") for _, of, n, by in file["checks"][-2:]]
+            level = f"`{file['level']}`"
+            if file.get("plain", file["level"]) != file["level"]:
+                level += f", `{file['plain']}` in a plain session"
+            lines.append((network["run"], f"`{profile}`", f"{file['bytes']:,}", level, *counts))
+    return "\n".join(table(head, lines))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--runs", type=Path, help="folder of finished runs, to be exported and verified")
+    parser.add_argument("--data", help="folder of the images, where they have moved")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--threads", type=int)
+    a = parser.parse_args(arguments)
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    for name in RUNS if a.runs else ():
+        path = a.runs / name
+        if is_run(path):
+            collect(path, a.results / "long")
+            if (path / "metrics.json").is_file():
+                publish(path, a.data, a.results / "networks")
+    tables = {"runs": runs(read(a.results / "long")), "files": files(read(a.results / "networks"))}
+    atomic_write_text(a.page, replaced(a.page.read_text(encoding="utf-8"), tables.__getitem__))
+
+
+if __name__ == "__main__":
+    main()
