@@ -172,7 +172,7 @@ def test_size():
     core = sum(size for file, size in sizes.items() if LAYERS.get(part(file), CORE + 1) <= CORE)
     tasks = sum(size for file, size in sizes.items() if part(file) == "tasks")
     whole = sum(sizes.values())
-    assert core <= 2860, f"the core has {core} lines of code"
+    assert core <= 2870, f"the core has {core} lines of code"
     assert whole <= 9500, f"the package has {whole} lines of code"
     assert tasks <= 0.15 * whole, f"tasks/ has {tasks} of {whole} lines"
     for file in FILES:

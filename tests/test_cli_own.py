@@ -152,7 +152,15 @@ def test_calibrate_writes_what_save_writes(own, capsys):
     expected.load_state_dict({k: v for k, v in model.state_dict().items() if "quantizer" not in k})
     data = list(module.batches())
     lsquant.prepare(expected, lsquant.Recipe.preset("w4a4"), data[0])
-    lsquant.calibrate(expected, data)
+    lsquant.calibrate(expected, data, weights="mse")
+    assert torch.equal(expected.eval()(data[0][0]), model(data[0][0]))
+    assert "sign undecided" not in out
+    assert "8 bit, unsigned, per tensor" in out
+
+    rules = ["--weight-init", "paper", "--activation-init", "paper"]
+    run("calibrate", *CNN, "--bits", "4", "--out", "paper.safetensors", *rules, "--quiet")
+    model = lsquant.load(module.build(), "paper.safetensors").eval()
+    lsquant.calibrate(expected, data, method="paper", weights="paper")
     assert torch.equal(expected.eval()(data[0][0]), model(data[0][0]))
 
 

@@ -30,7 +30,7 @@ def calibrated(name: str, bits: int, folder: Path, cifar: Path, limit: int | Non
     calibration, images, _, size = data(name, folder, cifar)
     model = real_net(name, folder)
     lsquant.prepare(model, Recipe(QuantSpec(bits, granularity="channel"), bits))
-    lsquant.calibrate(model, calibration.split(size))
+    lsquant.calibrate(model, calibration.split(size), weights="mse")
     return model.eval(), images[:limit].split(size)
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from lsquant._util.errors import UsageError
 
 RAW_LIMIT = 1 << 18
+FEW = 4
+"""Up to so many raw values a level, rounding each is faster than finding the levels' edges among them."""
 GRID = 2000
 GRID_RANGE = (1e-4, 2.0)
 
@@ -79,6 +81,11 @@ def squared_errors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Summed squared error of each step (m,), and the step that is optimal for the same codes (m,)."""
     values, prefix = table
+    if values.size <= FEW * (q_max - q_min + 1) and prefix[0, -1] == values.size:
+        codes = np.clip(np.rint(values / steps[:, None]), q_min, q_max)
+        errors = np.square(values - codes * steps[:, None]).sum(1)
+        norm = np.square(codes).sum(1)
+        return errors, np.divide(codes @ values, norm, out=steps.copy(), where=norm > 0)
     q = np.arange(q_min, q_max + 1, dtype=np.float64)
     cuts = np.searchsorted(values, steps[:, None] * (q[:-1] + 0.5))
     ends = np.full((len(steps), 1), values.size)

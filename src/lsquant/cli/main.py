@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     _bits(sub)
     sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) for the model")
+    _rules(sub, "rule of these steps (default mse)")
 
     sub = add("export", commands.export, "write the trained integers of a run or FILE as ONNX or packed")
     _subject(sub)
@@ -140,8 +141,12 @@ def _train(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(f"--{name}", type=int, metavar="N", help=about)
     for name, about in _REAL.items():
         sub.add_argument(f"--{name}", type=float, metavar="X", help=about)
+    _rules(sub, "rule of these initial steps")
+
+
+def _rules(sub: argparse.ArgumentParser, about: str) -> None:
     for name in ("weight-init", "activation-init"):
-        sub.add_argument(f"--{name}", choices=("paper", "mse"), help="rule of these initial steps")
+        sub.add_argument(f"--{name}", choices=("paper", "mse"), help=about)
 
 
 _WHOLE = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lsquant.diagnostics.checks import SEVERITIES
 from lsquant.export import export_onnx, export_packed
 from lsquant.export.capture import map_tensors
 from lsquant.export.packed import PROFILE as PACKED
+from lsquant.nn import quantized_layers
 from lsquant.recipe import Recipe
 from lsquant.report.page import write_report
 from lsquant.tasks import is_run, load_float
@@ -30,11 +31,13 @@ from lsquant.tasks.loading import call, load_object
 from lsquant.training.progress import message
 from lsquant.training.seeds import seed_everything
 from lsquant.verification import RUNTIMES, export_vectors, verify
+from lsquant.verification.judge import profile_of
 from lsquant.verification.vectors import CHECKER
 
 Outcome = tuple[dict[str, Any], str, bool]
 DEFAULT = "exact"  # the profile where none is named
 VECTORS = 4  # samples of --vectors
+MANY = 1000  # weight steps that take so long by least squared error that it is said
 SHOWN = 3  # findings of one code that are shown in full
 
 
@@ -84,8 +87,17 @@ def calibrate(a: Namespace, recipe: Recipe) -> Outcome:
         load_float(model, a.init)
     changes = prepare(model, recipe, next(iter(take(batches(a), 1))))
     limit = 32 if a.max_batches is None else a.max_batches
+    rules = {"method": a.activation_init or "mse", "weights": a.weight_init or "mse"}
     message(f"calibrating on at most {limit} batches of {a.data}", a.quiet)
-    calibration.calibrate(model, batches(a), max_batches=limit)
+    found = {layer.weight_quantizer for _, layer in quantized_layers(model)} - {None}
+    count = sum(quantizer.step.numel() for quantizer in found)
+    if rules["weights"] == "mse" and count > MANY:
+        about = "--weight-init paper is instant, and poor at 8 bits without training"
+        message(f"{count:,} weight steps by least squared error, about 10 ms each; {about}", a.quiet)
+    calibration.calibrate(model, batches(a), max_batches=limit, **rules)
+    sources = {name: layer.input_quantizer for name, layer in quantized_layers(model)}
+    decided = {name: str(source.spec) for name, source in sources.items() if source is not None}  # signs too
+    changes = type(changes)(replace(c, activation=decided.get(c.name, c.activation)) for c in changes)
     checkpoint.save(model.eval(), path)
     size = path.stat().st_size
     result = {"file": str(path), "bytes": size, "weight_share": changes.weight_share}
@@ -140,10 +152,10 @@ def judged(a: Namespace, model: nn.Module, path: Path, data: Iterable[Any]) -> O
         raise MissingFile(f"{path} does not exist: {how}{' ...' if is_own(a) else ''} writes it")
     if a.profile == PACKED and a.runtime != RUNTIMES[0]:
         raise UsageError(f"--runtime {a.runtime} is for ONNX files: leave it out with --profile packed")
+    if a.file and a.profile and (found := profile_of(path)) != a.profile:
+        raise UsageError(f"{path} has the profile {found}, not {a.profile}: --file needs no --profile")
     where = {"runtime": a.runtime, "node_modules": a.node_modules}
     verdict = verify(model, path, data, max_batches=a.max_batches, **where)
-    if a.file and a.profile and verdict.profile != a.profile:
-        raise UsageError(f"{path} has the profile {verdict.profile}, not {a.profile}: --file needs no --profile")
     result = {"required": a.require, **verdict.to_dict(), "text": str(verdict)}
     if not a.file:
         kind = "" if a.runtime == RUNTIMES[0] else f".{a.runtime}"

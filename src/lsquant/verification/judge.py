@@ -16,6 +16,7 @@ from lsquant._util.batches import Forward, evaluating, run_batch, take
 from lsquant._util.errors import DamagedFile, UsageError
 from lsquant.export.graph import Facts, array
 from lsquant.export.onnx import initializers, load_onnx
+from lsquant.export.packed import PROFILE as PACKED
 from lsquant.quantizer import Quantizer
 from lsquant.verification.onnx_runner import OnnxRunner
 from lsquant.verification.packed_runner import verify_integer, verify_packed
@@ -89,6 +90,11 @@ def verify(
         for kind, session in sessions.items()
     ]
     return replace(verdicts[0], plain=verdicts[-1])
+
+
+def profile_of(path: str | os.PathLike[str]) -> str:
+    """The profile of a file, packed or ONNX, which is not run.  Raises: MissingFile, DamagedFile."""
+    return PACKED if _is_safetensors(path) else load_onnx(path)[1]["profile"]
 
 
 def _is_safetensors(path: str | os.PathLike[str]) -> bool:
