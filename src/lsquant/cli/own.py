@@ -87,14 +87,14 @@ def calibrate(a: Namespace, recipe: Recipe) -> Outcome:
         load_float(model, a.init)
     changes = prepare(model, recipe, next(iter(take(batches(a), 1))))
     limit = 32 if a.max_batches is None else a.max_batches
-    rules = {"method": a.activation_init or "mse", "weights": a.weight_init or "mse"}
+    rule, inputs = a.weight_init or "mse", a.activation_init or "mse"
     message(f"calibrating on at most {limit} batches of {a.data}", a.quiet)
-    found = {layer.weight_quantizer for _, layer in quantized_layers(model)} - {None}
-    count = sum(quantizer.step.numel() for quantizer in found)
-    if rules["weights"] == "mse" and count > MANY:
+    found = {layer.weight_quantizer for _, layer in quantized_layers(model)}
+    count = sum(quantizer.step.numel() for quantizer in found if quantizer is not None)
+    if rule == "mse" and count > MANY:
         about = "--weight-init paper is instant, and poor at 8 bits without training"
         message(f"{count:,} weight steps by least squared error, about 10 ms each; {about}", a.quiet)
-    calibration.calibrate(model, batches(a), max_batches=limit, **rules)
+    calibration.calibrate(model, batches(a), max_batches=limit, method=inputs, weights=rule)
     sources = {name: layer.input_quantizer for name, layer in quantized_layers(model)}
     decided = {name: str(source.spec) for name, source in sources.items() if source is not None}  # signs too
     changes = type(changes)(replace(c, activation=decided.get(c.name, c.activation)) for c in changes)
