@@ -26,7 +26,7 @@ from lsquant.training import Log
 
 RUNS = {f"w{b}a{b}{'-teacher' if teacher else ''}": (b, teacher) for teacher in (False, True) for b in (2, 4, 3)}
 #: Epochs and learning rate by bits (docs/pilot.md: 0.03 is better at 2 bits, 0.01 at 4); four hours of one core in all.
-LENGTHS = {2: (40, 0.03), 3: (22, 0.02), 4: (15, 0.01)}
+LENGTHS = {2: (40, 0.03), 3: (24, 0.02), 4: (15, 0.01)}
 
 
 def commit() -> str:
