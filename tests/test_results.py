@@ -1,0 +1,90 @@
+"""What `results/` and docs/results.md hold: packed networks that load and are as good as said, and the page."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lsquant
+from lsquant.tasks import get_task, open_run
+from test_long_runs import bench, words  # noqa: F401  (fixtures)
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ("w2a2", "w3a3", "w4a4")
+
+
+def kept(name: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """(packed file, its facts, its run)."""
+    path = ROOT / "results" / "networks" / f"cifar10-resnet20-{name}.safetensors"
+    run = json.loads((ROOT / "results" / "long" / f"{name}.json").read_text())
+    return path, json.loads(path.with_suffix(".json").read_text()), run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_network_has_the_size_and_the_bits_of_its_name(name: str) -> None:
+    """First and last layer 8 bits, the 18 between as named; the trained accuracy; every verdict as promised."""
+    path, facts, run = kept(name)
+    bits = int(name[1])
+    assert facts["accuracy"] == run["metrics"]["lsq"]["accuracy"]
+    assert {profile: file["level"] for profile, file in facts["files"].items()} == {
+        "packed": "outputs", "exact": "outputs", "small": "outputs", "qdq": facts["files"]["qdq"]["level"]
+    }  # fmt: skip
+    assert all(file["samples"] == 10_000 for file in facts["files"].values())
+    assert facts["files"]["packed"]["bytes"] == path.stat().st_size
+    packed = lsquant.read_packed(path)
+    weights = {q.weight: q for q in packed.quantizers.values() if q.weight is not None}
+    assert [q.spec.bits for q in weights.values()] == [8, *[bits] * 18, 8]
+    inner = 3 * 2 * 9 * 16 * 16 + 9 * (16 * 32 + 5 * 32 * 32) + 9 * (32 * 64 + 5 * 64 * 64)  # 6 convolutions a stage
+    stored = sum(len(q.rows.flatten()) for q in weights.values() if q.rows is not None)
+    assert stored == inner * bits / 8 + 3 * 16 * 9 + 64 * 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accuracy_where_the_images_are(name: str, cifar10_folder: Path) -> None:
+    path, facts, _ = kept(name)
+    task = get_task("cifar10", data=str(cifar10_folder), model="resnet20")
+    network = lsquant.to_integer(lsquant.load_packed(task.model(), path))
+    assert task.metric(network)["accuracy"] == facts["accuracy"]
+
+
+def test_the_page_is_what_the_command_makes(tmp_path: Path, bench: Any) -> None:  # noqa: F811
+    page, text = tmp_path / "results.md", (ROOT / "docs" / "results.md").read_text()
+    page.write_text(re.sub(r"(<!-- table: \w+ -->\n).*?(<!-- end)", r"\1\2", text, flags=re.DOTALL))
+    assert len(page.read_text()) < len(text) - 1000
+    bench("results").main(["--page", str(page)])
+    assert page.read_text() == text
+
+
+@pytest.mark.slow
+def test_files_verdicts_and_page_of_a_run(bench: Any, words: list[str], tmp_path: Path) -> None:  # noqa: F811
+    """A run of an epoch on made-up images: what is kept is what was trained; unfinished runs only get a line."""
+    folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results" / "long")]
+    bench("long_runs").main([*words, "--epochs", "1", "--threads", "1", "--only", "w2a2", *folders])
+    page = tmp_path / "page.md"
+    page.write_text(
+        "a\n<!-- table: runs -->\n<!-- end of runs -->\nb\n<!-- table: files -->\n<!-- end of files -->\nc\n"
+    )
+    command = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--page", str(page)]
+    importlib.import_module("results").main(command)
+    run = open_run(tmp_path / "runs" / "w2a2")
+    trained, path = run.model().eval(), tmp_path / "results" / "networks" / "cifar10-resnet20-w2a2.safetensors"
+    again = lsquant.load_packed(run.task.model(), path).eval()
+    x = run.task.example_input()
+    assert torch.equal(trained(x), again(x))
+    facts = json.loads(path.with_suffix(".json").read_text())
+    accuracy = json.loads((tmp_path / "runs" / "w2a2" / "metrics.json").read_text())["lsq"]["accuracy"]
+    assert facts["accuracy"] == accuracy
+    levels = {profile: file["level"] for profile, file in facts["files"].items()}
+    assert levels["packed"] == levels["exact"] == levels["small"] == "outputs"
+    text = page.read_text()
+    assert f"| 2/2 | **{accuracy:.2f} %** |" in text
+    assert f"| w2a2 | `packed` | {path.stat().st_size:,} | `outputs` | 0 of" in text
+    (tmp_path / "runs" / "w2a2" / "metrics.json").unlink()
+    importlib.import_module("results").main(command)
+    assert "| 2/2 | (" in page.read_text()
