@@ -109,6 +109,7 @@ def files(found: Sequence[dict[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=Path, help="folder of finished runs, to be exported and verified")
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--data", help="folder of the images, where they have moved")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     a = parser.parse_args(arguments)
     if a.threads:
         torch.set_num_threads(a.threads)
-    for name in RUNS if a.runs else ():
+    for name in a.only if a.runs else ():
         path = a.runs / name
         if is_run(path):
             collect(path, a.results / "long")
