@@ -54,7 +54,6 @@ def publish(path: Path, data: str | None, networks: Path) -> None:
         print(f"{name}, {profile}: {verdict.level}", file=sys.stderr, flush=True)
     shipped = run.file("export/packed.safetensors")
     integer = to_integer(load_packed(run.task.model(), shipped))
-    networks.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(shipped, networks / f"{name}.safetensors")
     facts = {"run": path.name, "task": run.task.name, "model": run.task.options["model"]}
     write_json(networks / f"{name}.json", {**facts, **run.task.metric(integer), "files": files})
@@ -117,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     a = parser.parse_args(arguments)
     if a.threads:
         torch.set_num_threads(a.threads)
+    for folder in ("long", "networks"):
+        (a.results / folder).mkdir(parents=True, exist_ok=True)
     for name in a.only if a.runs else ():
         path = a.runs / name
         if is_run(path):
