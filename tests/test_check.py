@@ -93,7 +93,7 @@ def test_unset_steps_and_the_rest_is_still_looked_at(cnn):
     with torch.no_grad():
         model.head.input_quantizer.step.mul_(1e-2)
     found = check(model, optimizer, data)
-    assert codes(found) == {("step_unset", "conv.input_quantizer"), ("clipped", "head.input_quantizer")}
+    assert codes(found) == {("step_unset", "conv.input_quantizer"), ("step_collapsed", "head.input_quantizer")}
     assert found[0].severity == "error"  # errors first
     assert model.conv.input_quantizer.enabled
 
@@ -177,6 +177,26 @@ def test_layers_that_stay_float(layer, reason):
     assert (finding.code, finding.where, finding.severity) == ("stays_float", "1", "warning")
     assert reason in finding.message
     assert finding.evidence["share"] > 0.1
+
+
+def test_the_share_that_stays_float_is_that_of_its_own_weights():
+    """Neither a layer that the recipe leaves out, nor one that is told by itself."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos = nn.Parameter(torch.randn(16, 9))
+            self.emb, self.fc = nn.Embedding(24, 16), nn.Linear(16, 16)
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x):
+            h = self.emb(x)
+            return self.fc(h + self.attention(h, h, h)[0])
+
+    model = Net()
+    lsquant.prepare(model, Recipe.preset("w4a4", skip=["emb"]))
+    found = {f.where: f.evidence["weights"] for f in lsquant.check(model) if f.code == "stays_float"}
+    assert found == {"": 16 * 9, "attention": 4 * 16 * 16}
 
 
 def test_a_small_layer_that_stays_float_is_a_note():

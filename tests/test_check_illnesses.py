@@ -53,9 +53,56 @@ def test_a_step_that_does_not_move(cnn):
     model, optimizer, _ = cnn
     with torch.no_grad():
         model.conv.weight_quantizer.step.copy_(model.conv.weight_quantizer.initial_step)
-    assert only(check(model, optimizer), "step_unmoved", "conv.weight_quantizer").evidence == {"lr": 1e-3}
-    # an optimizer that has not begun, or none, says nothing
-    assert check(model, torch.optim.SGD(lsquant.param_groups(model, 1e-3), momentum=0.9)) == check(model) == []
+    only(check(model, optimizer), "step_unmoved", "conv.weight_quantizer")
+    for group in optimizer.param_groups:  # the end of a cosine
+        group["lr"] = 0.0
+    only(check(model, optimizer), "step_unmoved", "conv.weight_quantizer")
+    only(check(model), "step_unmoved", "conv.weight_quantizer")  # most others have moved: it was trained
+    # an optimizer that has not begun says nothing; without one, neither does a model whose steps are mostly new
+    fresh = torch.optim.SGD(lsquant.param_groups(model, 1e-3), momentum=0.9)
+    assert check(model, fresh) == []
+    with torch.no_grad():
+        for _, q in list(lsquant.quantizers(model))[::2]:
+            q.step.copy_(q.initial_step)
+    assert check(model) == []
+
+
+def test_data_do_not_hide_what_the_steps_say(cnn):
+    """A step that training ruined is named so, not as poor calibration; and BatchNorm behind it is not blamed."""
+    model, optimizer, data = cnn
+    source = model.conv.input_quantizer
+    for factor, code in ((1 / 100, "step_collapsed"), (100, "step_exploded")):
+        with torch.no_grad():
+            source.step.copy_(source.initial_step * factor)
+        found = codes(check(model, optimizer, data))
+        assert (code, "conv.input_quantizer") in found
+        assert not {c for c, where in found if where == "conv.input_quantizer"} & {"clipped", "unused_levels"}
+        assert "stale_batchnorm" not in {c for c, _ in found}
+
+
+def test_the_remedy_for_weights_is_one_for_weights():
+    model = nn.Sequential(nn.Linear(64, 64))
+    lsquant.prepare(model, Recipe(QuantSpec(4), None))
+    with torch.no_grad():
+        model[0].weight_quantizer.step.mul_(1 / 20)
+    finding = only(check(model, batches=[torch.randn(4, 64)]), "clipped", "0.weight_quantizer")
+    assert "weights='mse'" in finding.remedy
+    lsquant.calibrate(model, [torch.randn(4, 64)], weights="mse")
+    assert check(model, batches=[torch.randn(4, 64)]) == []
+
+
+def test_calibration_is_judged_by_the_values_it_saw():
+    """Those of the float model: narrow 2-bit weights in front shrink the values that the rounded model gives."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    data = [torch.randn(64, 32) for _ in range(4)]
+    lsquant.prepare(model, Recipe(QuantSpec(2, narrow=True), 4))
+    lsquant.calibrate(model, data)
+    with torch.no_grad():
+        model[0].weight_quantizer.step.mul_(0.25)  # the layer gives a quarter
+        model[0].weight_quantizer.initial_step.mul_(0.25)
+    assert "calibration_poor" not in {f.code for f in check(model, batches=data)}
+    lsquant.calibrate(model, [x * 0.01 for x in data])
+    assert ("calibration_poor", "2.input_quantizer") in codes(check(model, batches=data))
 
 
 def test_a_learning_rate_that_is_no_good_with_adam(cnn):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lsquant._util.batches import Forward, evaluating, first_input, run_batch, take, unwrapped
 from lsquant._util.errors import UsageError
 from lsquant._util.products import Bypass, address
-from lsquant.convert import stays_float
+from lsquant.convert import disabled, stays_float
 from lsquant.diagnostics import illnesses
 from lsquant.diagnostics.collect import Tally
 from lsquant.nn import QuantizedLayer, lone_quantizers, quantized_layers, quantized_type, quantizers
@@ -72,6 +72,13 @@ CODES: dict[str, tuple[Severity, str]] = {
     "stays_float": ("warning", "replace it by layers that lsquant knows, or accept that it stays in floating point"),
 }
 """Code -> severity and remedy."""
+WEIGHTS = "lower the learning rate of the steps; lsquant.calibrate(model, batches, weights='mse') sets this one anew"
+"""The remedy for weights that do not fit their step: `calibrate` leaves weights as they are unless asked."""
+
+
+DISTURBING = {"clipped", "unused_levels", "step_unset", "step_not_finite", "switched_off", "step_collapsed",
+              "step_exploded", "step_below_guard", "negative_cut", "calibration_poor"}  # fmt: skip
+"""Findings that change the values behind them, so that BatchNorm's statistics fit no more."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,8 @@ class Finding:
 
 def _finding(code: str, where: str, message: str, severity: Severity | None = None, **evidence: Any) -> Finding:
     usual, remedy = CODES[code]
-    return Finding(code, severity or usual, where, message, remedy, evidence)
+    of_weight = code in ("clipped", "unused_levels") and where.endswith("weight_quantizer")
+    return Finding(code, severity or usual, where, message, WEIGHTS if of_weight else remedy, evidence)
 
 
 def _ill(where: str, found: Iterable[illnesses.Ill]) -> Iterator[Finding]:
@@ -121,23 +129,31 @@ def check(
     found = [*_steps(model), *_ties(model), *_floats(model), *_fast_paths(model)]
     if optimizer is not None:
         found += _optimizer(model, optimizer)
+    started = None if optimizer is None else any(getattr(one, "state", None) for one in _several(optimizer))
+    sound = {name: q for name, q in quantizers(model) if _is_sound(q)}
+    for name, ill in illnesses.unmoved(sound, started):
+        found += _ill(name, [ill])
     if batches is not None:
         found += _batches(model, batches, max_batches, forward)
-    return sorted(_causes(found), key=lambda f: SEVERITIES.index(f.severity))
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(_causes(found, order), key=lambda f: SEVERITIES.index(f.severity))
 
 
-def _causes(found: list[Finding]) -> list[Finding]:
-    """Without what other findings say more precisely, or bring about in the layers behind them."""
+def _causes(found: list[Finding], order: dict[str, int]) -> list[Finding]:
+    """Without what other findings say more precisely, or bring about in BatchNorm behind them.  order: of modules."""
     where: dict[str, set[str]] = {}
     for f in found:
         where.setdefault(f.code, set()).add(f.where)
-    same = {"step_collapsed": "clipped", "step_exploded": "unused_levels", "dead_channels": "unused_levels"}
-    disturbed = where.keys() & {"clipped", "unused_levels", "step_unset", "step_not_finite", "switched_off"}
-    return [
-        f
-        for f in found
-        if f.where not in where.get(same.get(f.code, ""), ()) and not (f.code == "calibration_poor" and disturbed)
-    ]
+    same = {
+        "clipped": {"step_collapsed"},
+        "unused_levels": {"step_exploded"},
+        "dead_channels": {"unused_levels", "step_exploded"},
+        "calibration_poor": {"clipped", "unused_levels", "negative_cut", "step_collapsed", "step_exploded"},
+    }
+    said = {code: set().union(*(where.get(other, set()) for other in others)) for code, others in same.items()}
+    disturbed = min((order.get(f.where, len(order)) for f in found if f.code in DISTURBING), default=len(order))
+    later = {f.where for f in found if f.code == "stale_batchnorm" and order[f.where] > disturbed}
+    return [f for f in found if f.where not in said.get(f.code, later if f.code == "stale_batchnorm" else ())]
 
 
 def _is_sound(quantizer: Quantizer) -> bool:
@@ -178,13 +194,16 @@ def _ties(model: nn.Module) -> Iterator[Finding]:
 def _floats(model: nn.Module) -> Iterator[Finding]:
     total = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     outer: list[str] = []
-    quantized = {p for _, layer in quantized_layers(model) for p in layer.parameters()}
+    kinds = {module: kind for module in model.modules() if (kind := quantized_type(module)) is not None}
+    # layers that the recipe leaves in floating point are no part of what stays float around them
+    layers = [m for _, m in quantized_layers(model)] + [m for m, kind in kinds.items() if not kind.unsupported(m)]
+    known = {p for layer in layers for p in layer.parameters()}
     for name, module in model.named_modules():
-        kind = quantized_type(module)
-        reason = kind.unsupported(module) if kind else stays_float(module)
-        size = sum(p.numel() for p in module.parameters() if p.dim() > 1 and p not in quantized)
+        reason = kinds[module].unsupported(module) if module in kinds else stays_float(module)
+        alone = reason.startswith("it holds")  # parameters of its own: its children are looked at by themselves
+        size = sum(p.numel() for p in module.parameters(not alone) if p.dim() > 1 and p not in known)
         if reason and size and not any(name.startswith(o) for o in outer):
-            outer.append(f"{name}.".lstrip("."))
+            outer += [] if alone else [f"{name}.".lstrip(".")]
             severity: Severity = "warning" if size > LARGE_SHARE * total else "note"
             text = f"it stays float, with {size / total:.1%} of the weights: {reason}"
             yield _finding("stays_float", name, text, severity, weights=size, share=size / total)
@@ -206,22 +225,25 @@ def _fast_paths(model: nn.Module) -> Iterator[Finding]:
 # ---- the optimizer ----
 
 
-def _optimizer(model: nn.Module, optimizer: Any) -> Iterator[Finding]:
-    several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+def _several(optimizer: Any) -> list[Any]:
+    several = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     for one in several:
         if not hasattr(one, "param_groups"):
             kind = type(one).__name__
             raise UsageError(f"check: the optimizer is a {kind}; give a torch optimizer, or a list of them")
+    return several
+
+
+def _optimizer(model: nn.Module, optimizer: Any) -> Iterator[Finding]:
+    several = _several(optimizer)
     groups = [group for one in several for group in one.param_groups]
     held = {id(p): group for group in groups for p in group["params"]}
     learning = any(float(group.get("lr", 1.0)) > 0 for group in groups)
     names = {id(p) for p in model.parameters()}
     missing = False
-    sound = [(name, q) for name, q in quantizers(model) if _is_sound(q)]
-    moved = any(not torch.equal(q.step.detach(), q.initial_step) for _, q in sound)
-    for name, q in sound:
-        if q.step.requires_grad and id(q.step) in held:
-            yield from _ill(name, illnesses.of_learning(q, several, held[id(q.step)], moved))
+    for name, q in quantizers(model):
+        if _is_sound(q) and q.step.requires_grad and id(q.step) in held:
+            yield from _ill(name, illnesses.of_learning(q, held[id(q.step)]))
     for name, q in quantizers(model):
         for where, p in ((f"{name}.{key}", p) for key, p in q.named_parameters(recurse=False)):
             group = held.get(id(p), {})
@@ -261,7 +283,6 @@ class _Values(Tally):
     def add(self, x: Tensor) -> None:
         super().add(x)
         if x.numel():
-            self.untrained.add(x)
             self.lowest = min(self.lowest, float(x.detach().min()))
             self.zeros += int((x.detach() == 0).sum())
 
@@ -273,16 +294,19 @@ def _batches(
     layers, names = dict(quantized_layers(model)), {q: name for name, q in quantizers(model)}
     tallies = {q: _Values(q) for q in names if _is_sound(q)}
     owners: dict[Quantizer, QuantizedLayer] = {}
-    calls, inside, hooks = dict[str, int](), list[str](), list[Any]()
+    calls, inside, hooks, in_float = dict[str, int](), list[str](), list[Any](), False
+    calibrated = any(tally.untrained.watches for tally in tallies.values())
 
     def watch(name: str, module: nn.Module, quantizer: Quantizer | None) -> None:
         calls[name], tally = 0, tallies.get(quantizer) if quantizer is not None else None
 
         def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inside.append(name)
-            calls[name] += 1
-            if tally is not None:
+            if tally is not None and in_float:
+                tally.untrained.add(first_input(args, kwargs))
+            elif tally is not None:
                 tally.add(first_input(args, kwargs))
+            calls[name] += not in_float
 
         def leave(*_: Any) -> None:
             del inside[-1:]
@@ -300,7 +324,9 @@ def _batches(
         watch(name, q, q)
     norms = {name: s for name, module in model.named_modules() if (s := illnesses.statistics(module)) is not None}
     for one in norms.values():
-        hooks.append(one.module.register_forward_pre_hook(lambda _, args, one=one: one.add(args[0])))
+        hooks.append(
+            one.module.register_forward_pre_hook(lambda _, args, one=one: None if in_float else one.add(args[0]))
+        )
     ill = [q for q in names if q.enabled and q not in tallies]  # they would stop the run, or make it all NaN
     bypass = Bypass({address(m.weight): n for n, m in layers.items() if m.weight_quantizer is not None}, inside)
     try:
@@ -308,6 +334,10 @@ def _batches(
             q.enabled = False
         with evaluating(model), torch.compiler.set_stance("force_eager"), bypass:
             for batch in take(batches, max_batches):
+                if in_float := calibrated:  # as calibrate saw it
+                    with disabled(model):
+                        run_batch(model, batch, forward)
+                in_float = False
                 run_batch(model, batch, forward)
     finally:
         for q in ill:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -38,16 +38,27 @@ def of_step(q: Quantizer) -> Iterator[Ill]:
         yield "step_exploded", f"its step grew to {ratio:.3g} times the initial one: most codes are 0", evidence
 
 
-def of_learning(q: Quantizer, optimizers: Iterable[Any], group: dict[str, Any], others_moved: bool) -> Iterator[Ill]:
-    """Steps that do not move while others do, and a learning rate that is unsuitable for Adam.  group: the step's."""
+def of_learning(q: Quantizer, group: dict[str, Any]) -> Iterator[Ill]:
+    """A learning rate that is unsuitable for Adam.  group: the optimizer's, of the step."""
     rate = float(group.get("lr", 0.0))
-    started = any(getattr(one, "state", None) for one in optimizers)
-    if started and others_moved and rate > 0 and torch.equal(q.step.detach(), q.initial_step):
-        yield "step_unmoved", "its step is still exactly the initial one, while others have moved", {"lr": rate}
     share = rate / max(float(q.effective_step().detach().median()), 1e-30)
     if "betas" in group and share > OF_A_STEP:
         text = f"an Adam-type optimizer moves it by about {share:.0%} of itself in every iteration (lr {rate:g})"
         yield "adam_step_lr", text, {"lr": rate, "share": share}
+
+
+def unmoved(sound: dict[str, Quantizer], started: bool | None) -> Iterator[tuple[str, Ill]]:
+    """Steps that are still where they began while others have moved.  sound: quantizers by name, with steps.
+
+    started: whether the optimizer has begun; None without one, where the model was trained if most steps have moved
+    (where bits were changed, most are new).
+    """
+    learning = {name: q for name, q in sound.items() if q.step.requires_grad}
+    still = [name for name, q in learning.items() if torch.equal(q.step.detach(), q.initial_step)]
+    moved = len(learning) - len(still)
+    if moved > len(still) if started is None else started and moved:
+        text = "its step is still exactly the initial one, while others have moved"
+        yield from ((name, ("step_unmoved", text, {"moved": moved, "still": len(still)})) for name in still)
 
 
 def of_weight(q: Quantizer, rows: Tensor) -> Iterator[Ill]:
@@ -92,7 +103,7 @@ def of_sign(q: Quantizer, tally: Tally, lowest: float) -> Iterator[Ill]:
 
 
 class Untrained:
-    """Values of an input whose step is as calibration left it: is it near the least squared error for these?"""
+    """Float values of an input whose step is as calibration left it: is it near the least squared error for these?"""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer, self.summary = quantizer, ValueSummary()
