@@ -225,8 +225,14 @@ def test_export_verify_and_report(own, calibrated, capsys):
 
 
 def test_report(own, calibrated, capsys):
-    assert result(capsys, "report", "model.safetensors", *CNN) == {"report": "model.html"}
-    assert "<title>lsquant: model.safetensors</title>" in Path("model.html").read_text()
+    assert result(capsys, "report", "model.safetensors", *CNN) == {"report": "model.html", "verdicts": {}}
+    assert "<title>model.safetensors</title>" in Path("model.html").read_text()
+    assert page_data(Path("model.html"))["runs"][0]["name"] == "model.safetensors"
+    run("export", "model.safetensors", *CNN)
+    run("verify", "model.safetensors", *CNN)
+    capsys.readouterr()
+    assert result(capsys, "report", "model.safetensors", *CNN)["verdicts"] == {"exact": "outputs"}
+    assert [v["level"] for v in page_data(Path("model.html"))["runs"][0]["verdicts"]] == ["outputs"]
     kinds = [row["kind"] for row in page_data(Path("model.html"))["runs"][0]["quantizers"]]
     run("report", "model.safetensors", "--model", "mine.network:build", "--out", "weights.html")
     (weights,) = page_data(Path("weights.html"))["runs"]
@@ -249,7 +255,7 @@ def test_check_of_an_ill_file(own, calibrated, capsys):
         model[3].weight_quantizer.step.mul_(1e-2)
     lsquant.save(model, "clipped.safetensors")
     facts = result(capsys, "check", "clipped.safetensors", *CNN)  # a warning is good enough
-    assert [(f["code"], f["where"]) for f in facts["findings"]] == [("clipped", "3.weight_quantizer")]
+    assert [(f["code"], f["where"]) for f in facts["findings"]] == [("step_collapsed", "3.weight_quantizer")]
     assert facts["warnings"] == 1
     with torch.no_grad():
         model[0].input_quantizer.step.fill_(float("nan"))
@@ -339,7 +345,7 @@ def test_files_that_do_not_exist(own, capsys):
 def test_what_is_missing_is_named(own, calibrated, capsys):
     for command in ("export", "verify", "check", "report"):
         run(command, "model.safetensors", code=2)
-        assert "needs --model package.module:build and --data" in capsys.readouterr().err
+        assert f"needs --model package.module:build{' and --data' * (command != 'report')}\n" in capsys.readouterr().err
     run("eval", "model.safetensors", code=2)
     assert "needs --task TASK" in capsys.readouterr().err
     run("export", "model.safetensors", *CNN[:2], code=2)

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from glob import escape
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from lsquant import calibration, checkpoint
 from lsquant._util.batches import take
 from lsquant._util.errors import MissingFile, UsageError
-from lsquant._util.files import write_json
+from lsquant._util.files import read_json, write_json
 from lsquant._util.tensors import header_size
 from lsquant.convert import prepare
 from lsquant.diagnostics import Finding
@@ -167,12 +168,14 @@ def judged(a: Namespace, model: nn.Module, path: Path, data: Iterable[Any]) -> O
 
 
 def report(a: Namespace) -> Outcome:
-    """Write the page about FILE's quantizers."""
-    model = trained(a)
-    path = Path(a.out) if a.out else Path(a.path).with_suffix(".html")
+    """Write the page about FILE's quantizers, and the verdicts that `verify` left beside it."""
+    model, file = trained(a), Path(a.path)
+    path = Path(a.out) if a.out else file.with_suffix(".html")
     data = None if a.data is None else batches(a)
-    write_report(model, path, data, max_batches=a.max_batches or 32, title=f"lsquant: {Path(a.path).name}")
-    return {"report": str(path)}, str(path), True
+    found = [read_json(one) for one in sorted(file.parent.glob(f"{escape(file.stem)}.*verdict.json"))]
+    write_report(model, path, data, max_batches=a.max_batches or 32, title=file.name, verdicts=found)
+    levels = {v["profile"]: v["level"] for v in found if v["runtime"].startswith(("ONNX", "PyTorch"))}
+    return {"report": str(path), "verdicts": levels}, str(path), True
 
 
 def findings(found: list[Finding]) -> Outcome:

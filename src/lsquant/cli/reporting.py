@@ -34,9 +34,11 @@ def report(a: Namespace) -> own.Outcome:
         a.path = a.path[0]
         if a.model is None:
             raise UsageError(
-                f"{a.path} is a file, not a run directory, and needs --model package.module:build and --data"
+                f"{a.path} is a file, not a run directory, and needs --model package.module:build"
             )
         return own.report(a)
+    if a.data is not None and not Path(a.data).is_dir():
+        raise UsageError(f"--data {a.data}: there is no such folder; without --data the run's own is taken")
     if len(a.path) > 1 and a.out is None:
         raise UsageError("report of several runs: say where to write it with --out FILE")
     path = Path(a.out) if a.out else Path(a.path[0]) / "report.html"

@@ -28,18 +28,20 @@ def write_report(
     *,
     max_batches: int | None = 32,
     forward: Forward | None = None,
-    title: str = "lsquant report",
+    title: str | None = None,
+    verdicts: Iterable[dict[str, Any]] = (),
 ) -> None:
     """Write a self-contained HTML page about a model's quantizers: bits, step, R, clip rates, levels used, SQNR, size,
     the staircase of each over the histogram of its values, and what ``check`` finds.
 
-    batches: as for ``calibrate``; without them the page has the weights only.  R is shown where the parameters hold
-    gradients (call it after ``backward``).  Raises: UsageError for a step that is not set.
+    batches: as for ``calibrate``; without them the page has the weights only.  title: of the page; the model's class
+    without one.  verdicts: ``Verdict.to_dict()`` of files that were compared with the model.  R is shown where the
+    parameters hold gradients (call it after ``backward``).  Raises: UsageError for a step that is not set.
     """
     facts = model_facts(model, batches, max_batches=max_batches, forward=forward)
     missing = [] if batches is not None else ["no data was given: the page has the weights' quantizers only"]
-    run = {"name": type(model).__name__, "environment": environment(), "missing": missing}
-    write_page(title, [run | facts], path)
+    run = {"name": title or type(model).__name__, "environment": environment(), "missing": missing}
+    write_page(title or "lsquant report", [run | {"verdicts": list(verdicts)} | facts], path)
 
 
 def write_page(title: str, runs: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:

@@ -121,8 +121,14 @@ function axis(options) {
   return {
     stroke: theme.color("soft"), font: FONT, labelFont: FONT, labelSize: 18, gap: 4, size: 46,
     grid: { stroke: theme.color("grid"), width: 1 }, ticks: { stroke: theme.color("grid"), width: 1, size: 4 },
-    values: (_, ticks) => ticks.map((tick) => known(tick) ? number(tick, 3) : ""), ...options,
+    values: (_, ticks) => ticks.map((tick) => known(tick) ? number(tick, apart(ticks)) : ""), ...options,
   };
+}
+
+/** Significant digits that tell the marks of an axis apart, 3 to 6. */
+function apart(ticks) {
+  const found = ticks.filter(known), gap = found.length > 1 ? Math.abs(found[1] - found[0]) : 0;
+  return gap ? Math.min(6, Math.max(3, Math.ceil(Math.log10(Math.max(...found.map(Math.abs)) / gap)) + 1)) : 3;
 }
 
 /** Marks of a logarithmic axis: powers of ten, and 2 and 5 between them where these are few. (uPlot's own never end

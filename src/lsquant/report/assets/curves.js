@@ -101,7 +101,7 @@ function multiple(run, name, choose) {
     height: 104, legend: { show: false }, padding: [6, 6, 0, 0], cursor: { drag: { x: false }, y: false, sync: { key: "steps" } },
     scales: { x: xScale(log), y: { range: (_, low, high) => {
       const values = [low, high, ...(range || !row.initial_step ? [] : [row.initial_step])].filter(known);
-      const [a, b] = [Math.min(...values), Math.max(...values)], margin = (b - a || Math.abs(a) || 1) * 0.12;
+      const [a, b] = [Math.min(...values), Math.max(...values)], margin = Math.max((b - a) * 0.12, Math.abs(a) * 0.01) || 0.12;
       return [a - margin, b + margin];
     } } },
     axes: [axis({ size: 20, values: whole, gap: 2, space: 60, ticks: { show: false } }), axis({ size: 46, space: 26, ticks: { show: false } })],

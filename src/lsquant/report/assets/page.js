@@ -73,7 +73,7 @@ function sizeCard({ sizes }) {
 function verdictCard({ verdicts }) {
   const [one] = verdicts || [];
   if (!one) return card("Verdict", "–", "no file was verified");
-  return card("Verdict", LEVELS[one.level] || "not equal", `${one.profile} in ${one.runtime}, ${plural(one.samples || 0, "sample")}${verdicts.length > 1 ? `, and ${plural(verdicts.length - 1, "other file")}` : ""}`);
+  return card("Verdict", LEVELS[one.level] || "not equal", `${one.profile} in ${one.runtime}, ${plural(one.samples || 0, "sample")}${verdicts.slice(1).map((v) => `; ${v.profile} in ${v.runtime}: ${LEVELS[v.level] || "not equal"}`).join("")}`);
 }
 
 function findingsCard({ findings }) {
@@ -83,14 +83,20 @@ function findingsCard({ findings }) {
   return card("Findings of check", parts[0] || "none", parts.slice(1).join(", ") || (findings.length ? "see below" : "nothing is wrong with the quantizers"));
 }
 
+const ALIKE = 3;  // findings of one kind that are shown in full
+
 function findings(run) {
   if (!(run.findings || []).length) return null;
   const evidence = (facts) => Object.entries(facts || {}).map(([key, value]) =>
     el("span.fact", {}, `${words(key)} ${typeof value === "number" ? number(value) : Array.isArray(value) ? value.slice(0, 6).join(", ") : value}`));
-  return [el("h3", {}, "Findings"), el("ul.findings", {}, run.findings.map((f) => el("li." + f.severity, {},
+  const one = (f) => el("li." + f.severity, {},
     el("p", {}, el("strong.severity", {}, f.severity), " ", el("code", {}, f.where || "(root)"), `: ${f.message} `, el("span.code", {}, f.code)),
     el("p.evidence", {}, evidence(f.evidence)),
-    el("p", {}, el("strong", {}, "Remedy: "), f.remedy))))];
+    el("p", {}, el("strong", {}, "Remedy: "), f.remedy));
+  const kinds = new Map();
+  for (const f of run.findings) kinds.set(f.code, [...(kinds.get(f.code) || []), f]);
+  return [el("h3", {}, "Findings"), [...kinds.values()].map((alike) => [el("ul.findings", {}, alike.slice(0, ALIKE).map(one)),
+    alike.length > ALIKE ? el("details", {}, el("summary", {}, `${plural(alike.length - ALIKE, "more finding")} of ${alike[0].code}`), el("ul.findings", {}, alike.slice(ALIKE).map(one))) : null])];
 }
 
 function resultTable(run) {
