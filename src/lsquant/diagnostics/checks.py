@@ -145,8 +145,8 @@ def _causes(found: list[Finding], order: dict[str, int]) -> list[Finding]:
     for f in found:
         where.setdefault(f.code, set()).add(f.where)
     same = {
-        "clipped": {"step_collapsed"},
-        "unused_levels": {"step_exploded"},
+        "clipped": {"step_collapsed", "step_below_guard"},
+        "unused_levels": {"step_exploded", "step_below_guard"},
         "dead_channels": {"unused_levels", "step_exploded"},
         "calibration_poor": {"clipped", "unused_levels", "negative_cut", "step_collapsed", "step_exploded"},
     }

@@ -3,6 +3,7 @@
 from lsquant.tasks.directory import Run as Run
 from lsquant.tasks.directory import is_run as is_run
 from lsquant.tasks.directory import open_run as open_run
+from lsquant.tasks.metrics import classification_metric as classification_metric
 from lsquant.tasks.protocol import Settings as Settings
 from lsquant.tasks.protocol import Task as Task
 from lsquant.tasks.registry import TASKS as TASKS
