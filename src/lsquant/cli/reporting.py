@@ -33,9 +33,7 @@ def report(a: Namespace) -> own.Outcome:
             raise UsageError("report: a FILE with --model has a page of its own; several RUN are run directories")
         a.path = a.path[0]
         if a.model is None:
-            raise UsageError(
-                f"{a.path} is a file, not a run directory, and needs --model package.module:build"
-            )
+            raise UsageError(f"{a.path} is a file, not a run directory, and needs --model package.module:build")
         return own.report(a)
     if a.data is not None and not Path(a.data).is_dir():
         raise UsageError(f"--data {a.data}: there is no such folder; without --data the run's own is taken")
