@@ -199,7 +199,8 @@ def _draw_staircase(axes: Any, parts: list[Tensor], marks: bool, step: float, q_
     """Top: v_hat over v. A value on a transition point goes to the filled end, of even v_hat/s, not to the open one."""
     ends = [float(parts[0][0]), float(parts[-1][-1])]
     axes.plot(ends, ends, color=GREY, linewidth=1.2, linestyle=(0, (6, 3)), label="$v$ itself")
-    label = r"$\hat v = s\,\cdot$ clip( round($v/s$) )"
+    inner = "clip( round($v/s$) + z ) $-$ z" if z else "clip( round($v/s$) )"
+    label = rf"$\hat v = s\,\cdot$ {f'( {inner} )' if z else inner}"
     _plot(axes, parts, [staircase(part, step, q_min, q_max) for part in parts], label, color=BLUE, linewidth=2.6)
     if marks:
         for q, point in zip(range(q_min, q_max), transition_points(step, q_min, q_max), strict=True):
