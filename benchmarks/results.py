@@ -24,6 +24,7 @@ from tables import ROOT, replaced, table
 
 from lsquant import Verdict, export_onnx, export_packed, load_packed, to_integer, verify
 from lsquant._util.files import atomic_write_text, read_json, write_json
+from lsquant.cli.own import file_name
 from lsquant.tasks import is_run, open_run
 
 PROFILES = ("packed", "exact", "small", "qdq")
@@ -41,10 +42,10 @@ def publish(path: Path, data: str | None, networks: Path) -> None:
     """Files and verdicts of one finished run."""
     run = open_run(path, **({"data": data} if data else {}))
     model, batches = run.model(), partial(run.task.batches, "test", batch_size=250)
-    name, example = f"cifar10-{run.task.options['model']}-{path.name}", run.task.example_input()
+    name, example = f"{run.task.name}-{run.task.options['model']}-{path.name}", run.task.example_input()
     files: dict[str, Any] = {}
     for profile in PROFILES:
-        file = run.file(f"export/{profile}.{'safetensors' if profile == 'packed' else 'onnx'}")
+        file = run.file(f"export/{file_name(profile)}")
         if profile == "packed":
             export_packed(model, file)
         else:

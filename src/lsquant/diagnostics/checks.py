@@ -152,8 +152,8 @@ def _causes(found: list[Finding], order: dict[str, int]) -> list[Finding]:
     }
     said = {code: set().union(*(where.get(other, set()) for other in others)) for code, others in same.items()}
     disturbed = min((order.get(f.where, len(order)) for f in found if f.code in DISTURBING), default=len(order))
-    later = {f.where for f in found if f.code == "stale_batchnorm" and order[f.where] > disturbed}
-    return [f for f in found if f.where not in said.get(f.code, later if f.code == "stale_batchnorm" else ())]
+    said["stale_batchnorm"] = {name for name in where.get("stale_batchnorm", ()) if order[name] > disturbed}
+    return [f for f in found if f.where not in said.get(f.code, ())]
 
 
 def _is_sound(quantizer: Quantizer) -> bool:
