@@ -124,7 +124,8 @@ if __name__ == "__main__":
     source = Path(os.environ["LSQUANT_TEST_DATA"])
     with tempfile.TemporaryDirectory() as scratch:
         binary = unpacked(source, Path(scratch))
-        for network, b in CASES:
+        wanted = sys.argv[1:] or [f"{name}/{bits}" for name, bits in CASES]
+        for network, b in [case for case in CASES if f"{case[0]}/{case[1]}" in wanted]:
             found = compared(network, b, source, binary, Path(scratch))
             for target, verdict in found.verdicts.items():
                 cells = [network, b, f"{found.right / found.samples:.1%}", target, f"{found.samples:,}"]
