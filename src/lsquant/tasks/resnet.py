@@ -37,8 +37,9 @@ class BasicBlock(nn.Module):
         self.shortcut = Shortcut(channels, out_channels, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = self.shortcut(x)  # first: in backward its gradient, never channels last, is then the second term
         y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+        return F.relu(self.bn2(self.conv2(y)) + shortcut)
 
 
 class CifarResNet(nn.Module):
