@@ -24,9 +24,12 @@ from lsquant._util.files import read_json, write_json
 from lsquant.tasks import Run, get_task, is_run, open_run, run_training
 from lsquant.training import Log
 
-RUNS = {f"w{b}a{b}{'-teacher' if teacher else ''}": (b, teacher) for teacher in (False, True) for b in (2, 4, 3)}
-#: Epochs and learning rate by bits: a rate of 0.01 keeps 4 bits at the minimum of the float network (99 % of the images right).
+KINDS = ("", "-teacher", "-more")  # -more: trains the network that results/networks has from the first further
+RUNS = {f"w{bits}a{bits}{kind}": (bits, kind) for kind in KINDS for bits in (2, 4, 3)}
+#: Epochs and learning rate by bits: 0.01 would keep 4 bits at the minimum of the float network (99 % of the images right).
 LENGTHS = {2: (40, 0.03), 3: (24, 0.02), 4: (26, 0.05)}
+MORE = {2: (10, 0.01), 3: (14, 0.03), 4: (10, 0.03)}
+NETWORKS = Path(__file__).resolve().parents[1] / "results" / "networks"
 
 
 def commit() -> str:
@@ -47,7 +50,8 @@ def collect(path: Path, results: Path) -> None:
     metrics, commits = run.file("metrics.json"), path.with_suffix(".commits")
     result: dict[str, Any] = {
         "run": path.name, "finished": metrics.is_file(), "epochs_done": len(rows), "settings": run.settings.to_dict(),
-        "teacher": run.teacher and Path(run.teacher).name, "model": run.task.options["model"],
+        "teacher": run.teacher and Path(run.teacher).name, "start": run.start and Path(run.start).name,
+        "model": run.task.options["model"],
         "environment": read_json(run.file("env.json")), "commits": [],
         "rows": [{key: row[key] for key in keep if key in row} for row in rows],
     }  # fmt: skip
@@ -68,13 +72,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--init")
     parser.add_argument("--teacher")
     parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--epochs", type=int, help=f"by default {LENGTHS} by bits: epochs, learning rate")
+    parser.add_argument("--epochs", type=int, help=f"by default {LENGTHS}, -more {MORE}: epochs, rate")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="torch's threads: a run keeps to them, its bits depend on them")
     parser.add_argument("--out", type=Path, default=Path("runs/long"))
     parser.add_argument("--results", type=Path, default=Path("results/long"))
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--networks", type=Path, default=NETWORKS, help="files that the runs named -more start from")
     parser.add_argument("--collect", action="store_true")
     a = parser.parse_args(argv)
     for folder in (a.out, a.results):
@@ -84,17 +89,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             if is_run(a.out / name):
                 collect(a.out / name, a.results)
         return
-    if a.init is None or (a.teacher is None and any(RUNS[name][1] for name in a.only)):
+    if a.init is None or (a.teacher is None and any(RUNS[name][1] == "-teacher" for name in a.only)):
         parser.error("--init and --teacher are needed")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     for name in a.only:
-        bits, teacher = RUNS[name]
+        bits, kind = RUNS[name]
         path, task = a.out / name, get_task("cifar10", data=a.data, model=a.model)
-        epochs, lr = LENGTHS[bits]
+        epochs, lr = (MORE if kind == "-more" else LENGTHS)[bits]
         options = {"epochs": a.epochs or epochs, "lr": a.lr or lr, "seed": a.seed, "threads": a.threads}
         settings = replace(task.settings, **options, weight_decay_by_bits=True)
-        run = Run(path, task, Recipe.preset(f"w{bits}a{bits}"), settings, a.init, a.teacher if teacher else None)
+        teacher = a.teacher if kind == "-teacher" else None
+        start = str(a.networks / f"cifar10-{a.model}-w{bits}a{bits}.safetensors") if kind == "-more" else None
+        recipe = Recipe.preset(f"w{bits}a{bits}")
+        run = Run(path, task, recipe, settings, a.init, teacher, start=start)
         if not run.file("metrics.json").is_file():
             print(f"{name}: {'going on' if is_run(path) else 'starting'}", file=sys.stderr, flush=True)
             with path.with_suffix(".commits").open("a") as file:

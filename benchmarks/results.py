@@ -71,8 +71,9 @@ def runs(found: Sequence[dict[str, Any]]) -> str:
     lines, environments = [], []
     for run in found:
         settings, metrics, rows = run["settings"], run.get("metrics"), run["rows"]
-        bits, teacher = RUNS[run["run"]]
-        what = f"{bits}/{bits}" + (f", taught by {run['teacher']}" if teacher else "")
+        bits, kind = RUNS[run["run"]]
+        how = {"-teacher": f", taught by {run['teacher']}", "-more": ", trained further"}
+        what = f"{bits}/{bits}{how.get(kind, '')}"
         if metrics is None:
             accuracy, gap, rounded = f"({rows[-1]['accuracy']:.2f} % so far)" if rows else "", "", ""
         else:

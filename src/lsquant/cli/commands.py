@@ -61,7 +61,7 @@ def train(a: Namespace) -> Outcome:
         alone = a.teacher is None and a.distill is None and not settings.distill
         for idle in _options(a, "distill_weight", "distill_temperature") if alone else ():
             raise UsageError(f"--{idle.replace('_', '-')} has no effect without --teacher FILE or --distill")
-        run = Run(Path(a.out), task, _recipe(a), settings, a.init, a.teacher)
+        run = Run(Path(a.out), task, _recipe(a), settings, a.init, a.teacher, start=a.start)
         metrics = run_training(run, resume=a.resume, overwrite=a.overwrite, **how)
     return (
         {"run": str(a.out), **metrics},
@@ -77,8 +77,8 @@ def _options(a: Namespace, *names: str) -> dict[str, Any]:
 
 def _refuse_changes(a: Namespace, run: Run) -> None:
     """--resume takes everything from the run; what is given beside it must be what the run has."""
-    asked = _options(a, *_SETTINGS, "init", "teacher", "task", "model")
-    has = {**run.task.options, **run.settings.to_dict(), "init": run.init, "teacher": run.teacher}
+    asked = _options(a, *_SETTINGS, "init", "teacher", "start", "task", "model")
+    has = {**run.task.options, **run.settings.to_dict(), "init": run.init, "teacher": run.teacher, "start": run.start}
     has["task"] = run.config()["task"]
     differ = [f"{name} is {has.get(name)!r}, not {value!r}" for name, value in asked.items() if has.get(name) != value]
     if (a.recipe or a.bits or a.weight_bits or a.activation_bits) and _recipe(a) != run.recipe:

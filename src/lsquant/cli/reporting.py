@@ -130,7 +130,8 @@ def train_command(run: Run) -> str:
     """The command that repeats a run."""
     changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(run.task.settings, k)}
     options = [_option(name, value) for name, value in changed.items() if value is not None]
-    given = {**{k: run.task.options.get(k) for k in ("data", "model")}, "init": run.init, "teacher": run.teacher}
+    files = {"init": run.init, "teacher": run.teacher, "start": run.start}
+    given = {**{k: run.task.options.get(k) for k in ("data", "model")}, **files}
     options += [f"--{k} {quote(str(v))}" for k, v in given.items() if v is not None]
     recipe = quote(str(run.file("recipe.toml")))
     return " ".join(["lsquant train", quote(run.config()["task"]), "--recipe", recipe, "--out DIR", *options])

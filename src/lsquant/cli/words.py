@@ -9,6 +9,7 @@ _NAMES = {
     "float": "float32",
     "teacher": "teacher, float32",
     "rounded": "rounded, not trained",
+    "start": "as it starts",
     "raw": "trained, as the optimizer left it",
     "lsq": "trained with learned steps",
 }

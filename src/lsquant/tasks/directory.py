@@ -7,8 +7,8 @@ log.jsonl          one row an epoch: loss, learning rates, metrics, time, every 
                    oscillation
 metrics.json       the results: float, teacher, rounded (the float network at these bits, untrained), lsq
 model.safetensors  the trained network: weights, steps, recipe
-last/              what a killed run is resumed from: float.safetensors, lsq.safetensors, teacher.safetensors, and for
-                   progressive bits lsq-8.safetensors and the like
+last/              what a killed run is resumed from: float.safetensors, lsq.safetensors, teacher.safetensors,
+                   start.safetensors, and for progressive bits lsq-8.safetensors and the like
 export/            exported files
 report.html        the report
 tensorboard/       with --tensorboard: the numbers of log.jsonl, a folder for each phase
@@ -38,6 +38,7 @@ from lsquant.tasks.registry import get_task
 
 KIND = "lsquant run"
 TEACHER = "last/teacher.safetensors"
+START = "last/start.safetensors"
 FORMAT = 1  # of the directory; a newer one is refused
 _CONTENT = (
     "recipe.toml",
@@ -58,7 +59,8 @@ class Run:
     """A run: where it is and everything that decides its numbers.
 
     `init`: the float checkpoint it starts from; `teacher`: another float checkpoint, which it is trained against, and
-    the SHA-256 of that file (None: taken when the run starts).
+    the SHA-256 of that file (None: taken when the run starts); `start`: a file of the network at these bits, written by
+    ``export_packed`` or ``save``, whose weights and steps are trained further.
     """
 
     path: Path
@@ -68,6 +70,7 @@ class Run:
     init: str | None = None
     teacher: str | None = None
     teacher_sha256: str | None = None
+    start: str | None = None
 
     def config(self) -> dict[str, Any]:
         """The content of config.toml."""
@@ -79,6 +82,7 @@ class Run:
             "init": self.init,
             "teacher": self.teacher,
             "teacher_sha256": self.teacher_sha256,
+            "start": self.start,
             "options": dict(self.task.options),
             "settings": self.settings.to_dict(),
         }
@@ -131,7 +135,7 @@ def open_run(path: str | os.PathLike[str], **options: Any) -> Run:
         raise DamagedFile(f"{config} has no task or no settings: it was cut")
     stored = {} if ":" in values["task"] else values.get("options", {})
     task = get_task(values["task"], **{**stored, **options})
-    files = (values.get(name) for name in ("init", "teacher", "teacher_sha256"))
+    files = (values.get(name) for name in ("init", "teacher", "teacher_sha256", "start"))
     return Run(folder, task, recipe, Settings.from_dict(values["settings"]), *files)
 
 
@@ -155,9 +159,11 @@ def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> Non
     aside = run.path.with_name(f".{run.path.name}.{os.getpid()}.tmp")
     for folder in (aside, aside / "last", aside / "export"):
         folder.mkdir(parents=True, exist_ok=True)
+    for file, name in ((run.teacher, TEACHER), (run.start, START)):
+        if file is not None:
+            with atomic_write(aside / name) as copy:
+                shutil.copyfile(file, copy)
     if run.teacher is not None:
-        with atomic_write(aside / TEACHER) as copy:
-            shutil.copyfile(run.teacher, copy)
         check_teacher(run, aside / TEACHER)
     atomic_write_text(aside / "recipe.toml", run.recipe.to_toml())
     write_json(aside / "env.json", {"format": FORMAT, **environment()})

@@ -20,9 +20,10 @@ from lsquant._util.files import read_json, write_json
 from lsquant._util.tensors import read_tensors
 from lsquant.calibration import calibrate
 from lsquant.convert import prepare
+from lsquant.export import load_packed
 from lsquant.nn import quantized_layers, quantizers
 from lsquant.recipe import Recipe
-from lsquant.tasks.directory import FORMAT, TEACHER, Run, check_teacher, is_run, open_run, sha256, start_run
+from lsquant.tasks.directory import FORMAT, START, TEACHER, Run, check_teacher, is_run, open_run, sha256, start_run
 from lsquant.tasks.protocol import Task
 from lsquant.training import (
     CosineSchedule,
@@ -58,9 +59,9 @@ def run_training(
     """Train the task of `run` in the directory `run.path` and return the content of metrics.json.
 
     "float": the float network; "teacher": the one of `run.teacher`; "rounded": the float network at the recipe's bits,
-    calibrated but not trained; "lsq": trained with learned steps, with `ema` or `bn_batches` after these; "raw": then
-    the weights as the optimizer left them; each with the task's metrics. The same seed gives the same numbers
-    ("seconds" apart).
+    calibrated but not trained; "start": the network of `run.start`; "lsq": trained with learned steps, with `ema` or
+    `bn_batches` after these; "raw": then the weights as the optimizer left them; each with the task's metrics. The same
+    seed gives the same numbers ("seconds" apart).
     A checkpoint is written at the end of every epoch and every `checkpoint_every` iterations; `resume=True` goes on
     from the last one, wherever the run was killed, and ends with the same bits. `tensorboard`: write the numbers of the
     log to `run.path`/tensorboard as well.
@@ -97,6 +98,10 @@ def _try_out(run: Run) -> None:
         if widened(run.recipe, bits) == run.recipe:
             raise UsageError(f"progressive={run.settings.progressive}: the recipe has no quantizer below {bits} bits")
     prepare(model, run.recipe, example_inputs=run.task.example_input())
+    if run.start is not None:
+        if run.init is None or run.settings.progressive:
+            raise UsageError("start: give the float checkpoint it was made from as init, and no progressive bits")
+        load_start(model, run.start)
 
 
 def _with_hash(run: Run, resume: bool) -> Run:
@@ -143,6 +148,9 @@ def _train(run: Run, log: Log, checkpoint_every: int | None, quiet: bool) -> dic
         seconds[f"lsq-{bits}"] = done.seconds
     if settings.progressive:
         _quantize(run, model, run.recipe)
+    if run.start is not None:
+        load_start(model, run.file(START))
+        measure("start", model, "as it starts")
     average = None if settings.ema is None else WeightAverage(model, settings.ema)
     done = phase(model, "lsq", settings.last_epochs, done, teacher, average)
     seconds["lsq"] = done.seconds
@@ -206,6 +214,24 @@ def _difference(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Te
     says = [f"{kind} {names[0]} (and {len(names) - 1} more)" for kind, names in kinds.items() if names]
     says += [f"{other[0]} is {tuple(found[other[0]].shape)}, not {tuple(wanted[other[0]].shape)}"] if other else []
     return "; ".join(says)
+
+
+def load_start(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Load a file of ``export_packed`` or ``save`` into the prepared `model`, whose recipe it must have.
+
+    A packed file has the codes and no float weights: training goes on from code * step, the same function.
+    Raises: MissingFile; DamagedFile; UsageError for another file, architecture or recipe, naming the file and a layer.
+    """
+    wanted = {name: quantizer.requested for name, quantizer in quantizers(model)}
+    packed = "lsquant.packed" in read_tensors(path, with_tensors=False)[0]
+    (load_packed if packed else checkpoint.load)(model, path)
+    for name, quantizer in quantizers(model):
+        spec = wanted.get(name)
+        if spec is None or spec.decide(bool(quantizer.spec.signed)) != quantizer.spec:
+            raise UsageError(f"{path}: {name} is {quantizer.spec} in the file and {spec or 'float'} in the recipe")
+    if more := wanted.keys() - dict(quantizers(model)).keys():
+        raise UsageError(f"{path}: {min(more)} is float in the file and {wanted[min(more)]} in the recipe")
+    return model
 
 
 def load_teacher(task: Task, path: str | os.PathLike[str]) -> nn.Module:
