@@ -60,7 +60,7 @@ class Run:
 
     `init`: the float checkpoint it starts from; `teacher`: another float checkpoint, which it is trained against, and
     the SHA-256 of that file (None: taken when the run starts); `start`: a file of the network at these bits, written by
-    ``export_packed`` or ``save``, whose weights and steps are trained further.
+    ``export_packed`` or ``save``, whose weights and steps are trained further; then nothing is trained in float.
     """
 
     path: Path

@@ -59,9 +59,9 @@ def run_training(
     """Train the task of `run` in the directory `run.path` and return the content of metrics.json.
 
     "float": the float network; "teacher": the one of `run.teacher`; "rounded": the float network at the recipe's bits,
-    calibrated but not trained; "start": the network of `run.start`; "lsq": trained with learned steps, with `ema` or
-    `bn_batches` after these; "raw": then the weights as the optimizer left them; each with the task's metrics. The same
-    seed gives the same numbers ("seconds" apart).
+    calibrated but not trained; "start": the network of `run.start`, which goes without the two others if the run has no
+    `init`; "lsq": trained with learned steps, with `ema` or `bn_batches` after these; "raw": then the weights as the
+    optimizer left them; each with the task's metrics. The same seed gives the same numbers ("seconds" apart).
     A checkpoint is written at the end of every epoch and every `checkpoint_every` iterations; `resume=True` goes on
     from the last one, wherever the run was killed, and ends with the same bits. `tensorboard`: write the numbers of the
     log to `run.path`/tensorboard as well.
@@ -99,8 +99,10 @@ def _try_out(run: Run) -> None:
             raise UsageError(f"progressive={run.settings.progressive}: the recipe has no quantizer below {bits} bits")
     prepare(model, run.recipe, example_inputs=run.task.example_input())
     if run.start is not None:
-        if run.init is None or run.settings.progressive:
-            raise UsageError("start: give the float checkpoint it was made from as init, and no progressive bits")
+        if run.settings.progressive:
+            raise UsageError("start: the file has the bits of the recipe, progressive bits would be trained before it")
+        if run.settings.distill and run.init is None:
+            raise UsageError("start: no float network to distill from; give its checkpoint as init, or no distillation")
         load_start(model, run.start)
 
 
@@ -125,12 +127,14 @@ def _train(run: Run, log: Log, checkpoint_every: int | None, quiet: bool) -> dic
 
     seed_everything(settings.seed, task.name, "float")
     model = task.model()
-    if run.init is None:
-        done = phase(model, "float", settings.float_epochs, done)
-    else:
+    has_float = run.init is not None or run.start is None
+    if run.init is not None:
         _from_checkpoint(run, model)
+    elif has_float:
+        done = phase(model, "float", settings.float_epochs, done)
     seconds["float"] = done.seconds
-    measure("float", model, "float")
+    if has_float:
+        measure("float", model, "float")
     teacher = None
     if run.teacher is not None:
         check_teacher(run, run.file(TEACHER))
@@ -141,7 +145,8 @@ def _train(run: Run, log: Log, checkpoint_every: int | None, quiet: bool) -> dic
 
     seed_everything(settings.seed, task.name, "lsq")
     _quantize(run, model, run.recipe)
-    measure("rounded", model, "rounded to these bits without training")
+    if has_float:
+        measure("rounded", model, "rounded to these bits without training")
     for bits in settings.progressive:
         _quantize(run, model, widened(run.recipe, bits))
         done = phase(model, f"lsq-{bits}", settings.progressive_epochs, done, teacher)
