@@ -17,10 +17,14 @@ class ExactBatchNorm(nn.modules.batchnorm._BatchNorm):
     dims: int  # spatial dimensions of the input
 
     def affine_constants(self) -> tuple[Tensor, Tensor]:
-        """``alpha = gamma / sqrt(var + eps)``, ``beta - mean * alpha``, both (C,) float32; differentiable."""
+        """``alpha = gamma / sqrt(var + eps)``, ``beta - mean * alpha``, both (C,) float32; differentiable.
+
+        Every operation is rounded correctly, on every machine: PyTorch's float32 square root is not on all processors.
+        """
         if self.running_mean is None or self.running_var is None:
             raise RuntimeError("affine_constants: this BatchNorm keeps no running statistics")
-        deviation = torch.sqrt(self.running_var.float() + self.eps)
+        # a float64 root, even one that is a unit off, rounds to the float32 nearest to the true one
+        deviation = torch.sqrt((self.running_var.float() + self.eps).double()).float()
         alpha = (torch.ones_like(deviation) if self.weight is None else self.weight.float()) / deviation
         shift = self.running_mean.float() * alpha
         return alpha, -shift if self.bias is None else self.bias.float() - shift
