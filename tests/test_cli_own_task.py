@@ -24,6 +24,20 @@ def test_train_a_task_of_ones_own(own, capsys, name):  # noqa: F811
     assert "leave out --model and --data" in capsys.readouterr().err
 
 
+def test_a_run_is_opened_from_another_folder(own, capsys, monkeypatch):  # noqa: F811
+    """The task's file is found where the run was started, so that `report` does not replace a page by a poorer one."""
+    facts = result(capsys, "train", "points.py:task", "--bits", "4", "--out", "run", "--quiet")
+    elsewhere = own / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert result(capsys, "eval", "../run")["accuracy"] == facts["lsq"]["accuracy"]
+    assert result(capsys, "report", "../run")["missing"] == []
+    assert result(capsys, "train", "--resume", "--out", "../run", "--quiet")["lsq"] == facts["lsq"]
+    (own / "points.py").rename(own / "moved.py")
+    run("eval", "../run", code=3)
+    assert "points.py does not exist" in capsys.readouterr().err
+
+
 def test_train_wrong_tasks(own, capsys):  # noqa: F811
     for where, text in (
         ("points.py:tsak", "points.py has no 'tsak'; near names: task"),

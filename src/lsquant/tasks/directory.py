@@ -1,6 +1,6 @@
 """The run directory: what is in it, how it is made, found again and cleared.
 
-config.toml        kind "lsquant run", format; the task, its options and the settings
+config.toml        kind "lsquant run", format; the task, its options and the settings; the folder it was started from
 recipe.toml        bits by layer
 env.json           versions and hardware, as the run was started
 log.jsonl          one row an epoch: loss, learning rates, metrics, time, every quantizer's step, R, guards, clip rate,
@@ -110,6 +110,8 @@ def is_run(path: str | os.PathLike[str]) -> bool:
 def open_run(path: str | os.PathLike[str], **options: Any) -> Run:
     """The run in the directory `path`; `options` replace the task's own, as data="DIR" where its data has moved.
 
+    A relative path of the task's file or data that leads nowhere from here counts from where the run was started.
+
     Raises: MissingFile if there is none; DamagedFile for an unreadable or newer config.toml.
     """
     folder = Path(path)
@@ -133,10 +135,19 @@ def open_run(path: str | os.PathLike[str], **options: Any) -> Run:
         raise DamagedFile(f"{folder / 'recipe.toml'} is damaged: {error}") from error
     if not {"task", "settings"} <= values.keys():
         raise DamagedFile(f"{config} has no task or no settings: it was cut")
-    stored = {} if ":" in values["task"] else values.get("options", {})
-    task = get_task(values["task"], **{**stored, **options})
+    source, started = values["task"], Path(values.get("folder", "."))
+    stored = {} if ":" in source else values.get("options", {})
+    if isinstance(data := stored.get("data"), str):
+        stored["data"] = _found(data, started)
+    place, colon, name = source.rpartition(":")
+    task = get_task(_found(place, started) + colon + name, **{**stored, **options})
     files = (values.get(name) for name in ("init", "teacher", "teacher_sha256", "start"))
     return Run(folder, task, recipe, Settings.from_dict(values["settings"]), *files)
+
+
+def _found(path: str, started: Path) -> str:
+    """`path`, or, where it only exists there, in the folder that the run was started from."""
+    return str(started / path) if not Path(path).exists() and (started / path).exists() else path
 
 
 def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -167,7 +178,7 @@ def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> Non
         check_teacher(run, aside / TEACHER)
     atomic_write_text(aside / "recipe.toml", run.recipe.to_toml())
     write_json(aside / "env.json", {"format": FORMAT, **environment()})
-    atomic_write_text(aside / "config.toml", to_toml(run.config()))
+    atomic_write_text(aside / "config.toml", to_toml({**run.config(), "folder": os.getcwd()}))
     if run.path.exists() and any(run.path.iterdir()):  # foreign files, which --overwrite left
         for name in _CONTENT:
             if (aside / name).exists():
