@@ -58,7 +58,7 @@ def test_batchnorm_in_eval_is_two_rounded_operations(options):
 
 @pytest.mark.parametrize("channels", [1, 50_000])
 def test_the_constants_of_batchnorm_are_rounded_correctly(channels):
-    """As IEEE 754 has it, and so NumPy: torch.sqrt is not on every processor (0.7 % of values on a Xeon with AVX-512)."""
+    """As IEEE 754 has it, and so NumPy: torch.sqrt is not everywhere (0.7 % off on a Xeon with AVX-512)."""
     layer = nn.BatchNorm2d(channels)
     with torch.no_grad():
         layer.running_var.uniform_(0.0, 10.0)
