@@ -67,7 +67,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def runs(found: Sequence[dict[str, Any]]) -> str:
     """A line a run, finished or not."""
-    head = ("bits, weights/inputs", "test accuracy", "over float", "rounded only", "epochs", "learning rate", "minutes")
+    head = ("bits, weights/inputs", "test accuracy", "over float", "before", "epochs", "learning rate", "minutes")
     lines, environments = [], []
     for run in found:
         settings, metrics, rows = run["settings"], run.get("metrics"), run["rows"]
@@ -78,7 +78,8 @@ def runs(found: Sequence[dict[str, Any]]) -> str:
             accuracy, gap, rounded = f"({rows[-1]['accuracy']:.2f} % so far)" if rows else "", "", ""
         else:
             accuracy, floating = metrics["lsq"]["accuracy"], metrics["float"]["accuracy"]
-            gap, rounded = f"{accuracy - floating:+.2f}", f"{metrics['rounded']['accuracy']:.2f} %"
+            before = metrics.get("start", metrics["rounded"])["accuracy"]
+            gap, rounded = f"{accuracy - floating:+.2f}", f"{before:.2f} %"
             accuracy = f"**{accuracy:.2f} %**"
         epochs = f"{run['epochs_done']}" if metrics else f"{run['epochs_done']} of {settings['epochs']}"
         minutes = f"{sum(row['seconds'] for row in rows) / 60:.0f}"
