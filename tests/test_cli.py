@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,18 @@ def test_the_page_has_the_numbers(line):
     assert of_run["missing"] == []
     assert of_run["commands"][0].startswith("lsquant train digits --recipe ")
     assert shown["version"] == lsquant.__version__
+
+
+def test_check_of_a_run_knows_the_guarded_steps_of_its_log(line, tmp_path):
+    """The counter is not saved with the model."""
+    path = shutil.copytree(line[0], tmp_path / "run")
+    rows = [json.loads(row) for row in (path / "log.jsonl").read_text().splitlines()]
+    rows[-1]["quantizers"]["head.input_quantizer"]["guarded"] = 500
+    (path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = json.loads(run("check", path, "--json").out)["findings"]
+    (often,) = (finding for finding in found if finding["code"] == "guarded_often")
+    assert (often["where"], often["evidence"]["guarded"]) == ("head.input_quantizer", 500)
+    assert "guarded_often" not in run("check", line[0], "--json").out
 
 
 def test_a_report_without_the_other_files_says_what_is_missing(line, tmp_path):

@@ -32,7 +32,9 @@ from lsquant._util.files import atomic_write, atomic_write_text, remove_leftover
 from lsquant._util.toml import to_toml
 from lsquant._version import __version__
 from lsquant.diagnostics.environment import environment
+from lsquant.nn import quantizers
 from lsquant.recipe import Recipe
+from lsquant.report.run_files import latest, log_rows
 from lsquant.tasks.protocol import Settings, Task
 from lsquant.tasks.registry import get_task
 
@@ -91,12 +93,16 @@ class Run:
         return self.path / name
 
     def model(self) -> nn.Module:
-        """The trained network. Raises: MissingFile if the run is not finished."""
+        """The trained network, guarded steps counted as in the log. Raises: MissingFile if the run is not finished."""
         if not self.file("model.safetensors").is_file():
             raise MissingFile(
                 f"{self.path} has no model.safetensors: the run is not finished, go on with it by --resume"
             )
-        return checkpoint.load(self.task.model(), self.file("model.safetensors"))
+        model = checkpoint.load(self.task.model(), self.file("model.safetensors"))
+        logged = latest(log_rows(self.file("log.jsonl"), []))
+        for name, quantizer in quantizers(model):
+            quantizer.guarded.fill_(int(logged.get(name, {}).get("guarded") or 0))
+        return model
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
