@@ -24,11 +24,14 @@ from lsquant._util.files import read_json, write_json
 from lsquant.tasks import Run, get_task, is_run, open_run, run_training
 from lsquant.training import Log
 
-KINDS = ("", "-teacher", "-more")  # -more: trains the network that results/networks has from the first further
+#: -teacher: against ResNet-56.  Both others train the network that results/networks has from the first further:
+#: -distill against the float network.
+KINDS = ("", "-teacher", "-more", "-distill")
 RUNS = {f"w{bits}a{bits}{kind}": (bits, kind) for kind in KINDS for bits in (2, 4, 3)}
 #: Epochs and learning rate by bits; at 4 bits a rate of 0.01 stays at the float minimum (99 % of the images right).
 LENGTHS = {2: (40, 0.03), 3: (24, 0.02), 4: (26, 0.05)}
 MORE = {2: (6, 0.01), 3: (14, 0.03), 4: (6, 0.03)}
+DISTILL = {bits: (9, 0.02) for bits in LENGTHS}
 NETWORKS = Path(__file__).resolve().parents[1] / "results" / "networks"
 
 
@@ -72,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--init")
     parser.add_argument("--teacher")
     parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--epochs", type=int, help=f"by default {LENGTHS}, -more {MORE}: epochs, rate")
+    parser.add_argument("--epochs", type=int, help=f"by default {LENGTHS}, -more {MORE}, -distill {DISTILL}")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="torch's threads: a run keeps to them, its bits depend on them")
@@ -96,11 +99,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in a.only:
         bits, kind = RUNS[name]
         path, task = a.out / name, get_task("cifar10", data=a.data, model=a.model)
-        epochs, lr = (MORE if kind == "-more" else LENGTHS)[bits]
+        epochs, lr = {"-more": MORE, "-distill": DISTILL}.get(kind, LENGTHS)[bits]
         options = {"epochs": a.epochs or epochs, "lr": a.lr or lr, "seed": a.seed, "threads": a.threads}
+        options["distill"] = kind == "-distill"
         settings = replace(task.settings, **options, weight_decay_by_bits=True)
         teacher = a.teacher if kind == "-teacher" else None
-        start = str(a.networks / f"cifar10-{a.model}-w{bits}a{bits}.safetensors") if kind == "-more" else None
+        start = (
+            str(a.networks / f"cifar10-{a.model}-w{bits}a{bits}.safetensors") if kind in ("-more", "-distill") else None
+        )
         recipe = Recipe.preset(f"w{bits}a{bits}")
         run = Run(path, task, recipe, settings, a.init, teacher, start=start)
         if not run.file("metrics.json").is_file():
