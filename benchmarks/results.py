@@ -1,6 +1,7 @@
 """The results: networks of the long runs as packed files with their verdicts, and the tables of docs/results.md.
 
     python benchmarks/results.py --runs runs/long --data DIR    # files and verdicts of finished runs, then the page
+    python benchmarks/results.py --measure --data DIR           # the accuracy of the kept files again, then the page
     python benchmarks/results.py                                # the page alone, from what is in results/
 
 Every finished run of long_runs.py is exported in every profile, and every file compared with the trained model on all
@@ -25,7 +26,7 @@ from tables import ROOT, replaced, table
 from lsquant import Verdict, export_onnx, export_packed, load_packed, to_integer, verify
 from lsquant._util.files import atomic_write_text, read_json, write_json
 from lsquant.cli.own import file_name
-from lsquant.tasks import is_run, open_run
+from lsquant.tasks import get_task, is_run, open_run
 
 PROFILES = ("packed", "exact", "small", "qdq")
 
@@ -58,6 +59,14 @@ def publish(path: Path, data: str | None, networks: Path) -> None:
     shutil.copyfile(shipped, networks / f"{name}.safetensors")
     facts = {"run": path.name, "task": run.task.name, "model": run.task.options["model"]}
     write_json(networks / f"{name}.json", {**facts, **run.task.metric(integer), "files": files})
+
+
+def measure(facts: Path, data: str | None) -> None:
+    """The accuracy of a kept file, as the integer model has it here."""
+    kept = read_json(facts)
+    task = get_task(kept["task"], data=data, model=kept["model"])
+    integer = to_integer(load_packed(task.model(), facts.with_suffix(".safetensors")))
+    write_json(facts, {**kept, **task.metric(integer)})
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -116,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=Path, help="folder of finished runs, to be exported and verified")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--measure", action="store_true", help="take the accuracy of the kept files again")
     parser.add_argument("--data", help="folder of the images, where they have moved")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
@@ -131,6 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             collect(path, a.results / "long")
             if (path / "metrics.json").is_file():
                 publish(path, a.data, a.results / "networks")
+    for facts in sorted((a.results / "networks").glob("*.json")) if a.measure else ():
+        measure(facts, a.data)
     tables = {"runs": runs(read(a.results / "long")), "files": files(read(a.results / "networks"))}
     atomic_write_text(a.page, replaced(a.page.read_text(encoding="utf-8"), tables.__getitem__))
 
