@@ -86,6 +86,9 @@ def test_files_verdicts_and_page_of_a_run(bench: Any, words: list[str], tmp_path
     text = page.read_text()
     assert f"| 2/2 | **{accuracy:.2f} %** |" in text
     assert f"| w2a2 | `packed` | {path.stat().st_size:,} | `outputs` | 0 of" in text
+    path.with_suffix(".json").write_text(json.dumps({**facts, "accuracy": 0.0}))
+    importlib.import_module("results").main(["--measure", "--data", words[1], *command[2:]])
+    assert json.loads(path.with_suffix(".json").read_text()) == facts
     (tmp_path / "runs" / "w2a2" / "metrics.json").unlink()
     importlib.import_module("results").main(command)
     assert "| 2/2 | (" in page.read_text()
