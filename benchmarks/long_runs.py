@@ -30,7 +30,7 @@ KINDS = ("", "-teacher", "-more", "-distill")
 RUNS = {f"w{bits}a{bits}{kind}": (bits, kind) for kind in KINDS for bits in (2, 4, 3)}
 #: Epochs and learning rate by bits; at 4 bits a rate of 0.01 stays at the float minimum (99 % of the images right).
 LENGTHS = {2: (40, 0.03), 3: (24, 0.02), 4: (26, 0.05)}
-MORE = {2: (6, 0.01), 3: (14, 0.03), 4: (6, 0.03)}
+MORE = {2: (10, 0.02), 3: (14, 0.03), 4: (6, 0.03)}
 DISTILL = dict.fromkeys(LENGTHS, (9, 0.02))
 NETWORKS = Path(__file__).resolve().parents[1] / "results" / "networks"
 
