@@ -82,6 +82,46 @@ def test_it_learns_from_there(first, tmp_path):
     assert torch.equal(trained["head.weight_quantizer.step"], steps["weight"])  # a whole v / s: gradient 0
 
 
+def test_a_file_of_other_bits_keeps_its_weights_and_is_calibrated_anew(first, tmp_path):
+    files, _, _ = first
+    file = tmp_path / "w3a2.safetensors"
+    model = network(files)
+    recipe = lsquant.Recipe.preset("w3a2", skip=["stem"])
+    lsquant.prepare(model, recipe, example_inputs=task().example_input())
+    lsquant.calibrate(model, task().batches("calibration", batch_size=100), max_batches=1)
+    with torch.no_grad():
+        model.head.weight.mul_(1.1)
+    lsquant.save(model, file)
+    run = replace(small(tmp_path / "a", files, epochs=0), start=str(file), init=None)
+    metrics = run_training(run, quiet=True)
+    lsquant.prepare(model, RECIPE, example_inputs=task().example_input())
+    lsquant.calibrate(model, task().batches("calibration", batch_size=200), max_batches=1)
+    assert metrics["lsq"] == metrics["start"] == run.task.metric(model)
+    assert torch.equal(logits(run.model()), logits(model))
+
+
+def test_the_float_network_of_a_run_is_a_float_checkpoint(first, tmp_path):
+    files, run, _ = first
+    again = small(tmp_path / "a", {**files, 4: str(run.file("last/float.safetensors"))}, epochs=2)
+    run_training(again, quiet=True)
+    assert again.file("model.safetensors").read_bytes() == run.file("model.safetensors").read_bytes()
+    wrong = small(tmp_path / "b", {**files, 4: str(run.file("last/lsq.safetensors"))})
+    with pytest.raises(UsageError, match="it has quantizers"):
+        run_training(wrong, quiet=True)
+
+
+def test_overwriting_a_run_does_not_delete_what_it_starts_from(first, tmp_path):
+    files, _, packed = first
+    run = replace(small(tmp_path / "a", files), start=packed)
+    run_training(run, quiet=True)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    inside = {name: str(run.file("last/float.safetensors")) for name in ("init", "teacher")}
+    for name, file in {**inside, "start": str(run.file("model.safetensors"))}.items():
+        with pytest.raises(UsageError, match="lies in the run that --overwrite would delete"):
+            run_training(replace(run, **{name: file}), overwrite=True, quiet=True)
+        assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
 def test_a_run_keeps_the_file(first, tmp_path):
     files, _, packed = first
     whole = replace(small(tmp_path / "whole", files), start=packed)
@@ -103,27 +143,20 @@ def test_files_that_do_not_fit_are_named_before_anything_is_written(first, tmp_p
     other = small(tmp_path / "a", files)
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(Path(packed).read_bytes()[:-1])
-    model = network(files)
-    lsquant.prepare(model, lsquant.Recipe.preset("w3a2"), example_inputs=task().example_input())
-    lsquant.calibrate(model, task().batches("calibration", batch_size=100), max_batches=1)
-    lsquant.save(model, tmp_path / "w3a2.safetensors")
-    floating = network(files)
-    recipe = lsquant.Recipe.preset("w2a2", skip=["stem"])
-    lsquant.prepare(floating, recipe, example_inputs=task().example_input())
-    lsquant.calibrate(floating, task().batches("calibration", batch_size=100), max_batches=1)
-    lsquant.export_packed(floating, tmp_path / "stem.safetensors")
     before = sorted(tmp_path.iterdir())
     for start, says, error in (
         (str(tmp_path / "none.safetensors"), r"none\.safetensors", MissingFile),
         (str(damaged), r"damaged\.safetensors", DamagedFile),
         (files[4], r"width4\.safetensors was not written by lsquant\.save", UsageError),
-        (str(tmp_path / "w3a2.safetensors"), r"weight_quantizer is 3 bit.* in the file and 2 bit", UsageError),
-        (str(tmp_path / "stem.safetensors"), r"stem\.\w+_quantizer is float in the file", UsageError),
+        (str(tmp_path), "is a folder; of a run give its model.safetensors", UsageError),
     ):
         with pytest.raises(error, match=says):
             run_training(replace(other, start=start), quiet=True)
     for change, says in (
-        ({"settings": replace(other.settings, progressive=(8,), epochs=2)}, "start: .* progressive bits"),
+        (
+            {"settings": replace(other.settings, progressive=(8,), epochs=2)},
+            "start and progressive: .*give one of the two",
+        ),
         ({"settings": replace(other.settings, distill=True), "init": None}, "start: no float network to distill from"),
     ):
         with pytest.raises(UsageError, match=says):

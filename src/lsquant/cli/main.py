@@ -129,7 +129,7 @@ def _train(sub: argparse.ArgumentParser) -> None:
     _bits(sub)
     _task_options(sub)
     sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) instead of float training")
-    about = "train this network further, a packed or saved file at these bits, instead of calibrating"
+    about = "train the network of this packed or saved file further, instead of a float one"
     sub.add_argument("--start", metavar="FILE", help=about)
     sub.add_argument("--checkpoint-every", type=int, metavar="N", help="also write a checkpoint every N iterations")
     sub.add_argument("--tensorboard", action="store_true", help="also write the log's numbers to DIR/tensorboard")

@@ -61,8 +61,8 @@ class Run:
     """A run: where it is and everything that decides its numbers.
 
     `init`: the float checkpoint it starts from; `teacher`: another float checkpoint, which it is trained against, and
-    the SHA-256 of that file (None: taken when the run starts); `start`: a file of the network at these bits, written by
-    ``export_packed`` or ``save``, whose weights and steps are trained further; then nothing is trained in float.
+    the SHA-256 of that file (None: taken when the run starts); `start`: a file of ``export_packed`` or ``save``, whose
+    weights and steps are trained further (steps are calibrated anew where its recipe is another), nothing in float.
     """
 
     path: Path
@@ -116,7 +116,7 @@ def is_run(path: str | os.PathLike[str]) -> bool:
 def open_run(path: str | os.PathLike[str], **options: Any) -> Run:
     """The run in the directory `path`; `options` replace the task's own, as data="DIR" where its data has moved.
 
-    A relative path of the task's file or data that leads nowhere from here counts from where the run was started.
+    A relative path in it counts from the folder that the run was started from, or from here where it is not there.
 
     Raises: MissingFile if there is none; DamagedFile for an unreadable or newer config.toml.
     """
@@ -147,13 +147,14 @@ def open_run(path: str | os.PathLike[str], **options: Any) -> Run:
         stored["data"] = _found(data, started)
     place, colon, name = source.rpartition(":")
     task = get_task(_found(place, started) + colon + name, **{**stored, **options})
-    files = (values.get(name) for name in ("init", "teacher", "teacher_sha256", "start"))
-    return Run(folder, task, recipe, Settings.from_dict(values["settings"]), *files)
+    files = {name: _found(file, started) for name in ("init", "teacher", "start") if (file := values.get(name))}
+    files["teacher_sha256"] = values.get("teacher_sha256")
+    return Run(folder, task, recipe, Settings.from_dict(values["settings"]), **files)
 
 
 def _found(path: str, started: Path) -> str:
-    """`path`, or, where it only exists there, in the folder that the run was started from."""
-    return str(started / path) if not Path(path).exists() and (started / path).exists() else path
+    """`path` from here, or in the folder that the run was started from if that is another and has it."""
+    return str(started / path) if started.resolve() != Path.cwd() and (started / path).exists() else path
 
 
 def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -171,7 +172,9 @@ def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> Non
             raise UsageError(f"{run.path} exists: --resume goes on with it, --overwrite starts anew")
         if not is_run(run.path):
             raise UsageError(f"{run.path} exists and is no run directory: --overwrite deletes nothing else")
-        _clear(run.path)
+        for file in (run.init, run.teacher, run.start):
+            if file is not None and run.path.resolve() in Path(file).resolve().parents:
+                raise UsageError(f"{file} lies in the run that --overwrite would delete: choose another --out")
     # made aside and renamed: a directory that is there is complete, whenever this process is killed
     aside = run.path.with_name(f".{run.path.name}.{os.getpid()}.tmp")
     for folder in (aside, aside / "last", aside / "export"):
@@ -185,6 +188,8 @@ def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> Non
     atomic_write_text(aside / "recipe.toml", run.recipe.to_toml())
     write_json(aside / "env.json", {"format": FORMAT, **environment()})
     atomic_write_text(aside / "config.toml", to_toml({**run.config(), "folder": os.getcwd()}))
+    if overwrite and is_run(run.path):
+        _clear(run.path)
     if run.path.exists() and any(run.path.iterdir()):  # foreign files, which --overwrite left
         for name in _CONTENT:
             if (aside / name).exists():

@@ -42,6 +42,7 @@ from lsquant.training import (
 from lsquant.training.batchnorm import batchnorms
 from lsquant.training.progress import message
 from lsquant.training.seeds import seed_everything
+from lsquant.training.state import FORMAT as CHECKPOINT
 from lsquant.training.state import load_model_state, model_state
 
 SAMPLE = 32  # training samples that clip rates are taken from: less than 0.5 % of an epoch's time for ResNet-20
@@ -100,9 +101,9 @@ def _try_out(run: Run) -> None:
     prepare(model, run.recipe, example_inputs=run.task.example_input())
     if run.start is not None:
         if run.settings.progressive:
-            raise UsageError("start: the file has the bits of the recipe, progressive bits would be trained before it")
+            raise UsageError("start and progressive: the network of the file has low bits already; give one of the two")
         if run.settings.distill and run.init is None:
-            raise UsageError("start: no float network to distill from; give its checkpoint as init, or no distillation")
+            raise UsageError("start: no float network to distill from; give it by init (--init FILE), or --no-distill")
         load_start(model, run.start)
 
 
@@ -154,7 +155,8 @@ def _train(run: Run, log: Log, checkpoint_every: int | None, quiet: bool) -> dic
     if settings.progressive:
         _quantize(run, model, run.recipe)
     if run.start is not None:
-        load_start(model, run.file(START))
+        if not load_start(model, run.file(START)):
+            _quantize(run, model, run.recipe)
         measure("start", model, "as it starts")
     average = None if settings.ema is None else WeightAverage(model, settings.ema)
     done = phase(model, "lsq", settings.last_epochs, done, teacher, average)
@@ -221,22 +223,19 @@ def _difference(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Te
     return "; ".join(says)
 
 
-def load_start(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Load a file of ``export_packed`` or ``save`` into the prepared `model`, whose recipe it must have.
+def load_start(model: nn.Module, path: str | os.PathLike[str]) -> bool:
+    """Load a file of ``export_packed`` or ``save`` into the prepared `model`; whether it has the model's recipe.
 
-    A packed file has the codes and no float weights: training goes on from code * step, the same function.
-    Raises: MissingFile; DamagedFile; UsageError for another file, architecture or recipe, naming the file and a layer.
+    The model then has the file's.  A packed file has codes and no float weights: code * step, the same function.
+    Raises: MissingFile; DamagedFile; UsageError for another file or architecture, naming the file.
     """
+    if Path(path).is_dir():
+        raise UsageError(f"start: {path} is a folder; of a run give its model.safetensors")
     wanted = {name: quantizer.requested for name, quantizer in quantizers(model)}
     packed = "lsquant.packed" in read_tensors(path, with_tensors=False)[0]
     (load_packed if packed else checkpoint.load)(model, path)
-    for name, quantizer in quantizers(model):
-        spec = wanted.get(name)
-        if spec is None or spec.decide(bool(quantizer.spec.signed)) != quantizer.spec:
-            raise UsageError(f"{path}: {name} is {quantizer.spec} in the file and {spec or 'float'} in the recipe")
-    if more := wanted.keys() - dict(quantizers(model)).keys():
-        raise UsageError(f"{path}: {min(more)} is float in the file and {wanted[min(more)]} in the recipe")
-    return model
+    found = {name: quantizer.spec for name, quantizer in quantizers(model)}
+    return wanted.keys() == found.keys() and all(wanted[n].decide(bool(s.signed)) == s for n, s in found.items())
 
 
 def load_teacher(task: Task, path: str | os.PathLike[str]) -> nn.Module:
@@ -260,7 +259,9 @@ def load_teacher(task: Task, path: str | os.PathLike[str]) -> nn.Module:
 
 
 def _float_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    tensors = read_tensors(path)[1]
+    metadata, tensors, _ = read_tensors(path)
+    if metadata.get("format") == CHECKPOINT:  # last/float.safetensors of a run
+        tensors = load_state(path)["model"]["state"]
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
