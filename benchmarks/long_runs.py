@@ -24,14 +24,20 @@ from lsquant._util.files import read_json, write_json
 from lsquant.tasks import Run, get_task, is_run, open_run, run_training
 from lsquant.training import Log
 
-#: -teacher: against ResNet-56.  Both others train the network that results/networks has from the first further:
-#: -distill against the float network.
-KINDS = ("", "-teacher", "-more", "-distill")
-RUNS = {f"w{bits}a{bits}{kind}": (bits, kind) for kind in KINDS for bits in (2, 4, 3)}
-#: Epochs and learning rate by bits; at 4 bits a rate of 0.01 stays at the float minimum (99 % of the images right).
-LENGTHS = {2: (40, 0.03), 3: (24, 0.02), 4: (26, 0.05)}
-MORE = {2: (10, 0.02), 3: (14, 0.03), 4: (6, 0.03)}
-DISTILL = dict.fromkeys(LENGTHS, (9, 0.02))
+FLOAT = {2: (40, 0.03), 3: (24, 0.02), 4: (26, 0.05)}
+#: Epochs and learning rate by bits.  From the float network, also with ResNet-56 as teacher; from the network that
+#: results/networks has at these bits (-more), with the float network as teacher (-distill); from that of a bit more (-next).
+#: At 4 bits a rate of 0.01 stays at the float minimum (99 % of the images right).
+KINDS = {
+    "": FLOAT,
+    "-teacher": FLOAT,
+    "-more": {2: (10, 0.02), 3: (14, 0.03), 4: (6, 0.03)},
+    "-distill": dict.fromkeys(FLOAT, (9, 0.02)),
+    "-next": {2: (12, 0.02), 3: (12, 0.02)},
+}
+RUNS = {
+    f"w{bits}a{bits}{kind}": (bits, kind) for kind, lengths in KINDS.items() for bits in (2, 4, 3) if bits in lengths
+}
 NETWORKS = Path(__file__).resolve().parents[1] / "results" / "networks"
 
 
@@ -75,14 +81,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--init")
     parser.add_argument("--teacher")
     parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--epochs", type=int, help=f"by default {LENGTHS}, -more {MORE}, -distill {DISTILL}")
+    parser.add_argument("--epochs", type=int, help="by default those of KINDS in this file, as the learning rate")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, help="torch's threads: a run keeps to them, its bits depend on them")
     parser.add_argument("--out", type=Path, default=Path("runs/long"))
     parser.add_argument("--results", type=Path, default=Path("results/long"))
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--networks", type=Path, default=NETWORKS, help="files that the runs named -more start from")
+    parser.add_argument("--networks", type=Path, default=NETWORKS, help="files that -more, -distill, -next start from")
     parser.add_argument("--collect", action="store_true")
     a = parser.parse_args(argv)
     for folder in (a.out, a.results):
@@ -99,16 +105,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in a.only:
         bits, kind = RUNS[name]
         path, task = a.out / name, get_task("cifar10", data=a.data, model=a.model)
-        epochs, lr = {"-more": MORE, "-distill": DISTILL}.get(kind, LENGTHS)[bits]
+        epochs, lr = KINDS[kind][bits]
         options = {"epochs": a.epochs or epochs, "lr": a.lr or lr, "seed": a.seed, "threads": a.threads}
-        options["distill"] = kind == "-distill"
-        settings = replace(task.settings, **options, weight_decay_by_bits=True)
-        teacher = a.teacher if kind == "-teacher" else None
-        start = (
-            str(a.networks / f"cifar10-{a.model}-w{bits}a{bits}.safetensors") if kind in ("-more", "-distill") else None
-        )
-        recipe = Recipe.preset(f"w{bits}a{bits}")
-        run = Run(path, task, recipe, settings, a.init, teacher, start=start)
+        settings = replace(task.settings, **options, distill=kind == "-distill", weight_decay_by_bits=True)
+        run = Run(path, task, Recipe.preset(f"w{bits}a{bits}"), settings, a.init)
+        if kind == "-teacher":
+            run = replace(run, teacher=a.teacher)
+        elif kind:
+            before = bits + (kind == "-next")
+            run = replace(run, start=str(a.networks / f"cifar10-{a.model}-w{before}a{before}.safetensors"))
         if not run.file("metrics.json").is_file():
             print(f"{name}: {'going on' if is_run(path) else 'starting'}", file=sys.stderr, flush=True)
             with path.with_suffix(".commits").open("a") as file:

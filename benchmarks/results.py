@@ -81,11 +81,8 @@ def runs(found: Sequence[dict[str, Any]]) -> str:
     for run in found:
         settings, metrics, rows = run["settings"], run.get("metrics"), run["rows"]
         bits, kind = RUNS[run["run"]]
-        how = {
-            "-teacher": f", taught by {run['teacher']}",
-            "-more": ", trained further",
-            "-distill": ", trained further by distillation",
-        }
+        how = {"-teacher": f", taught by {run['teacher']}", "-more": ", trained further"}
+        how |= {"-distill": ", further by distillation", "-next": f", from the {bits + 1}-bit network"}
         what = f"{bits}/{bits}{how.get(kind, '')}"
         if metrics is None:
             accuracy, gap, rounded = f"({rows[-1]['accuracy']:.2f} % so far)" if rows else "", "", ""
