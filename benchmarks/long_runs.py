@@ -26,8 +26,8 @@ from lsquant.training import Log
 
 FLOAT = {2: (40, 0.03), 3: (24, 0.02), 4: (26, 0.05)}
 #: Epochs and learning rate by bits.  From the float network, also with ResNet-56 as teacher; from the network that
-#: results/networks has at these bits (-more), with the float network as teacher (-distill); from that of a bit more (-next).
-#: At 4 bits a rate of 0.01 stays at the float minimum (99 % of the images right).
+#: results/networks has at these bits (-more), with the float network as teacher (-distill); from that of a bit more
+#: (-next).  At 4 bits a rate of 0.01 stays at the float minimum (99 % of the images right).
 KINDS = {
     "": FLOAT,
     "-teacher": FLOAT,
