@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="torch's threads: a run keeps to them, its bits depend on them")
     parser.add_argument("--out", type=Path, default=Path("runs/long"))
     parser.add_argument("--results", type=Path, default=Path("results/long"))
-    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument(
+        "--only", nargs="+", choices=RUNS, default=[n for n, (_, kind) in RUNS.items() if kind in ("", "-teacher")]
+    )
     parser.add_argument("--networks", type=Path, default=NETWORKS, help="files that -more, -distill, -next start from")
     parser.add_argument("--collect", action="store_true")
     a = parser.parse_args(argv)
