@@ -24,7 +24,7 @@ from lsquant._util.files import read_json, write_json
 from lsquant.tasks import Run, get_task, is_run, open_run, run_training
 from lsquant.training import Log
 
-FLOAT = {2: (40, 0.03), 3: (24, 0.02), 4: (26, 0.05)}
+FLOAT = {2: (40, 0.03), 3: (40, 0.05), 4: (26, 0.05)}
 #: Epochs and learning rate by bits.  From the float network, also with ResNet-56 as teacher; from the network that
 #: results/networks has at these bits (-more), with the float network as teacher (-distill); from that of a bit more
 #: (-next).  At 4 bits a rate of 0.01 stays at the float minimum (99 % of the images right).
@@ -33,7 +33,7 @@ KINDS = {
     "-teacher": FLOAT,
     "-more": {2: (10, 0.02), 3: (14, 0.03), 4: (6, 0.03)},
     "-distill": dict.fromkeys(FLOAT, (9, 0.02)),
-    "-next": {2: (12, 0.02), 3: (12, 0.02)},
+    "-next": {2: (12, 0.02), 3: (26, 0.05)},
 }
 RUNS = {
     f"w{bits}a{bits}{kind}": (bits, kind) for kind, lengths in KINDS.items() for bits in (2, 4, 3) if bits in lengths
