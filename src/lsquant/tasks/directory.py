@@ -148,8 +148,8 @@ def open_run(path: str | os.PathLike[str], **options: Any) -> Run:
     place, colon, name = source.rpartition(":")
     task = get_task(_found(place, started) + colon + name, **{**stored, **options})
     files = {name: _found(file, started) for name in ("init", "teacher", "start") if (file := values.get(name))}
-    files["teacher_sha256"] = values.get("teacher_sha256")
-    return Run(folder, task, recipe, Settings.from_dict(values["settings"]), **files)
+    settings, digest = Settings.from_dict(values["settings"]), values.get("teacher_sha256")
+    return Run(folder, task, recipe, settings, teacher_sha256=digest, **files)
 
 
 def _found(path: str, started: Path) -> str:
