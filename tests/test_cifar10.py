@@ -201,7 +201,7 @@ def test_memory_format_batch_size_and_threads_change_no_bit_of_the_logits(quanti
     threads = torch.get_num_threads()
     with torch.no_grad():
         wanted = quantized(x)
-        assert len(wanted.unique()) > 400  # not all the same
+        assert len(wanted.unique()) > 300  # not all the same
         try:
             for number, sizes in ((1, (1, 7, 41)), (2, (7, 41)), (3, (41,))):
                 torch.set_num_threads(number)
@@ -264,12 +264,14 @@ def test_train(started, folder):
     assert [(row["phase"], row["epoch"], row["iteration"]) for row in rows] == [("lsq", 1, 2)]  # no float phase
 
 
-def test_eval_of_a_run_of_a_float_checkpoint_and_of_a_saved_model(started, folder, capsys):
+def test_eval_of_a_run_of_a_float_checkpoint_and_of_saved_and_packed_models(started, folder, capsys):
     path, checkpoint = started
     metrics = json.loads((path / "metrics.json").read_text())
     task = ["--task", "cifar10", "--data", folder]
     assert json.loads(run(capsys, "eval", path, "--json")) == metrics["lsq"]
     assert json.loads(run(capsys, "eval", path / "model.safetensors", *task, "--json")) == metrics["lsq"]
+    run(capsys, "export", path, "--profile", "packed")
+    assert json.loads(run(capsys, "eval", path / "export/packed.safetensors", *task, "--json")) == metrics["lsq"]
     assert json.loads(run(capsys, "eval", checkpoint, *task, "--model", "resnet20", "--json")) == metrics["float"]
     assert metrics["float"] != metrics["lsq"]
     text = f"accuracy {metrics['float']['accuracy']:.2f} %, test_loss {metrics['float']['test_loss']:.4f}\n"

@@ -38,6 +38,15 @@ def test_a_run_is_opened_from_another_folder(own, capsys, monkeypatch):  # noqa:
     assert "points.py does not exist" in capsys.readouterr().err
 
 
+def test_a_run_of_a_built_in_task_is_opened_from_another_folder(own, capsys, monkeypatch):  # noqa: F811
+    pytest.importorskip("sklearn")
+    short = ["--float-epochs", "0", "--epochs", "0", "--quiet"]
+    facts = result(capsys, "train", "digits", "--bits", "4", "--out", "run", *short)
+    (own / "elsewhere").mkdir()
+    monkeypatch.chdir(own / "elsewhere")
+    assert result(capsys, "eval", "../run") == facts["lsq"]
+
+
 def test_train_wrong_tasks(own, capsys):  # noqa: F811
     for where, text in (
         ("points.py:tsak", "points.py has no 'tsak'; near names: task"),

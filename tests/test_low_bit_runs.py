@@ -260,17 +260,22 @@ def test_every_setting_has_an_option_and_the_report_says_them_again(tmp_path, st
     digits = lsquant.tasks.get_task("digits")
     given = {**digits.settings.to_dict(), **OTHER.to_dict()}
     assert not [name for name, value in given.items() if value == getattr(Settings(), name) and name != "distill"]
-    run = Run(tmp_path / "a", digits, RECIPE, OTHER, "f.safetensors", None)
+    run = Run(tmp_path / "a", digits, RECIPE, OTHER)
     start_run(run)
     line = shlex.split(train_command(run))
     assert line[:2] == ["lsquant", "train"]
     assert main([*line[1:], "--quiet"]) == 0
     assert started[0].settings == OTHER
-    assert (started[0].recipe, started[0].init) == (RECIPE, "f.safetensors")
+    assert (started[0].recipe, started[0].init) == (RECIPE, None)
+    floats = {name: value for name, value in digits.settings.to_dict().items() if name.startswith("float_")}
+    for files in ({"init": "f.safetensors"}, {"start": "s.safetensors"}):  # no float training: not its options
+        assert main([*shlex.split(train_command(replace(run, **files)))[1:], "--quiet"]) == 0
+        assert started[-1].settings == replace(OTHER, **floats)
+        assert {name: getattr(started[-1], name) for name in files} == files
     taught = replace(run, teacher="my teacher.safetensors", settings=digits.settings)
     main([*shlex.split(train_command(taught))[1:], "--quiet"])
-    assert started[1].teacher == "my teacher.safetensors"
-    assert started[1].settings == digits.settings
+    assert started[-1].teacher == "my teacher.safetensors"
+    assert started[-1].settings == digits.settings
 
 
 def test_command_lines_that_contradict_themselves(files, tmp_path, capsys, started):
@@ -284,6 +289,8 @@ def test_command_lines_that_contradict_themselves(files, tmp_path, capsys, start
         (["digits", "--bits", 2, "--out", "x", "--teacher", "f", "--no-distill"], "leave out --distill and"),
         (["digits", "--bits", 2, "--out", "x", "--teacher", "f", "--distill"], "leave out --distill and"),
         (["cifar10", "--data", "d", "--bits", 2, "--out", "x", "--distill-weight", 1], "weight has no effect"),
+        (["digits", "--bits", 2, "--out", "x", "--init", "f", "--float-epochs", 9], "epochs has no effect with --i"),
+        (["digits", "--bits", 2, "--out", "x", "--start", "f", "--float-lr", 1], "lr has no effect with --start"),
         (["--resume", "--out", run.path, "--teacher", files[4]], "teacher is"),
         (["--resume", "--out", tmp_path / "b", "--teacher", changed], r"t\.safetensors is not the file it was"),
         (["--resume", "--out", run.path, "--progressive", "8,4"], r"progressive is \(\), not \(8, 4\)"),

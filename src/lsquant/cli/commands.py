@@ -19,6 +19,7 @@ from lsquant.cli.reporting import report as report
 from lsquant.cli.words import measured, results, table
 from lsquant.diagnostics import check
 from lsquant.diagnostics.environment import environment
+from lsquant.export.packed import load_packed
 from lsquant.recipe import Recipe
 from lsquant.report.figure import draw_figures
 from lsquant.tasks import Run, Settings, get_task, is_run, load_float, open_run, run_training
@@ -61,6 +62,9 @@ def train(a: Namespace) -> Outcome:
         alone = a.teacher is None and a.distill is None and not settings.distill
         for idle in _options(a, "distill_weight", "distill_temperature") if alone else ():
             raise UsageError(f"--{idle.replace('_', '-')} has no effect without --teacher FILE or --distill")
+        given = "--start" if a.start is not None else "--init" if a.init is not None else None
+        for idle in _options(a, "float_epochs", "float_lr", "float_weight_decay") if given else ():
+            raise UsageError(f"--{idle.replace('_', '-')} has no effect with {given}: there is no float training")
         run = Run(Path(a.out), task, _recipe(a), settings, a.init, a.teacher, start=a.start)
         metrics = run_training(run, resume=a.resume, overwrite=a.overwrite, **how)
     return (
@@ -121,7 +125,7 @@ def _run(a: Namespace) -> Run:
 
 
 def evaluate(a: Namespace) -> Outcome:
-    """The metric of a run's trained model, or of a float checkpoint or a file of lsquant.save by the task of --task."""
+    """The metric of a run's trained model, or by the task of --task of a float checkpoint, a saved or a packed file."""
     if a.task is None or is_run(a.path):
         run = _run(a)
         if a.task is not None or a.model is not None:
@@ -129,8 +133,9 @@ def evaluate(a: Namespace) -> Outcome:
         task, model = run.task, run.model()
     else:
         task = get_task(a.task, **_options(a, "data", "model"))
-        quantized = "lsquant.format" in read_tensors(a.path, with_tensors=False)[0]
-        model = (checkpoint.load if quantized else load_float)(task.model(), a.path)
+        written = read_tensors(a.path, with_tensors=False)[0]
+        load = {"lsquant.packed": load_packed, "lsquant.format": checkpoint.load}
+        model = next((load[key] for key in load if key in written), load_float)(task.model(), a.path)
     metrics = task.metric(model)
     return metrics, measured(metrics), True
 

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     _train(add("train", commands.train, "train a task's float network, then at low bits with learned steps"))
 
     sub = add("eval", commands.evaluate, "measure the trained model of a run, or with --task of FILE, on the test data")
-    sub.add_argument("path", metavar="RUN", help="run directory, or a FILE: a float checkpoint or lsquant.save's")
+    sub.add_argument("path", metavar="RUN", help="run directory, or a FILE: float, of lsquant.save, or packed")
     sub.add_argument("--task", metavar="TASK", help="the task that measures FILE")
     _task_options(sub)
 

@@ -129,6 +129,8 @@ def commands_of(run: Run) -> list[str]:
 def train_command(run: Run) -> str:
     """The command that repeats a run."""
     changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(run.task.settings, k)}
+    if run.init is not None or run.start is not None:  # no float training, whose options train refuses then
+        changed = {k: v for k, v in changed.items() if not k.startswith("float_")}
     options = [_option(name, value) for name, value in changed.items() if value is not None]
     files = {"init": run.init, "teacher": run.teacher, "start": run.start}
     given = {**{k: run.task.options.get(k) for k in ("data", "model")}, **files}

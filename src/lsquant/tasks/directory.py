@@ -145,8 +145,10 @@ def open_run(path: str | os.PathLike[str], **options: Any) -> Run:
     stored = {} if ":" in source else values.get("options", {})
     if isinstance(data := stored.get("data"), str):
         stored["data"] = _found(data, started)
-    place, colon, name = source.rpartition(":")
-    task = get_task(_found(place, started) + colon + name, **{**stored, **options})
+    if ":" in source:
+        place, _, name = source.rpartition(":")
+        source = f"{_found(place, started)}:{name}"
+    task = get_task(source, **{**stored, **options})
     files = {name: _found(file, started) for name in ("init", "teacher", "start") if (file := values.get(name))}
     settings, digest = Settings.from_dict(values["settings"]), values.get("teacher_sha256")
     return Run(folder, task, recipe, settings, teacher_sha256=digest, **files)
