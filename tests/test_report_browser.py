@@ -93,7 +93,7 @@ def test_it_is_drawn_at_every_size_and_theme(seen):
     for name, look in seen["looks"].items():
         assert look["problems"] == [], name  # console messages, errors, requests
         assert look["canvases"] >= 16
-        assert (look["blank"], look["wide"], look["overlaps"]) == (0, 0, []), name
+        assert (look["blank"], look["wide"], look["cut"], look["overlaps"]) == (0, 0, 0, []), name
         backgrounds[name] = look["background"]
     assert backgrounds["phone light"] == backgrounds["desktop light"] == "rgb(255, 255, 255)"
     assert backgrounds["phone dark"] == backgrounds["desktop dark"] == seen["used"]["dark"] != "rgb(255, 255, 255)"
@@ -199,6 +199,24 @@ def test_the_slider_and_the_selector_against_the_oracle(seen, page):
             # and the exact numbers of the learned step stand beside it
             assert plain(error[2]) == pytest.approx(view["at"]["learned"]["error"], rel=6e-3)
     assert len(views) == 5 + 3 + 3  # of several steps: all, the first and the last
+
+
+def test_bars_are_shares_from_near_and_from_far(seen):
+    """Counts 1, 2, 0, 1 in [0, 1]: a bar each; one bar where all are narrower than a pixel; in between some together."""
+    near, far, between = seen["used"]["drawing"]["bars"]
+    assert near == {"x": [0, 0.25, 0.5, 0.75, 1], "y": [0.25, 0.5, 0, 0.25, None]}
+    assert far == {"x": [0, 1], "y": [1, None]}
+    assert between == {"x": [0, 0.5, 1], "y": [0.75, 0.25, None]}
+
+
+def test_small_numbers_at_an_axis_are_short(seen):
+    minus, space = "\N{MINUS SIGN}", "\N{NARROW NO-BREAK SPACE}"
+    assert seen["used"]["drawing"]["marks"] == [
+        [f"{minus}5e{minus}4", "0", f"2e{minus}4"],
+        ["0.001", "0.0012"],
+        [f"{minus}0.5", "0", f"1{space}250"],
+        ["0.02", "0.021"],
+    ]
 
 
 def test_keyboard_buttons_and_the_choice_of_a_run(seen, page):

@@ -31,6 +31,8 @@ async function look(browser, size, colorScheme) {
   await page.goto(pathToFileURL(file).href);
   const seen = { blank: await drawAll(page), canvases: await page.$$eval(".plot canvas", (all) => all.length) };
   seen.wide = await page.evaluate(() => document.documentElement.scrollWidth - innerWidth);
+  seen.cut = await page.$$eval("table.readout", (all) => all.filter((table) =>
+    table.getBoundingClientRect().right > table.parentElement.getBoundingClientRect().right + 1).length);
   seen.background = await page.evaluate(() => getComputedStyle(document.body).backgroundColor);
   seen.overlaps = await page.evaluate(overlaps);
   return { page, problems, seen };
@@ -61,6 +63,15 @@ function slide() {
   });
 }
 
+/** The bars of a histogram seen from near and from far, and the numbers at the marks of axes. */
+function drawing() {
+  const h = { from: 0, to: 1, counts: [1, 2, 0, 1], zeros: 0, below: [0, 0, 0], above: [0, 0, 0] };
+  return {
+    bars: [[0, 1], [-1e6, 1e6], [0, 100]].map(([from, to]) => heights(h, from, to)),
+    marks: [[-0.0005, 0, 0.0002], [0.001, 0.0012], [-0.5, 0, 1250], [0.02, 0.021]].map(tickTexts),
+  };
+}
+
 async function use(page) {
   const told = { headings: await headings(page), cells: await cells(page), sorted: {}, searched: {}, slider: [], views: {} };
   for (let column = 0; column < told.headings.length; column++) {
@@ -85,6 +96,7 @@ async function use(page) {
       told.slider.push({ name, view, label: views[view] || "", numbers: await page.evaluate(slide) });
     }
   }
+  told.drawing = await page.evaluate(drawing);
   await page.focus("#step");
   const before = await page.textContent(".controls output");
   await page.keyboard.press("ArrowLeft");

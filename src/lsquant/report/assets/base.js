@@ -121,8 +121,15 @@ function axis(options) {
   return {
     stroke: theme.color("soft"), font: FONT, labelFont: FONT, labelSize: 18, gap: 4, size: 46,
     grid: { stroke: theme.color("grid"), width: 1 }, ticks: { stroke: theme.color("grid"), width: 1, size: 4 },
-    values: (_, ticks) => ticks.map((tick) => known(tick) ? number(tick, apart(ticks)) : ""), ...options,
+    values: (_, ticks) => tickTexts(ticks), ...options,
   };
+}
+
+/** The numbers at the marks of an axis; small ones with an exponent where they would be too long. */
+function tickTexts(ticks) {
+  const count = apart(ticks), texts = ticks.map((tick) => known(tick) ? number(tick, count) : "");
+  if (Math.max(...texts.map((text) => text.length)) <= 6 || ticks.some((tick) => Math.abs(tick) >= 0.01)) return texts;
+  return ticks.map((tick) => !known(tick) ? "" : tick ? Number(tick.toPrecision(count)).toExponential().replace(/-/g, "−") : "0");
 }
 
 /** Significant digits that tell the marks of an axis apart, 3 to 6. */

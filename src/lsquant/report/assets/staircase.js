@@ -106,7 +106,7 @@ function staircase(row, previous, next) {
         y: { range: () => [Math.min(low * step, 0) - 0.08 * edge, Math.max(high * step, 0) + 0.12 * edge] },
         share: state.log ? { distr: 3, range: () => [floor, tallest * 2] } : { range: () => [0, tallest * 1.12] },
       },
-      axes: [axis({ size: 30 }), axis({ label: "quantized value v̂" }),
+      axes: [axis({ size: 30 }), axis({ label: "quantized value v̂", size: 54 }),
         axis({ scale: "share", side: 1, label: "share of the values", grid: { show: false }, ...(state.log ? { splits: decades, filter: (_, ticks) => ticks } : {}), values: (_, t) => t.map((v) => known(v) ? number(100 * v, 3) + "\u202f%" : ""), size: 52 })],
       series: [{},
         { scale: "share", paths: uPlot.paths.stepped({ align: 1 }), fill: faded(ink, 0.3), stroke: faded(ink, 0.55), width: 1, fillTo: state.log ? floor : 0, points: { show: false } },
@@ -123,7 +123,7 @@ function staircase(row, previous, next) {
     const [least, most] = [Math.max(Math.min(below, -0.5), -limit), Math.min(Math.max(above, 0.5), limit)];
     return [common(190, {
       scales: { x: { time: false, range: () => [from, to] }, y: { range: () => [least - 0.35, most + 0.35] } },
-      axes: [axis({ size: 26, label: inUnits(view) ? "v / s" : "value v", labelSize: 16 }), axis({ label: "∂v̂ / ∂s" }), axis({ side: 1, size: 52, label: " ", values: () => [], grid: { show: false }, ticks: { show: false } })],
+      axes: [axis({ size: 26, label: inUnits(view) ? "v / s" : "value v", labelSize: 16 }), axis({ label: "∂v̂ / ∂s", size: 54 }), axis({ side: 1, size: 52, label: " ", values: () => [], grid: { show: false }, ticks: { show: false } })],
       series: [{}, ...[1, 2].map(() => ({ stroke: theme.color("gradient"), width: 2, points: { show: false } }))],
       hooks: { drawClear: [(u) => backdrop(u, low * step, high * step, transitions(step, low, high))],
         draw: [(u) => { if (below < -limit) outside(u, low * step, below, -1); if (above > limit) outside(u, high * step, above, 1); }] },
@@ -162,7 +162,7 @@ const inUnits = (view) => view.index === null;
 
 function describe(row) {
   const sign = row.signed ? "signed" : "unsigned", codes = `codes ${number(row.q_min)} to ${number(row.q_max)}`;
-  return `${row.bits} bit ${sign}, ${codes}, one step per ${row.granularity}${row.steps > 1 ? ` (${number(row.steps)})` : ""}, N = ${number(row.count)}, ${number(row.elements)} values${row.lsq_plus ? ", learned offset (LSQ+)" : ""}`;
+  return `${row.bits} bit ${sign}, ${codes}, one step per ${row.granularity}${row.steps > 1 ? ` (${number(row.steps)})` : ""}, N\u00a0=\u00a0${number(row.count)}, ${number(row.elements)} values${row.lsq_plus ? ", learned offset (LSQ+)" : ""}`;
 }
 
 function viewName(row, view) {
@@ -216,13 +216,12 @@ function heights(h, from, to) {
     return unique({ x, y });
   }
   const width = (h.to - h.from) / h.counts.length, visible = Math.ceil((to - from) / width);
-  const merge = Math.max(1, Math.floor(visible / 160));
+  const merge = Math.min(Math.max(1, Math.floor(visible / 160)), h.counts.length);
   for (let i = 0; i < h.counts.length; i += merge) {
-    const part = h.counts.slice(i, i + merge);
     x.push(h.from + i * width);
-    y.push(part.reduce((a, b) => a + b, 0) / total / (part.length / merge));
+    y.push(h.counts.slice(i, i + merge).reduce((a, b) => a + b, 0) / total);
   }
-  x.push(h.to); y.push(null);
+  x.push(x.at(-1) + merge * width); y.push(null);
   return { x, y };
 }
 
