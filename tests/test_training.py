@@ -154,7 +154,7 @@ def test_the_bar_shows_the_numbers_of_the_log(tmp_path, capsys):
     fit(model, data, optimizer, epochs=2, steps_per_epoch=4, evaluate=lambda m: {"accuracy": 12.5}, **options)
     rows = Log(tmp_path / "log.jsonl").rows()
     want = [f"loss {r['loss']:.4f}  accuracy {r['train_accuracy']:.2f} %  {t}lr {r['lr']:.3g}"
-            for r, t in zip(rows, ("", "tested 12.50 %  "), strict=True)]  # fmt: skip
+            for r, t in zip(rows, ("", "tested 12.50 % after epoch 1  "), strict=True)]  # fmt: skip
     lines = capsys.readouterr().err.splitlines()
     assert [line.endswith(text) for line, text in zip(lines, want, strict=True)] == [True, True], lines
 

@@ -208,7 +208,8 @@ def _note(sums: torch.Tensor, at: Fitted, lr: float) -> str:
     loss, right, _ = sums.tolist()
     parts = [f"loss {loss / at.step:.4f}"]
     parts += [f"accuracy {100.0 * right / at.targets:.2f} %"] if at.targets else []
-    parts += [f"tested {at.row['accuracy']:.2f} %"] if isinstance(at.row.get("accuracy"), float) else []
+    tested = at.row.get("accuracy")
+    parts += [f"tested {tested:.2f} % after epoch {at.epoch}"] if isinstance(tested, float) else []
     return "  ".join([*parts, f"lr {lr:.3g}"])
 
 
