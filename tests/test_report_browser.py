@@ -202,7 +202,7 @@ def test_the_slider_and_the_selector_against_the_oracle(seen, page):
 
 
 def test_bars_are_shares_from_near_and_from_far(seen):
-    """Counts 1, 2, 0, 1 in [0, 1]: a bar each; one bar where all are narrower than a pixel; in between some together."""
+    """Counts 1, 2, 0, 1 in [0, 1]: a bar each; one bar where all are narrower than a pixel; between, some together."""
     near, far, between = seen["used"]["drawing"]["bars"]
     assert near == {"x": [0, 0.25, 0.5, 0.75, 1], "y": [0.25, 0.5, 0, 0.25, None]}
     assert far == {"x": [0, 1], "y": [1, None]}
