@@ -26,8 +26,8 @@ from lsquant.training import Log
 
 FLOAT = {2: (40, 0.03), 3: (40, 0.05), 4: (26, 0.05)}
 #: Epochs and learning rate by bits.  From the float network, also with ResNet-56 as teacher; from the network that
-#: results/networks has at these bits (-more), with the float network as teacher (-distill); from that of a bit more
-#: (-next).  A low rate stays at the float minimum: at 4 bits 0.01 (99 % of the images right), at 3 bits 0.02 (-short).
+#: results/networks has at these bits (-more), with the float network as teacher (-distill) or ResNet-56 (-taught); from
+#: that of a bit more (-next, -decay).  A low rate stays at the float minimum: at 4 bits 0.01 (99 % of the images right), at 3 bits 0.02 (-short).
 KINDS = {
     "": FLOAT,
     "-short": {3: (24, 0.02)},
@@ -35,10 +35,15 @@ KINDS = {
     "-more": {2: (10, 0.02), 3: (14, 0.03), 4: (6, 0.03)},
     "-distill": dict.fromkeys(FLOAT, (9, 0.02)),
     "-next": {2: (12, 0.02), 3: (26, 0.05)},
+    "-taught": {3: (12, 0.03)},
+    "-decay": {3: (24, 0.05)},
 }
+#: What these have beside: a temperature that shows more of the teacher than its labels; four times the decay.
+OTHERWISE: dict[str, dict[str, Any]] = {"-taught": {"distill_temperature": 4.0}, "-decay": {"weight_decay": 8e-4}}
 RUNS = {
     f"w{bits}a{bits}{kind}": (bits, kind) for kind, lengths in KINDS.items() for bits in (2, 4, 3) if bits in lengths
 }
+TAUGHT = ("-teacher", "-taught")
 NETWORKS = Path(__file__).resolve().parents[1] / "results" / "networks"
 
 
@@ -101,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if is_run(a.out / name):
                 collect(a.out / name, a.results)
         return
-    if a.init is None or (a.teacher is None and any(RUNS[name][1] == "-teacher" for name in a.only)):
+    if a.init is None or (a.teacher is None and any(RUNS[name][1] in TAUGHT for name in a.only)):
         parser.error("--init and --teacher are needed")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
@@ -110,12 +115,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         path, task = a.out / name, get_task("cifar10", data=a.data, model=a.model)
         epochs, lr = KINDS[kind][bits]
         options = {"epochs": a.epochs or epochs, "lr": a.lr or lr, "seed": a.seed, "threads": a.threads}
+        options |= OTHERWISE.get(kind, {})
         settings = replace(task.settings, **options, distill=kind == "-distill", weight_decay_by_bits=True)
         run = Run(path, task, Recipe.preset(f"w{bits}a{bits}"), settings, a.init)
-        if kind == "-teacher":
+        if kind in TAUGHT:
             run = replace(run, teacher=a.teacher)
-        elif kind not in ("", "-short"):
-            before = bits + (kind == "-next")
+        if kind not in ("", "-short", "-teacher"):
+            before = bits + (kind in ("-next", "-decay"))
             run = replace(run, start=str(a.networks / f"cifar10-{a.model}-w{before}a{before}.safetensors"))
         if not run.file("metrics.json").is_file():
             print(f"{name}: {'going on' if is_run(path) else 'starting'}", file=sys.stderr, flush=True)
