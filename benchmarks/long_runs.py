@@ -27,7 +27,8 @@ from lsquant.training import Log
 FLOAT = {2: (40, 0.03), 3: (40, 0.05), 4: (26, 0.05)}
 #: Epochs and learning rate by bits.  From the float network, also with ResNet-56 as teacher; from the network that
 #: results/networks has at these bits (-more), with the float network as teacher (-distill) or ResNet-56 (-taught); from
-#: that of a bit more (-next, -decay).  A low rate stays at the float minimum: at 4 bits 0.01 (99 % of the images right), at 3 bits 0.02 (-short).
+#: that of a bit more (-next, -decay).  A low rate stays at the float minimum: at 4 bits 0.01 (99 % of the images
+#: right), at 3 bits 0.02 (-short).
 KINDS = {
     "": FLOAT,
     "-short": {3: (24, 0.02)},
