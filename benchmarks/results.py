@@ -81,7 +81,7 @@ def runs(found: Sequence[dict[str, Any]]) -> str:
     for run in found:
         settings, metrics, rows = run["settings"], run.get("metrics"), run["rows"]
         bits, kind = RUNS[run["run"]]
-        how = {"-teacher": f", taught by {run['teacher']}", "-more": ", trained further", "-short": ", shorter"}
+        how = {"-teacher": f", taught by {run['teacher']}", "-more": ", trained further", "-long": ", longer"}
         how |= {"-distill": ", further by distillation", "-next": f", from the {bits + 1}-bit network"}
         how |= {"-decay": f"{how['-next']}, more decay", "-taught": f", further with {run['teacher']}"}
         what = f"{bits}/{bits}{how.get(kind, '')}"

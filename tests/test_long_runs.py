@@ -130,6 +130,32 @@ def test_long_runs_refuse_another_run_and_missing_files(bench, words, tmp_path, 
         assert "--init and --teacher are needed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "start", "teacher", "settings"),
+    [
+        ("w3a3", None, None, (24, 0.02, 1e-4, False, 1.0)),
+        ("w3a3-long", None, None, (40, 0.05, 1e-4, False, 1.0)),
+        ("w2a2-teacher", None, "resnet32", (40, 0.03, 1e-4, False, 1.0)),
+        ("w4a4-more", "w4a4", None, (6, 0.03, 1e-4, False, 1.0)),
+        ("w3a3-distill", "w3a3", None, (9, 0.02, 1e-4, True, 1.0)),
+        ("w3a3-next", "w4a4", None, (26, 0.05, 1e-4, False, 1.0)),
+        ("w3a3-taught", "w3a3", "resnet32", (12, 0.03, 1e-4, False, 4.0)),
+        ("w3a3-decay", "w4a4", None, (24, 0.05, 8e-4, False, 1.0)),
+    ],
+)
+def test_what_the_kinds_of_long_runs_start_from(bench, words, tmp_path, monkeypatch, name, start, teacher, settings):
+    long_runs, made = bench("long_runs"), []
+    monkeypatch.setattr(long_runs, "run_training", lambda run, **_: made.append(run))
+    long_runs.main([*words, "--only", name, "--out", str(tmp_path / "a"), "--results", str(tmp_path / "b")])
+    (one,) = made
+    s = one.settings
+    assert (s.epochs, s.lr, s.weight_decay, s.distill, s.distill_temperature) == settings
+    assert s.weight_decay_by_bits
+    assert (one.start and Path(one.start).stem) == (start and f"cifar10-resnet20-{start}")
+    assert (one.teacher and Path(one.teacher).stem) == teacher
+    assert one.init == words[3]
+
+
 # ---- the pilot ----
 
 
