@@ -143,7 +143,7 @@ def test_long_runs_refuse_another_run_and_missing_files(bench, words, tmp_path, 
         ("w3a3-decay", "w4a4", None, (24, 0.05, 8e-4, False, 1.0)),
     ],
 )
-def test_what_the_kinds_of_long_runs_start_from(bench, words, tmp_path, monkeypatch, name, start, teacher, settings):
+def test_what_the_kinds_start_from(bench, words, signals, tmp_path, monkeypatch, name, start, teacher, settings):
     long_runs, made = bench("long_runs"), []
     monkeypatch.setattr(long_runs, "run_training", lambda run, **_: made.append(run))
     long_runs.main([*words, "--only", name, "--out", str(tmp_path / "a"), "--results", str(tmp_path / "b")])
