@@ -1,4 +1,4 @@
-"""The long CIFAR-10 runs: ResNet-20 at 2/2, 3/3 and 4/4 bits, each without a teacher and with another network as teacher.
+"""The long CIFAR-10 runs: ResNet-20 at 2/2, 3/3 and 4/4 bits, each without a teacher and with one.
 
     python benchmarks/long_runs.py --data DIR --init resnet20.safetensors --teacher resnet56.safetensors
 
@@ -26,8 +26,8 @@ from lsquant.training import Log
 
 FLOAT = {2: (40, 0.03), 3: (24, 0.02), 4: (26, 0.05)}
 #: Epochs and learning rate by bits.  From the float network, also against --teacher; from the network that
-#: results/networks has at these bits (-more), against the float network (-distill) or --teacher (-taught); from that of a
-#: bit more (-next, -decay).  At 4 bits a rate of 0.01 stays at the float minimum (99 % of the images right).
+#: results/networks has at these bits (-more), against the float network (-distill) or --teacher (-taught); from that of
+#: a bit more (-next, -decay).  At 4 bits a rate of 0.01 stays at the float minimum (99 % of the images right).
 KINDS = {
     "": FLOAT,
     "-long": {3: (40, 0.05)},
