@@ -27,7 +27,7 @@ from lsquant.training import Log
 FLOAT = {2: (40, 0.03), 3: (24, 0.02), 4: (26, 0.05)}
 #: Epochs and learning rate by bits.  From the float network, also against --teacher; from the network that
 #: results/networks has at these bits (-more), against the float network (-distill) or --teacher (-taught); from that of
-#: a bit more (-next, -decay).  At 4 bits a rate of 0.01 stays at the float minimum (99 % of the images right).
+#: a bit more (-next).  At 4 bits a rate of 0.01 stays at the float minimum (99 % of the images right).
 KINDS = {
     "": FLOAT,
     "-long": {3: (40, 0.05)},
@@ -36,11 +36,8 @@ KINDS = {
     "-distill": dict.fromkeys(FLOAT, (9, 0.02)),
     "-next": {2: (12, 0.02), 3: (26, 0.05)},
     "-taught": {3: (12, 0.01)},
-    "-decay": {3: (24, 0.05)},
 }
-#: What these have beside: a temperature that shows more of the teacher than its labels, and makes its gradients four
-#: times as large (a rate of 0.03 was far too much: 72 % after an epoch); eight times the decay.
-OTHERWISE: dict[str, dict[str, Any]] = {"-taught": {"distill_temperature": 4.0}, "-decay": {"weight_decay": 8e-4}}
+TEMPERATURE = 4.0  # of -taught: shows more of the teacher than its labels; its gradients are larger, hence the low rate
 RUNS = {
     f"w{bits}a{bits}{kind}": (bits, kind) for kind, lengths in KINDS.items() for bits in (2, 4, 3) if bits in lengths
 }
@@ -116,13 +113,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         path, task = a.out / name, get_task("cifar10", data=a.data, model=a.model)
         epochs, lr = KINDS[kind][bits]
         options = {"epochs": a.epochs or epochs, "lr": a.lr or lr, "seed": a.seed, "threads": a.threads}
-        options |= OTHERWISE.get(kind, {})
+        options |= {"distill_temperature": TEMPERATURE} if kind == "-taught" else {}
         settings = replace(task.settings, **options, distill=kind == "-distill", weight_decay_by_bits=True)
         run = Run(path, task, Recipe.preset(f"w{bits}a{bits}"), settings, a.init)
         if kind in TAUGHT:
             run = replace(run, teacher=a.teacher)
         if kind not in ("", "-long", "-teacher"):
-            before = bits + (kind in ("-next", "-decay"))
+            before = bits + (kind == "-next")
             run = replace(run, start=str(a.networks / f"cifar10-{a.model}-w{before}a{before}.safetensors"))
         if not run.file("metrics.json").is_file():
             print(f"{name}: {'going on' if is_run(path) else 'starting'}", file=sys.stderr, flush=True)

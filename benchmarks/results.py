@@ -83,7 +83,7 @@ def runs(found: Sequence[dict[str, Any]]) -> str:
         bits, kind = RUNS[run["run"]]
         how = {"-teacher": f", taught by {run['teacher']}", "-more": ", trained further", "-long": ", longer"}
         how |= {"-distill": ", further by distillation", "-next": f", from the {bits + 1}-bit network"}
-        how |= {"-decay": f"{how['-next']}, more decay", "-taught": f", further with {run['teacher']}"}
+        how["-taught"] = f", further with {run['teacher']}"
         what = f"{bits}/{bits}{how.get(kind, '')}"
         if metrics is None:
             accuracy, gap, rounded = f"({rows[-1]['accuracy']:.2f} % so far)" if rows else "", "", ""

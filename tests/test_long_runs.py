@@ -140,7 +140,6 @@ def test_long_runs_refuse_another_run_and_missing_files(bench, words, tmp_path, 
         ("w3a3-distill", "w3a3", None, (9, 0.02, 1e-4, True, 1.0)),
         ("w3a3-next", "w4a4", None, (26, 0.05, 1e-4, False, 1.0)),
         ("w3a3-taught", "w3a3", "resnet32", (12, 0.01, 1e-4, False, 4.0)),
-        ("w3a3-decay", "w4a4", None, (24, 0.05, 8e-4, False, 1.0)),
     ],
 )
 def test_what_the_kinds_start_from(bench, words, signals, tmp_path, monkeypatch, name, start, teacher, settings):
