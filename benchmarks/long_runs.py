@@ -35,7 +35,7 @@ KINDS = {
     "-more": {2: (10, 0.02), 3: (14, 0.03), 4: (6, 0.03)},
     "-distill": dict.fromkeys(FLOAT, (9, 0.02)),
     "-next": {2: (12, 0.02), 3: (26, 0.05)},
-    "-taught": {3: (12, 0.01)},
+    "-taught": dict.fromkeys(FLOAT, (12, 0.01)),
 }
 TEMPERATURE = 4.0  # of -taught: shows more of the teacher than its labels; its gradients are larger, hence the low rate
 RUNS = {

@@ -17,7 +17,7 @@ from lsquant.tasks import get_task, open_run
 from test_long_runs import bench, words  # noqa: F401  (fixtures)
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("w2a2", "w3a3", "w4a4")
+NAMES = ("w2a2", "w3a3", "w3a3-taught", "w4a4")
 
 
 def kept(name: str) -> tuple[Path, dict[str, Any], dict[str, Any]]:
