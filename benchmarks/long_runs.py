@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,39 @@ from lsquant._util.files import read_json, write_json
 from lsquant.tasks import Run, get_task, is_run, open_run, run_training
 from lsquant.training import Log
 
+
+@dataclass(frozen=True)
+class Kind:
+    """A way to train at each number of bits.
+
+    `lengths`: epochs and learning rate by bits; `says`: in the table of results; `start`: how many bits more the
+    network of results/networks has that it starts from (None: the float network); `taught`: against --teacher;
+    `settings`: others of the run.
+    """
+
+    lengths: dict[int, tuple[int, float]]
+    says: str = ""
+    start: int | None = None
+    taught: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
 FLOAT = {2: (40, 0.03), 3: (24, 0.02), 4: (26, 0.05)}
-#: Epochs and learning rate by bits.  From the float network, also against --teacher; from the network that
-#: results/networks has at these bits (-more), against the float network (-distill) or --teacher (-taught); from that of
-#: a bit more (-next).  At 4 bits a rate of 0.01 stays at the float minimum (99 % of the images right).
 KINDS = {
-    "": FLOAT,
-    "-long": {3: (40, 0.05)},
-    "-teacher": FLOAT,
-    "-more": {2: (10, 0.02), 3: (14, 0.03), 4: (6, 0.03)},
-    "-distill": dict.fromkeys(FLOAT, (9, 0.02)),
-    "-next": {2: (12, 0.02), 3: (26, 0.05)},
-    "-taught": dict.fromkeys(FLOAT, (12, 0.01)),
+    "": Kind(FLOAT),
+    "-rate": Kind({3: (40, 0.05), 4: (15, 0.01)}, "at another rate"),
+    "-teacher": Kind(FLOAT, "with a teacher", taught=True),
+    "-more": Kind({2: (10, 0.02), 3: (14, 0.03), 4: (6, 0.03)}, "trained further", start=0),
+    "-distill": Kind(
+        dict.fromkeys(FLOAT, (9, 0.02)), "further against the float network", start=0, settings={"distill": True}
+    ),
+    "-next": Kind({2: (12, 0.02), 3: (26, 0.05)}, "from the network of a bit more", start=1),
+    # the gradients of the teacher's part are larger at this temperature, hence the low rate
+    "-taught": Kind(dict.fromkeys(FLOAT, (12, 0.01)), "further with a teacher", 0, True, {"distill_temperature": 4.0}),
 }
-TEMPERATURE = 4.0  # of -taught: shows more of the teacher than its labels; its gradients are larger, hence the low rate
 RUNS = {
-    f"w{bits}a{bits}{kind}": (bits, kind) for kind, lengths in KINDS.items() for bits in (2, 4, 3) if bits in lengths
+    f"w{bits}a{bits}{name}": (bits, kind) for name, kind in KINDS.items() for bits in (2, 4, 3) if bits in kind.lengths
 }
-TAUGHT = ("-teacher", "-taught")
 NETWORKS = Path(__file__).resolve().parents[1] / "results" / "networks"
 
 
@@ -92,9 +107,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/long"))
     parser.add_argument("--results", type=Path, default=Path("results/long"))
     parser.add_argument(
-        "--only", nargs="+", choices=RUNS, default=[n for n, (_, kind) in RUNS.items() if kind in ("", "-teacher")]
+        "--only", nargs="+", choices=RUNS, default=[n for n, (_, kind) in RUNS.items() if kind.lengths is FLOAT]
     )
-    parser.add_argument("--networks", type=Path, default=NETWORKS, help="files that -more, -distill, -next start from")
+    parser.add_argument("--networks", type=Path, default=NETWORKS, help="files that runs of low bits start from")
     parser.add_argument("--collect", action="store_true")
     a = parser.parse_args(argv)
     for folder in (a.out, a.results):
@@ -104,23 +119,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             if is_run(a.out / name):
                 collect(a.out / name, a.results)
         return
-    if a.init is None or (a.teacher is None and any(RUNS[name][1] in TAUGHT for name in a.only)):
+    if a.init is None or (a.teacher is None and any(RUNS[name][1].taught for name in a.only)):
         parser.error("--init and --teacher are needed")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     for name in a.only:
         bits, kind = RUNS[name]
         path, task = a.out / name, get_task("cifar10", data=a.data, model=a.model)
-        epochs, lr = KINDS[kind][bits]
+        epochs, lr = kind.lengths[bits]
         options = {"epochs": a.epochs or epochs, "lr": a.lr or lr, "seed": a.seed, "threads": a.threads}
-        options |= {"distill_temperature": TEMPERATURE} if kind == "-taught" else {}
-        settings = replace(task.settings, **options, distill=kind == "-distill", weight_decay_by_bits=True)
-        run = Run(path, task, Recipe.preset(f"w{bits}a{bits}"), settings, a.init)
-        if kind in TAUGHT:
-            run = replace(run, teacher=a.teacher)
-        if kind not in ("", "-long", "-teacher"):
-            before = bits + (kind == "-next")
-            run = replace(run, start=str(a.networks / f"cifar10-{a.model}-w{before}a{before}.safetensors"))
+        settings = replace(task.settings, weight_decay_by_bits=True, **{**options, "distill": False, **kind.settings})
+        run = Run(path, task, Recipe.preset(f"w{bits}a{bits}"), settings, a.init, a.teacher if kind.taught else None)
+        if kind.start is not None:
+            file = f"cifar10-{a.model}-w{bits + kind.start}a{bits + kind.start}.safetensors"
+            run = replace(run, start=str(a.networks / file))
         if not run.file("metrics.json").is_file():
             print(f"{name}: {'going on' if is_run(path) else 'starting'}", file=sys.stderr, flush=True)
             with path.with_suffix(".commits").open("a") as file:

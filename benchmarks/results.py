@@ -81,10 +81,8 @@ def runs(found: Sequence[dict[str, Any]]) -> str:
     for run in found:
         settings, metrics, rows = run["settings"], run.get("metrics"), run["rows"]
         bits, kind = RUNS[run["run"]]
-        how = {"-teacher": f", taught by {run['teacher']}", "-more": ", trained further", "-long": ", longer"}
-        how |= {"-distill": ", further by distillation", "-next": f", from the {bits + 1}-bit network"}
-        how["-taught"] = f", further with {run['teacher']}"
-        what = f"{bits}/{bits}{how.get(kind, '')}"
+        says = f"{kind.says}: {run['teacher']}" if kind.taught else kind.says
+        what = ", ".join(filter(None, (f"{bits}/{bits}", says)))
         if metrics is None:
             accuracy, gap, rounded = f"({rows[-1]['accuracy']:.2f} % so far)" if rows else "", "", ""
         else:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import lsquant
-from lsquant.cli import commands, main
+from command_line import TINY, Result, line, refused, run  # noqa: F401  (line is a fixture)
 from lsquant.cli.main import parser
 from lsquant.tasks import open_run
 from report_pages import page_data
@@ -26,56 +20,12 @@ from report_pages import page_data
 for package in ("sklearn", "onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package)
 COMMANDS = ("train", "eval", "export", "verify", "report", "figure", "env")
-TINY = ["--float-epochs", "2", "--epochs", "1", "--batch-size", "80", "--threads", "1"]
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-
-def run(*arguments: str | Path) -> Result:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-    assert "\x1b" not in out.getvalue() + err.getvalue()
-    return Result(code, out.getvalue(), err.getvalue())
-
-
-def refused(code: int, says: str, *arguments: str | Path) -> None:
-    result = run(*arguments)
-    assert result.code == code, result
-    assert result.out == ""
-    assert re.search(says, result.err), result.err
-    assert "Traceback" not in result.err
-
-
-@pytest.fixture(scope="module")
-def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Result]]:
-    """The whole line, once: the run directory and what each command gave.  Read only."""
-    path = tmp_path_factory.mktemp("runs") / "digits-w2a2"
-    results = {"train": run("train", "digits", "--bits", "2", "--out", path, *TINY)}
-    for name, *options in (
-        ("eval",), ("eval json", "--json"), ("export",), ("verify", "--json"), ("export qdq", "--profile", "qdq"),
-        ("verify qdq", "--profile", "qdq"), ("report",), ("report json", "--json"),
-    ):  # fmt: skip
-        results[name] = run(name.split()[0], path, *options)
-    return path, results
 
 
 # ---- the line ----
 
 
-def test_train(line):
+def test_train(line):  # noqa: F811
     path, results = line
     train = results["train"]
     assert train.code == 0
@@ -92,7 +42,7 @@ def test_train(line):
     assert (run_.settings.float_epochs, run_.settings.epochs, run_.settings.batch_size) == (2, 1, 80)
 
 
-def test_eval(line):
+def test_eval(line):  # noqa: F811
     path, results = line
     metrics = json.loads((path / "metrics.json").read_text())["lsq"]
     assert results["eval"].code == results["eval json"].code == 0
@@ -100,7 +50,7 @@ def test_eval(line):
     assert results["eval"].out == f"accuracy {metrics['accuracy']:.2f} %, test_loss {metrics['test_loss']:.4f}\n"
 
 
-def test_export_and_verify(line):
+def test_export_and_verify(line):  # noqa: F811
     path, results = line
     file = path / "export" / "exact.onnx"
     assert results["export"].code == 0
@@ -118,7 +68,7 @@ def test_export_and_verify(line):
     assert json.loads((path / "export" / "exact.verdict.json").read_text()) == verdict
 
 
-def test_verify_fails_where_the_file_is_not_exact_and_require_relaxes_it(line):
+def test_verify_fails_where_the_file_is_not_exact_and_require_relaxes_it(line):  # noqa: F811
     path, results = line
     assert results["export qdq"].code == 0
     level = json.loads((path / "export" / "qdq.verdict.json").read_text())["level"]
@@ -129,7 +79,7 @@ def test_verify_fails_where_the_file_is_not_exact_and_require_relaxes_it(line):
     assert run("verify", path, "--profile", "qdq", "--require", level).code == 0
 
 
-def test_report(line):
+def test_report(line):  # noqa: F811
     path, results = line
     assert results["report"].code == results["report json"].code == 0
     metrics = json.loads((path / "metrics.json").read_text())
@@ -152,7 +102,7 @@ def test_report(line):
     assert told["files"]["the same packed, with steps"] == packed
 
 
-def test_the_page_has_the_numbers(line):
+def test_the_page_has_the_numbers(line):  # noqa: F811
     path, _ = line
     shown = page_data(path / "report.html")
     (of_run,) = shown["runs"]
@@ -172,7 +122,7 @@ def test_the_page_has_the_numbers(line):
     assert shown["version"] == lsquant.__version__
 
 
-def test_check_of_a_run_knows_the_guarded_steps_of_its_log(line, tmp_path):
+def test_check_of_a_run_knows_the_guarded_steps_of_its_log(line, tmp_path):  # noqa: F811
     """The counter is not saved with the model."""
     path = shutil.copytree(line[0], tmp_path / "run")
     rows = [json.loads(row) for row in (path / "log.jsonl").read_text().splitlines()]
@@ -184,7 +134,7 @@ def test_check_of_a_run_knows_the_guarded_steps_of_its_log(line, tmp_path):
     assert "guarded_often" not in run("check", line[0], "--json").out
 
 
-def test_a_report_without_the_other_files_says_what_is_missing(line, tmp_path):
+def test_a_report_without_the_other_files_says_what_is_missing(line, tmp_path):  # noqa: F811
     path, _ = line
     folder = tmp_path / "moved"
     folder.mkdir()
@@ -206,7 +156,7 @@ def test_a_report_without_the_other_files_says_what_is_missing(line, tmp_path):
 # ---- an output that exists ----
 
 
-def test_an_existing_directory(line, tmp_path):
+def test_an_existing_directory(line, tmp_path):  # noqa: F811
     path, results = line
     before = (path / "model.safetensors").read_bytes()
     refused(2, "--resume .* --overwrite", "train", "digits", "--bits", "2", "--out", path, *TINY)
@@ -223,7 +173,7 @@ def test_an_existing_directory(line, tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "x"
 
 
-def test_resume_refuses_what_the_run_does_not_have(line):
+def test_resume_refuses_what_the_run_does_not_have(line):  # noqa: F811
     path, _ = line
     for option, value in (("--lr", "7"), ("--epochs", "99"), ("--seed", "5"), ("--bits", "3")):
         refused(2, "is another run", "train", "--out", path, "--resume", option, value)
@@ -240,7 +190,7 @@ def test_wrong_input_leaves_no_run_behind(tmp_path):
     assert not out.exists()
 
 
-def test_an_output_that_is_a_folder(line, tmp_path):
+def test_an_output_that_is_a_folder(line, tmp_path):  # noqa: F811
     refused(2, "is a folder", "report", line[0], "--out", tmp_path)
 
 
@@ -258,116 +208,6 @@ def test_train_json_and_quiet(tmp_path):
     result = run("train", "digits", "--recipe", recipe, "--out", tmp_path / "r", "--overwrite", *options)
     assert result.code == 0
     assert open_run(tmp_path / "r").recipe == lsquant.Recipe(3, None)
-
-
-# ---- refusals: one line, the right exit code, nothing written ----
-
-USAGE: dict[str, tuple[str, ...]] = {
-    "--bits 1: bits are 2 to 8": ("train", "digits", "--bits", "1", "--out", "OUT"),
-    "--bits 9: bits are 2 to 8": ("train", "digits", "--bits", "9", "--out", "OUT"),
-    "--bits 0: bits are 2 to 8": ("train", "digits", "--bits", "0", "--out", "OUT"),
-    "--bits 1: bits are 2 to 8 *": ("train", "digits", "--weight-bits", "4", "--activation-bits", "1", "--out", "OUT"),
-    "did you mean 'digits'": ("train", "digit", "--bits", "2", "--out", "OUT"),
-    "give --bits N": ("train", "digits", "--out", "OUT"),
-    "give --bits N,": ("train", "digits", "--weight-bits", "2", "--out", "OUT"),
-    "name a task": ("train", "--bits", "2", "--out", "OUT"),
-    "not both": ("train", "digits", "--bits", "2", "--recipe", "r.toml", "--out", "OUT"),
-    "required: --out": ("train", "digits", "--bits", "2"),
-    "epochs=-1": ("train", "digits", "--bits", "2", "--epochs", "-1", "--out", "OUT"),
-    "batch_size=0": ("train", "digits", "--bits", "2", "--batch-size", "0", "--out", "OUT"),
-    "invalid int value: 'two'": ("train", "digits", "--bits", "two", "--out", "OUT"),
-    "--threads 0": ("env", "--threads", "0"),
-    "--device cuda": ("env", "--device", "cuda"),
-    "invalid choice: 'nonsense'": ("nonsense",),
-    "COMMAND": (),
-    "unrecognized arguments: --fast": ("env", "--fast"),
-    "invalid choice: 'none'": ("verify", "OUT", "--require", "none"),
-    "figure.*bits|bits.*2 to 8": ("figure", "--bits", "9", "--out", "OUT"),
-}
-
-
-@pytest.mark.parametrize("says", USAGE)
-def test_usage_errors(says, in_tmp):
-    refused(2, says, *USAGE[says])
-    assert not list(in_tmp.iterdir())
-
-
-MISSING: dict[str, tuple[str, ...]] = {
-    "no run directory": ("eval", "none"),
-    "no run directory:": ("export", "none"),
-    "no run directory: it": ("verify", "none"),
-    "no run directory: it has": ("report", "none"),
-    "no run directory: it has no": ("train", "--resume", "--out", "none"),
-    "recipe r.toml does not exist": ("train", "digits", "--recipe", "r.toml", "--out", "OUT"),
-}
-
-
-@pytest.mark.parametrize("says", MISSING)
-def test_missing_files(says, in_tmp):
-    refused(3, says, *MISSING[says])
-    assert not list(in_tmp.iterdir())
-
-
-def test_what_is_missing_or_damaged_in_a_run(line, tmp_path):
-    path, _ = line
-    refused(3, r"none\.onnx does not exist", "verify", path, "--file", tmp_path / "none.onnx")
-    refused(3, r"lsquant export .* --profile small", "verify", path, "--profile", "small")
-    (tmp_path / "bad.onnx").write_bytes((path / "export" / "exact.onnx").read_bytes()[:500])
-    refused(3, r"bad\.onnx", "verify", path, "--file", tmp_path / "bad.onnx")
-    refused(2, "profile|fast", "export", path, "--profile", "fast", "--out", tmp_path / "fast.onnx")
-    refused(3, "folder", "export", path, "--out", tmp_path / "none" / "m.onnx")
-    half = tmp_path / "half"
-    half.mkdir()
-    for name in ("config.toml", "recipe.toml"):
-        (half / name).write_bytes((path / name).read_bytes())
-    refused(3, r"no model\.safetensors: the run is not finished", "eval", half)
-    (half / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-9])
-    refused(3, r"model\.safetensors is damaged", "eval", half)
-    (half / "config.toml").write_text("format = ")
-    refused(3, r"config\.toml", "eval", half)
-    assert not (tmp_path / "fast.onnx").exists()
-
-
-@pytest.mark.parametrize(
-    "package, extra, command",
-    [
-        ("sklearn.datasets", "digits", ("train", "digits", "--bits", "2", "--out", "OUT")),
-        ("onnx", "onnx", ("export", "RUN", "--out", "m.onnx")),
-        ("onnxruntime", "onnx", ("verify", "RUN")),
-        ("matplotlib", "figure", ("figure",)),
-        ("tensorboard", "tensorboard", ("train", "digits", "--bits", "2", "--tensorboard", "--out", "OUT")),
-    ],
-)
-def test_a_missing_extra_is_named(package, extra, command, line, in_tmp, monkeypatch):
-    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    command = [line[0] if part == "RUN" else part for part in command]
-    refused(3, rf"pip install 'lsquant\[{extra}\]'", *command)
-
-
-def test_an_interrupt(monkeypatch):
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(commands, "environment", stop)
-    refused(130, "interrupted", "env")
-
-
-def test_sigterm_is_an_interrupt_that_says_how_to_go_on(monkeypatch, in_tmp):
-    monkeypatch.setattr(commands, "run_training", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
-    before = signal.getsignal(signal.SIGTERM)
-    refused(130, "go on with: lsquant train --resume --out x", "train", "digits", "--bits", "2", "--out", "x")
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_other_errors_are_not_hidden(monkeypatch):
-    def fail(*_: Any) -> None:
-        raise ZeroDivisionError("a bug")
-
-    monkeypatch.setattr(commands, "environment", fail)
-    with pytest.raises(ZeroDivisionError):
-        run("env")
 
 
 # ---- help, version, env, figure ----

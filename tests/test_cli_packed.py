@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 import lsquant
+from command_line import TINY, Result, refused, run
 from lsquant.tasks import open_run
 from report_pages import page_data
-from test_cli import TINY, Result, refused, run
 from test_cli_own import CNN, calibrated, own, result  # noqa: F401  (fixtures)
 
 

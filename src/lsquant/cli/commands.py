@@ -10,20 +10,18 @@ from typing import Any
 
 import torch
 
-from lsquant import checkpoint
 from lsquant._util.errors import MissingFile, UsageError
-from lsquant._util.tensors import read_tensors
 from lsquant._version import __version__
 from lsquant.cli import own
 from lsquant.cli.reporting import report as report
 from lsquant.cli.words import measured, results, table
 from lsquant.diagnostics import check
 from lsquant.diagnostics.environment import environment
-from lsquant.export.packed import load_packed
 from lsquant.recipe import Recipe
 from lsquant.report.figure import draw_figures
-from lsquant.tasks import Run, Settings, get_task, is_run, load_float, open_run, run_training
+from lsquant.tasks import Run, Settings, get_task, is_run, open_run, run_training
 from lsquant.tasks.directory import sha256
+from lsquant.tasks.run import reader
 
 Outcome = tuple[dict[str, Any], str, bool]
 Command = Callable[[Namespace], Outcome]
@@ -62,10 +60,9 @@ def train(a: Namespace) -> Outcome:
         alone = a.teacher is None and a.distill is None and not settings.distill
         for idle in _options(a, "distill_weight", "distill_temperature") if alone else ():
             raise UsageError(f"--{idle.replace('_', '-')} has no effect without --teacher FILE or --distill")
-        given = "--start" if a.start is not None else "--init" if a.init is not None else None
-        for idle in _options(a, "float_epochs", "float_lr", "float_weight_decay") if given else ():
-            raise UsageError(f"--{idle.replace('_', '-')} has no effect with {given}: there is no float training")
         run = Run(Path(a.out), task, _recipe(a), settings, a.init, a.teacher, start=a.start)
+        for idle in _options(a, *_FLOAT) if not run.trains_float else ():
+            raise UsageError(f"--{idle.replace('_', '-')} has no effect with --init or --start: no float training")
         metrics = run_training(run, resume=a.resume, overwrite=a.overwrite, **how)
     return (
         {"run": str(a.out), **metrics},
@@ -94,6 +91,7 @@ def _refuse_changes(a: Namespace, run: Run) -> None:
 
 
 _SETTINGS = tuple(Settings.__dataclass_fields__)  # each has an option of its name
+_FLOAT = tuple(name for name in _SETTINGS if name.startswith("float_"))  # of the float training
 
 
 def _recipe(a: Namespace) -> Recipe:
@@ -133,9 +131,7 @@ def evaluate(a: Namespace) -> Outcome:
         task, model = run.task, run.model()
     else:
         task = get_task(a.task, **_options(a, "data", "model"))
-        written = read_tensors(a.path, with_tensors=False)[0]
-        load = {"lsquant.packed": load_packed, "lsquant.format": checkpoint.load}
-        model = next((load[key] for key in load if key in written), load_float)(task.model(), a.path)
+        model = reader(a.path)(task.model(), a.path)
     metrics = task.metric(model)
     return metrics, measured(metrics), True
 

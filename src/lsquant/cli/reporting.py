@@ -129,7 +129,7 @@ def commands_of(run: Run) -> list[str]:
 def train_command(run: Run) -> str:
     """The command that repeats a run."""
     changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(run.task.settings, k)}
-    if run.init is not None or run.start is not None:  # no float training, whose options train refuses then
+    if not run.trains_float:  # train refuses options that have no effect
         changed = {k: v for k, v in changed.items() if not k.startswith("float_")}
     options = [_option(name, value) for name, value in changed.items() if value is not None]
     files = {"init": run.init, "teacher": run.teacher, "start": run.start}

@@ -89,6 +89,11 @@ class Run:
             "settings": self.settings.to_dict(),
         }
 
+    @property
+    def trains_float(self) -> bool:
+        """Whether it trains its float network: it has neither `init` nor `start`."""
+        return self.init is None and self.start is None
+
     def file(self, name: str) -> Path:
         return self.path / name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -131,7 +131,7 @@ def _train(run: Run, log: Log, checkpoint_every: int | None, quiet: bool) -> dic
     has_float = run.init is not None or run.start is None
     if run.init is not None:
         _from_checkpoint(run, model)
-    elif has_float:
+    elif run.trains_float:
         done = phase(model, "float", settings.float_epochs, done)
     seconds["float"] = done.seconds
     if has_float:
@@ -232,10 +232,17 @@ def load_start(model: nn.Module, path: str | os.PathLike[str]) -> bool:
     if Path(path).is_dir():
         raise UsageError(f"start: {path} is a folder; of a run give its model.safetensors")
     wanted = {name: quantizer.requested for name, quantizer in quantizers(model)}
-    packed = "lsquant.packed" in read_tensors(path, with_tensors=False)[0]
-    (load_packed if packed else checkpoint.load)(model, path)
+    load = reader(path)
+    (checkpoint.load if load is load_float else load)(model, path)  # which refuses a float checkpoint
     found = {name: quantizer.spec for name, quantizer in quantizers(model)}
     return wanted.keys() == found.keys() and all(wanted[n].decide(bool(s.signed)) == s for n, s in found.items())
+
+
+def reader(path: str | os.PathLike[str]) -> Callable[[nn.Module, str | os.PathLike[str]], nn.Module]:
+    """Which of ``load_packed``, ``lsquant.load`` and ``load_float`` reads the file, by its metadata."""
+    written = read_tensors(path, with_tensors=False)[0]
+    known = {"lsquant.packed": load_packed, "lsquant.format": checkpoint.load}
+    return next((load for key, load in known.items() if key in written), load_float)
 
 
 def load_teacher(task: Task, path: str | os.PathLike[str]) -> nn.Module:
