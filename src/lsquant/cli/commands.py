@@ -26,6 +26,7 @@ from lsquant.tasks.run import reader
 Outcome = tuple[dict[str, Any], str, bool]
 Command = Callable[[Namespace], Outcome]
 BATCH = 250
+ADAM_LR = 1e-3  # where the optimizer is Adam or AdamW and no --lr is given
 
 
 def set_up(arguments: Namespace) -> None:
@@ -54,7 +55,12 @@ def train(a: Namespace) -> Outcome:
         raise UsageError("train: name a task (lsquant train digits --bits 2 --out DIR), or --resume a run")
     else:
         task = get_task(a.task, **_options(a, "data", "model"))
-        settings = replace(task.settings, **{n: value for n in _SETTINGS if (value := getattr(a, n)) is not None})
+        asked = _options(a, *_SETTINGS)
+        if a.optimizer not in (None, "sgd"):
+            if a.momentum is not None and a.init is not None:
+                raise UsageError(f"--momentum has no effect with --init and --optimizer {a.optimizer}: it is SGD's")
+            asked = {"lr": ADAM_LR, **asked}
+        settings = replace(task.settings, **asked)
         if a.teacher is not None and a.distill is not None:
             raise UsageError("--teacher is a file to distill from: leave out --distill and --no-distill")
         alone = a.teacher is None and a.distill is None and not settings.distill

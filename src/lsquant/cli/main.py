@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from lsquant._util.errors import LsquantError
 from lsquant._util.files import json_text
@@ -17,6 +17,7 @@ from lsquant.cli import commands
 from lsquant.export.onnx import PROFILES
 from lsquant.export.packed import PROFILE as PACKED
 from lsquant.tasks import TASKS
+from lsquant.tasks.protocol import Optimizer
 from lsquant.verification import LEVELS, RUNTIMES
 
 GOOD, NOT_AS_REQUIRED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -138,6 +139,8 @@ def _train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--distill", action=boolean, default=None, help="train against the run's float network as well")
     about = "less weight decay for weights of 2 and 3 bits"
     sub.add_argument("--weight-decay-by-bits", action=boolean, default=None, help=about)
+    about = "at low bits: sgd, or adam, adamw with --lr 0.001 by default (default sgd)"
+    sub.add_argument("--optimizer", choices=get_args(Optimizer), help=about)
     sub.add_argument("--progressive", type=numbers, metavar="N,N", help="train at these bits first, e.g. 8,4")
     for name, about in _WHOLE.items():
         sub.add_argument(f"--{name}", type=int, metavar="N", help=about)
@@ -168,6 +171,7 @@ _REAL = {
     "weight-decay": "at low bits",
     "float-weight-decay": "of the float network",
     "clip-norm": "largest norm of the gradient at low bits",
+    "transition-rate": "share of the low-bit weights that change code in a step, at first, e.g. 0.002 (falls to 0)",
     "distill-weight": "weight of the teacher's part of the loss",
     "distill-temperature": "temperature of the teacher's part of the loss",
     "ema": "decay of an average of the weights, which is evaluated and kept, e.g. 0.999",

@@ -15,6 +15,7 @@ from lsquant._util.errors import UsageError
 from lsquant.quantizer import Method
 
 Split = Literal["train", "calibration", "test"]
+Optimizer = Literal["sgd", "adam", "adamw"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,12 @@ class Settings:
     """Everything beside the task and the recipe that decides a run's numbers; written to config.toml.
 
     The float phase is left out when a float checkpoint is given. In every phase learning rates rise for `warmup`
-    iterations and fall to zero along a cosine; `step_lr` None means `lr`. `clip_norm`, the largest norm of the
-    gradient, and all below are for low bits alone:
+    iterations and fall to zero along a cosine. `clip_norm`, the largest norm of the gradient, and all below are for low
+    bits alone:
+    optimizer: "sgd", with `momentum`; "adam" or "adamw", which want `lr` near 0.001. step_lr: of the steps; None means
+        `lr` for SGD, and for the others 3 * `lr` times the size of the step (`relative_step_lr` of `param_groups`).
+    transition_rate: the share of the low-bit weights that change code in a step at the beginning, e.g. 0.002; it falls
+        to 0 along a cosine, and decides the learning rate of these weights (`TransitionRate`). None: `lr` does.
     distill: train against the float network as well; its weight and temperature are those of `distillation_loss`, and
         count for another teacher too.
     progressive, progressive_epochs: more bits first, e.g. (8, 4), each for so many of the `epochs`.
@@ -46,6 +51,8 @@ class Settings:
     weight_decay_by_bits: bool = False
     warmup: int = 0
     clip_norm: float | None = None
+    optimizer: Optimizer = "sgd"
+    transition_rate: float | None = None
     distill: bool = False
     distill_weight: float = 1.0
     distill_temperature: float = 1.0
@@ -72,6 +79,8 @@ class Settings:
                 raise UsageError(f"{name}={value}: it must be a number {'from' if name in rates else 'above'} 0")
         if self.ema is not None and not 0.0 < self.ema < 1.0:
             raise UsageError(f"ema={self.ema}: a decay lies between 0 and 1, e.g. 0.999")
+        if self.transition_rate is not None and not 0.0 < self.transition_rate < 1.0:
+            raise UsageError(f"transition_rate={self.transition_rate}: a share between 0 and 1, e.g. 0.002")
         bits = self.progressive
         if any(not 2 <= b <= 8 for b in bits) or any(a <= b for a, b in pairwise(bits)):
             raise UsageError(f"progressive={bits}: bits from 8 to 2, each fewer than before")
@@ -80,9 +89,9 @@ class Settings:
                 f"progressive={bits}: {self.progressive_epochs} epochs each leave none of epochs={self.epochs} for the "
                 "last bits"
             )
-        for name in ("weight_init", "activation_init"):
-            if getattr(self, name) not in get_args(Method):
-                raise UsageError(f"{name}={getattr(self, name)!r}: one of {', '.join(get_args(Method))}")
+        for name, kind in (("weight_init", Method), ("activation_init", Method), ("optimizer", Optimizer)):
+            if getattr(self, name) not in get_args(kind):
+                raise UsageError(f"{name}={getattr(self, name)!r}: one of {', '.join(get_args(kind))}")
 
     @property
     def last_epochs(self) -> int:

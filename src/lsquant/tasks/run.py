@@ -24,11 +24,12 @@ from lsquant.export import load_packed
 from lsquant.nn import quantized_layers, quantizers
 from lsquant.recipe import Recipe
 from lsquant.tasks.directory import FORMAT, START, TEACHER, Run, check_teacher, is_run, open_run, sha256, start_run
-from lsquant.tasks.protocol import Task
+from lsquant.tasks.protocol import Settings, Task
 from lsquant.training import (
     CosineSchedule,
     Fitted,
     Log,
+    TransitionRate,
     WeightAverage,
     classification_loss,
     clip_rates,
@@ -45,6 +46,7 @@ from lsquant.training.seeds import seed_everything
 from lsquant.training.state import FORMAT as CHECKPOINT
 from lsquant.training.state import load_model_state, model_state
 
+LAST = "lsq"  # the phase at the recipe's own bits
 SAMPLE = 32  # training samples that clip rates are taken from: less than 0.5 % of an epoch's time for ResNet-20
 
 
@@ -159,8 +161,8 @@ def _train(run: Run, log: Log, checkpoint_every: int | None, quiet: bool) -> dic
             _quantize(run, model, run.recipe)
         measure("start", model, "as it starts")
     average = None if settings.ema is None else WeightAverage(model, settings.ema)
-    done = phase(model, "lsq", settings.last_epochs, done, teacher, average)
-    seconds["lsq"] = done.seconds
+    done = phase(model, LAST, settings.last_epochs, done, teacher, average)
+    seconds[LAST] = done.seconds
     if average is not None or settings.bn_batches:
         measure("raw", model, "with learned steps, as the optimizer left it")
     if average is not None:
@@ -169,7 +171,7 @@ def _train(run: Run, log: Log, checkpoint_every: int | None, quiet: bool) -> dic
         seed_everything(settings.seed, task.name, "bn")
         batches = task.batches("train", batch_size=settings.batch_size, seed=settings.seed, epoch=settings.epochs)
         reestimate_batchnorm(model, batches, max_batches=settings.bn_batches)
-    measure("lsq", model, "with learned steps")
+    measure(LAST, model, "with learned steps")
 
     checkpoint.save(model.eval(), run.file("model.safetensors"), {"task": task.name})
     metrics = {"format": FORMAT, "task": task.name, "seed": settings.seed, **results, "seconds": seconds}
@@ -302,14 +304,11 @@ def _phase(
         return replace(before, seconds=0.0)
     task, settings = run.task, run.settings
     low_bit = label != "float"
-    groups = param_groups(
-        model,
-        settings.lr if low_bit else settings.float_lr,
-        settings.weight_decay if low_bit else settings.float_weight_decay,
-        step_lr=settings.step_lr if low_bit else None,
-        weight_decay_by_bits=settings.weight_decay_by_bits,
-    )
+    optimizer = _low_bit_optimizer(model, settings, label) if low_bit else _float_optimizer(model, settings)
     steps = task.steps_per_epoch(settings.batch_size)
+    transition = None
+    if label == LAST and settings.transition_rate is not None:
+        transition = TransitionRate(model, optimizer, settings.transition_rate, steps=epochs * steps)
     last = run.file(f"last/{label}.safetensors")
     if not last.exists():
         log.cut(before.log_position)  # a row may have been written without its checkpoint
@@ -322,7 +321,7 @@ def _phase(
     return fit(
         model,
         lambda epoch: task.batches("train", batch_size=settings.batch_size, seed=settings.seed, epoch=epoch),
-        torch.optim.SGD(groups, momentum=settings.momentum),
+        optimizer,
         epochs=epochs,
         steps_per_epoch=steps,
         schedule=CosineSchedule(max(1, epochs * steps), min(settings.warmup, max(0, epochs * steps - 1))),
@@ -332,6 +331,7 @@ def _phase(
         evaluate=evaluate,
         after_step=None if average is None else lambda iteration: average.update(),
         extras={} if average is None else {"average": average},
+        transition=transition,
         log=log,
         checkpoint=last,
         checkpoint_every=checkpoint_every,
@@ -339,3 +339,25 @@ def _phase(
         label=label,
         quiet=quiet,
     )
+
+
+def _float_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    groups = param_groups(model, settings.float_lr, settings.float_weight_decay)
+    return torch.optim.SGD(groups, momentum=settings.momentum)
+
+
+def _low_bit_optimizer(model: nn.Module, settings: Settings, label: str) -> torch.optim.Optimizer:
+    """Of the phases with low bits; the last one has a group "low_bit" where transition rates are scheduled."""
+    relative = settings.optimizer != "sgd" and settings.step_lr is None
+    groups = param_groups(
+        model,
+        settings.lr,
+        settings.weight_decay,
+        step_lr=settings.step_lr,
+        relative_step_lr=3.0 * settings.lr if relative else None,
+        weight_decay_by_bits=settings.weight_decay_by_bits,
+        low_bit=label == LAST and settings.transition_rate is not None,
+    )
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=settings.momentum)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings.optimizer](groups)

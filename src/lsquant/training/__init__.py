@@ -15,3 +15,4 @@ from lsquant.training.schedule import CosineSchedule as CosineSchedule
 from lsquant.training.stages import widened as widened
 from lsquant.training.state import load_state as load_state
 from lsquant.training.state import save_state as save_state
+from lsquant.training.transitions import TransitionRate as TransitionRate

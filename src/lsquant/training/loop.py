@@ -25,6 +25,7 @@ from lsquant.training.progress import Progress, message
 from lsquant.training.schedule import CosineSchedule
 from lsquant.training.seeds import rng_state, set_rng_state
 from lsquant.training.state import load_model_state, load_state, model_state, save_state
+from lsquant.training.transitions import TransitionRate
 
 Loss = Callable[[Any, Any, Any], torch.Tensor]
 
@@ -74,6 +75,7 @@ def fit(
     observe: Callable[[nn.Module], dict[str, dict[str, Any]]] = quantizer_facts,
     after_step: Callable[[int], None] | None = None,
     extras: Mapping[str, Stateful] | None = None,
+    transition: TransitionRate | None = None,
     oscillation_every: int = EVERY,
     log: str | os.PathLike[str] | Log | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -90,6 +92,7 @@ def fit(
     `clip_norm`: the largest norm of the gradient of all parameters together; `evaluate(model)`: metrics for the log at
     the end of an epoch; `observe(model)`: facts by quantizer, called between backward and step in an epoch's last
     iteration; `after_step(iteration)`: called after every optimizer step; `extras`: other things to checkpoint;
+    `transition`: sets the low-bit weights' learning rate, after `schedule`; its K, R and U join the log and the bar;
     `oscillation_every`: iterations between two looks of `Oscillation`, whose shares join the facts.
 
     `log`: a JSON-lines file (or a `Log`), one row an epoch: loss, learning rates, metrics, facts; accuracy in
@@ -105,6 +108,8 @@ def fit(
     if epochs < 0 or steps_per_epoch < 1:
         raise UsageError(f"epochs={epochs}, steps_per_epoch={steps_per_epoch}: at least 0 and 1 are needed")
     rows, extras = log if isinstance(log, Log) else Log(log), dict(extras or {})
+    if transition is not None:
+        extras["transition"] = transition
     oscillation = Oscillation(model, oscillation_every)
     run = {"label": label, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
     epoch_rng, at = rng_state(), Fitted(log_position=rows.position)
@@ -167,7 +172,7 @@ def fit(
             sums[1] += right
             at.targets += targets
             at.samples += len(output) if isinstance(output, torch.Tensor) and output.ndim else 0
-            bar.note(partial(_note, sums, at, optimizer.param_groups[0]["lr"]))
+            bar.note(partial(_note, sums, at, optimizer.param_groups[0]["lr"], transition))
             if checkpoint_every and (iteration + 1) % checkpoint_every == 0 and at.step < steps_per_epoch:
                 _read(sums, clock, label, at)
                 write_checkpoint()
@@ -177,6 +182,7 @@ def fit(
         row = _row(label, at, steps_per_epoch, optimizer, clip_norm is not None)
         for name, share in oscillation.shares().items():
             facts[name] = facts.get(name, {}) | {"oscillation": share}
+        row |= {} if transition is None else transition.numbers()
         row = _joined(row, facts, evaluate and evaluate(model))
         at = Fitted(epoch=at.epoch + 1, row=row)
         rows.append(row)
@@ -203,14 +209,17 @@ def _rest(batches: Callable[[int], Iterable[Any]], at: Fitted, epoch_rng: dict[s
     return rest
 
 
-def _note(sums: torch.Tensor, at: Fitted, lr: float) -> str:
-    """What the bar shows: means over the epoch so far, the learning rate, and the accuracy after the epoch before."""
+def _note(sums: torch.Tensor, at: Fitted, lr: float, transition: TransitionRate | None) -> str:
+    """What the bar shows: means over the epoch so far, the learning rates, and the accuracy after the epoch before."""
     loss, right, _ = sums.tolist()
     parts = [f"loss {loss / at.step:.4f}"]
     parts += [f"accuracy {100.0 * right / at.targets:.2f} %"] if at.targets else []
     tested = at.row.get("accuracy")
     parts += [f"tested {tested:.2f} % after epoch {at.epoch}"] if isinstance(tested, float) else []
-    return "  ".join([*parts, f"lr {lr:.3g}"])
+    parts += [f"lr {lr:.3g}"]
+    if transition is not None:
+        parts += [f"transitions {transition.rate:.2g} (target {transition.target:.2g}), lr {transition.lr:.3g}"]
+    return "  ".join(parts)
 
 
 def _read(sums: torch.Tensor, clock: float, label: str, at: Fitted) -> None:
@@ -234,8 +243,8 @@ def _row(label: str, at: Fitted, steps: int, optimizer: torch.optim.Optimizer, c
         row["grad_norm"] = at.norm_sum / steps
     row["lr"] = groups[0]["lr"]
     for group in groups:
-        if group.get("name") == "steps" and group["params"]:
-            row["step_lr"] = group["lr"]
+        if str(group.get("name", "")).startswith("steps") and group["params"]:
+            row["step_lr"] = max(group["lr"], row.get("step_lr", 0.0))
     row["seconds"] = round(at.epoch_seconds, 3)
     if at.samples:
         row["samples_per_second"] = round(at.samples / max(at.epoch_seconds, 1e-9), 1)

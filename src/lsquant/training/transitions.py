@@ -1,0 +1,221 @@
+"""A schedule for how many low-bit weights change their code in a step, in place of one for their learning rate.
+
+Source: Lee, Jeon, Baek, Ham, "Scheduling Weight Transitions for Quantization-Aware Training", arXiv:2404.19248v4
+(ICCV 2025), section 3: there "transition rate" and "transition-adaptive learning rate".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsquant import reference
+from lsquant._util.errors import UsageError
+from lsquant.nn import quantized_layers
+from lsquant.quantizer import Quantizer
+from lsquant.training.groups import LOW_BIT, is_low_bit
+
+PAPER_STEPS = 80_000
+"""Optimizer steps of the source's CIFAR schedules, for which its gain and its smoothing were chosen."""
+POINTS = 400
+"""Points of ``TransitionRate.trace``, at most."""
+
+
+class TransitionRate:
+    """Set the learning rate U of the low-bit weights so that the share of them that change code follows a schedule.
+
+    After optimizer step t = 0, 1, ..., in which the share k of the low-bit weights got another code:
+
+        K <- m K + (1 - m) k                       running transition rate, from 0
+        R  = first * (1 + cos(pi t / steps)) / 2   its target; 0 from t = steps on
+        U <- max(0, U + gain * (R - K))            the next step's learning rate, from the optimizer's own
+
+    One U for the whole model. It is the learning rate of the groups "low_bit" of ``param_groups(..., low_bit=True)``
+    in every step, whatever a scheduler has set, so weight decay goes by it as well. All other groups keep theirs.
+    Hooks on the optimizer do this: the training loop needs no further call, steps that a loss scaler skips do not
+    count, and accumulated batches are one step. Processes of DistributedDataParallel find the same U, having the same
+    weights.
+
+    model: prepared, with the weights' steps set. optimizer: SGD, Adam or AdamW over ``param_groups(..., low_bit=True)``.
+    first: R at the beginning, e.g. 0.002. steps: optimizer steps of the whole schedule. gain: by default U's first value
+    times 80,000 / steps, since 80,000 is the length that the source's gain is chosen for. smoothing: m, by default
+    0.99, and 1 - 40 / steps in schedules below 4,000 steps. fix_steps: the steps of these weights stay as they are
+    (as in the source); False lets them learn, and a code that changes with its step counts as well.
+
+    ``rate``, ``target``, ``lr``: K, R and U now. ``done``: optimizer steps counted. ``trace``: rows (t, K, R, U), at
+    most 400 over the schedule. Checkpoints need ``state_dict``; ``fit(transition=...)`` does that.
+
+    Raises: UsageError for numbers out of range; for an optimizer without "low_bit" groups, or of another model.
+
+    >>> layer = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> changes = lsquant.prepare(layer, lsquant.Recipe.preset("w2"))
+    >>> optimizer = torch.optim.SGD(lsquant.param_groups(layer, lr=0.1, low_bit=True), momentum=0.9)
+    >>> control = TransitionRate(layer, optimizer, first=0.002, steps=1000)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        first: float = 0.002,
+        *,
+        steps: int,
+        gain: float | None = None,
+        smoothing: float | None = None,
+        fix_steps: bool = True,
+    ) -> None:
+        if not 0.0 < first < 1.0:
+            raise UsageError(f"TransitionRate: first={first!r}; give the share of weights that change, e.g. 0.002")
+        if type(steps) is not int or steps < 1:
+            raise UsageError(f"TransitionRate: steps={steps!r}; give the optimizer steps of the whole schedule")
+        if gain is not None and not 0.0 < gain < math.inf:
+            raise UsageError(f"TransitionRate: gain={gain!r}; it must be a number above 0")
+        if smoothing is not None and not 0.0 <= smoothing < 1.0:
+            raise UsageError(f"TransitionRate: smoothing={smoothing!r}; m lies in 0 .. 1, e.g. 0.99")
+        self.optimizer = _unwrapped(optimizer)
+        self.layers = _low_bit_layers(model, self._groups())
+        self.weights = sum(layer.weight.numel() for layer, _ in self.layers)
+        rates = {float(group.get("initial_lr", group["lr"])) for group in self._groups()}
+        if len(rates) != 1 or not min(rates) > 0.0:
+            raise UsageError(f"TransitionRate: the groups {LOW_BIT!r} need one learning rate above 0, not {sorted(rates)}")
+        self.first, self.steps, self.fix_steps = first, steps, fix_steps
+        self.lr = rates.pop()
+        self.gain = self.lr * PAPER_STEPS / steps if gain is None else gain
+        self.smoothing = max(0.0, 1.0 - max(0.01, 40.0 / steps)) if smoothing is None else smoothing
+        self.rate, self.done = 0.0, 0
+        self.trace: list[tuple[int, float, float, float]] = []
+        self._before: list[Tensor] = []
+        self._fixed: list[Tensor] = []
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(self._before_step),
+            self.optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    @property
+    def target(self) -> float:
+        """R for the next step."""
+        return self.first * 0.5 * (1.0 + math.cos(math.pi * min(1.0, self.done / self.steps)))
+
+    def numbers(self) -> dict[str, float]:
+        """K, R and U as a log has them: ``transition_rate``, ``transition_target``, ``transition_lr``."""
+        return {"transition_rate": self.rate, "transition_target": self.target, "transition_lr": self.lr}
+
+    def close(self) -> None:
+        """Let go of the optimizer: its groups then follow the scheduler again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """For checkpoints. What is fixed at construction is in it to be compared."""
+        return {
+            "first": self.first, "steps": self.steps, "gain": self.gain, "smoothing": self.smoothing,
+            "fix_steps": self.fix_steps, "done": self.done, "rate": self.rate, "lr": self.lr,
+            "trace": [list(point) for point in self.trace],
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave. Raises: UsageError if it is of another schedule."""
+        for name in ("first", "steps", "gain", "smoothing", "fix_steps"):
+            if state_dict[name] != getattr(self, name):
+                raise UsageError(
+                    f"TransitionRate: the saved state has {name}={state_dict[name]!r}, this one {getattr(self, name)!r}; "
+                    "resume with the schedule that was begun"
+                )
+        self.done, self.rate, self.lr = int(state_dict["done"]), float(state_dict["rate"]), float(state_dict["lr"])
+        self.trace = [(int(t), float(k), float(r), float(u)) for t, k, r, u in state_dict["trace"]]
+        self._set_lr()
+
+    # ---- around every optimizer step ----
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The optimizer's own dictionaries, looked up anew: its load_state_dict replaces them."""
+        return [g for g in self.optimizer.param_groups if str(g.get("name", "")).partition("/")[0] == LOW_BIT]
+
+    def _set_lr(self) -> None:
+        for group in self._groups():
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self.lr)
+            else:
+                group["lr"] = self.lr
+
+    @torch.no_grad()
+    def _codes(self) -> list[Tensor]:
+        return [_codes(layer, q) for layer, q in self.layers]
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._set_lr()
+        self._before = self._codes()
+        if self.fix_steps:
+            self._fixed = [p.detach().clone() for p in self._steps()]
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.fix_steps:
+            torch._foreach_copy_(self._steps(), self._fixed)  # pyright: ignore[reportPrivateUsage]
+        before, self._before, self._fixed = self._before, [], []
+        # a fused optimizer is called by the loss scaler even where it then skips the step by itself
+        skipped = getattr(optimizer, "found_inf", None)
+        if skipped is not None and bool(skipped):
+            return
+        changed = [(old != new).sum() for old, new in zip(before, self._codes(), strict=True)]
+        self._count(int(torch.stack([count.to(changed[0].device) for count in changed]).sum()))
+
+    def _count(self, changed: int) -> None:
+        """One step of the equations above, after `changed` weights got another code."""
+        target = self.target
+        self.rate = self.smoothing * self.rate + (1.0 - self.smoothing) * (changed / self.weights)
+        self.lr = max(0.0, self.lr + self.gain * (target - self.rate))
+        if self.done % -(-self.steps // POINTS) == 0 and len(self.trace) < POINTS:
+            self.trace.append((self.done, self.rate, target, self.lr))
+        self.done += 1
+
+    def _steps(self) -> list[Tensor]:
+        return [p for _, quantizer in self.layers for p in quantizer.parameters()]
+
+
+def _codes(layer: Any, quantizer: Quantizer) -> Tensor:
+    """int8, or uint8 for unsigned codes; NaN, which has no code, is 0."""
+    low, high = quantizer.q_min, quantizer.q_max
+    kind = {"axis": quantizer.axis, "group_size": quantizer.spec.group_size, "offset": quantizer.offset}
+    codes = reference.codes(layer.rows(), quantizer.effective_step(), low, high, **kind)
+    return torch.nan_to_num_(codes).to(torch.int8 if low < 0 else torch.uint8)
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside Accelerate's or Lightning's, whose own hooks are never called."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UsageError(f"TransitionRate: the optimizer is a {type(optimizer).__name__}; give a torch optimizer")
+    return optimizer
+
+
+def _low_bit_layers(model: nn.Module, groups: list[dict[str, Any]]) -> list[tuple[Any, Quantizer]]:
+    """The layers whose weights are in `groups`, a shared weight once. Raises: UsageError where they are not the model's."""
+    held = {id(p) for group in groups for p in group["params"]}
+    if not held:
+        raise UsageError(
+            f"TransitionRate: the optimizer has no group {LOW_BIT!r} with weights; build it over "
+            "lsquant.param_groups(model, lr, low_bit=True), after prepare, with weights below 8 bits"
+        )
+    layers: dict[int, tuple[Any, Quantizer]] = {}
+    for name, layer in quantized_layers(model):
+        if not is_low_bit(layer):
+            continue
+        if id(layer.weight) not in held:
+            raise UsageError(
+                f"TransitionRate: the weight of layer {name!r} is not in the optimizer's group {LOW_BIT!r}; build the "
+                "optimizer over lsquant.param_groups(model, lr, low_bit=True), after prepare"
+            )
+        layers.setdefault(id(layer.weight), (layer, layer.weight_quantizer.require_initialized()))
+    if len(layers) != len(held):
+        raise UsageError(
+            f"TransitionRate: {len(held - layers.keys())} of the {len(held)} weights in the optimizer's group "
+            f"{LOW_BIT!r} are not the model's low-bit weights: build the optimizer anew after prepare"
+        )
+    return list(layers.values())
