@@ -19,6 +19,7 @@ from lsquant import Recipe, Rule
 from lsquant._util.errors import UsageError
 from lsquant.integrations.distributed import synchronize
 from lsquant.nn import quantizers
+from lsquant.training import TransitionRate
 
 UPDATES, BATCH = 4, 16
 
@@ -122,6 +123,21 @@ def signs(rank: int) -> dict[str, Any]:
     synchronize(model)
     found |= {"state": state(model), "mirrors": mirrors(model), "output": model(x).detach()}
     return found
+
+
+def transitions(rank: int) -> dict[str, Any]:
+    """Weights whose learning rate follows their transitions, on half a batch each."""
+    x, y = data()
+    model = make()
+    lsquant.calibrate(model, [x])
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(lsquant.param_groups(model, lr=0.2, low_bit=True), momentum=0.9)
+    control = TransitionRate(wrapped, optimizer, 0.05, steps=UPDATES, gain=2.0, smoothing=0.5)
+    half = BATCH // 2
+    for at in range(0, UPDATES * BATCH, BATCH):
+        mine = slice(at + rank * half, at + (rank + 1) * half)
+        update(wrapped, optimizer, x[mine], y[mine])
+    return {"end": state(model), "control": control.state_dict()}
 
 
 def trainer(rank: int) -> dict[str, Any]:

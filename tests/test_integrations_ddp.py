@@ -41,7 +41,7 @@ def torchrun(cases: str, folder: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict]:
-    return torchrun("training,signs", tmp_path_factory.mktemp("ddp"))
+    return torchrun("training,signs,transitions", tmp_path_factory.mktemp("ddp"))
 
 
 def different(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
@@ -127,3 +127,13 @@ def test_frameworks_over_two_processes(case, needs, tmp_path):
     assert zero["moved"]
     assert zero["rows"] >= 3  # process 0 writes facts
     assert one["rows"] is None
+
+
+def test_transition_rates_are_equal_in_both_processes(found):
+    zero, one = (run["transitions"] for run in found)
+    assert zero["control"] == one["control"]
+    assert not different(zero["end"], one["end"])
+    rows = zero["control"]["trace"]
+    assert len(rows) == zero["control"]["done"] == 4
+    assert all(rate > 0 for _, rate, _, _ in rows)
+    assert len({lr for *_, lr in rows}) == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -259,3 +260,51 @@ def test_accelerate_trains_and_resumes(tmp_path, precision):
     accelerator.load_state(str(tmp_path / "state"))
     go(accelerator, again, optimizer, 2)
     assert equal(dict(model.state_dict()), dict(again.state_dict()))
+
+
+# ---- transition rates ----
+
+
+def controlled(folder, **kwargs):
+    """A training of 8 steps with TransitionCallback."""
+    model = make(preset="w2a8")
+    args = arguments(folder, max_steps=8, learning_rate=0.01, **kwargs)
+    optimizer = huggingface.optimizer(model, args, relative_step_lr=0.01, low_bit=True)
+    callback = huggingface.TransitionCallback(0.05, every=2, gain=0.05, smoothing=0.5)
+    return model, args, optimizer, callback
+
+
+def test_transition_rates_of_trainer(tmp_path):
+    model, args, optimizer, callback = controlled(tmp_path)
+    logged: list[dict] = []
+    callback.report = logged.append
+    used: list[float] = []
+
+    def look(optimizer, *_):  # before TransitionRate's own hook
+        used.extend(group["lr"] for group in optimizer.param_groups if group["name"] == "low_bit")
+
+    optimizer.register_step_post_hook(look)
+    train(model, args, optimizer, callback)
+    control = callback.control
+    assert (control.done, control.steps, control.target) == (8, 8, 0.0)
+    assert len(logged) == 4
+    assert logged[3]["transition_lr"] == control.lr
+    assert [row["transition_target"] for row in logged[:3]] == pytest.approx(
+        [0.05 * (1 + math.cos(math.pi * t / 8)) / 2 for t in (2, 4, 6)]
+    )
+    assert all(row["transition_rate"] > 0 for row in logged)
+    assert used == [0.01, *(lr for *_, lr in control.trace[:-1])]  # not the schedule's, which falls to 0
+
+
+def test_transition_rates_go_on_where_trainer_resumes(tmp_path):
+    whole, args, optimizer, callback = controlled(tmp_path / "whole", save_strategy="steps", save_steps=3)
+    train(whole, args, optimizer, callback)
+    again, args, optimizer, resumed = controlled(tmp_path / "whole")
+    train(again, args, optimizer, resumed, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert resumed.control.state_dict() == callback.control.state_dict()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    (tmp_path / "whole" / "checkpoint-3" / "transition.safetensors").unlink()
+    again, args, optimizer, resumed = controlled(tmp_path / "whole")
+    with pytest.raises(UsageError, match=r"transition.safetensors does not exist.*step 3"):
+        train(again, args, optimizer, resumed, resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))

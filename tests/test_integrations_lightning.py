@@ -16,7 +16,7 @@ from lsquant.nn import quantizers
 
 pl = pytest.importorskip("lightning.pytorch")
 
-from lsquant.integrations.lightning import QuantizerCallback  # noqa: E402  (needs lightning)
+from lsquant.integrations.lightning import QuantizerCallback, TransitionCallback  # noqa: E402  (needs lightning)
 
 pytestmark = [
     # advice on speed, which is Lightning's own affair
@@ -148,3 +148,31 @@ def test_bf16_keeps_float32_steps(tmp_path, precision):
     trainer(tmp_path, precision=precision, accumulate_grad_batches=2).fit(model, loader())
     assert all(q.step.dtype == torch.float32 for _, q in quantizers(model))
     assert all(not torch.equal(before[name], after) for name, after in steps(model).items())
+
+
+# ---- transition rates ----
+
+
+class Controlled(Classifier):
+    def configure_optimizers(self):
+        return torch.optim.SGD(lsquant.param_groups(self.network, lr=0.1, low_bit=True), momentum=0.9)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_transition_rates_are_scheduled_and_go_on_in_a_resumed_run(tmp_path):
+    def run(path=None):
+        callback, module = TransitionCallback(0.05, gain=1.0, smoothing=0.5), Controlled()
+        keep = pl.callbacks.ModelCheckpoint(tmp_path / "whole", save_top_k=-1, every_n_epochs=1)
+        done = trainer(tmp_path, callback, keep, enable_checkpointing=True, max_epochs=4)
+        done.fit(module, loader(), ckpt_path=path, weights_only=False)
+        return module, callback
+
+    whole, callback = run()
+    control = callback.control
+    assert (control.done, control.steps, control.target) == (16, 16, 0.0)
+    assert sum(rate > 0 for _, rate, _, _ in control.trace) > 8
+    (second,) = (tmp_path / "whole").glob("*step=8.ckpt")
+    again, resumed = run(second)
+    assert resumed.control.state_dict() == control.state_dict()
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name

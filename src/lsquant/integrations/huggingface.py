@@ -13,19 +13,25 @@ from torch import nn
 from lsquant._util.errors import UsageError
 from lsquant._util.optional import require
 from lsquant.integrations.watch import EVERY, Problems, Watch, flat
-from lsquant.training import param_groups
+from lsquant.training import TransitionRate, param_groups
 from lsquant.training.state import load_state, save_state
 
 transformers = require("transformers", extra="integrations")
 
 
 def optimizer(
-    model: nn.Module, args: Any, *, step_lr: float | None = None, weight_decay_by_bits: bool = False
+    model: nn.Module,
+    args: Any,
+    *,
+    step_lr: float | None = None,
+    relative_step_lr: float | None = None,
+    weight_decay_by_bits: bool = False,
+    low_bit: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer that ``TrainingArguments`` ask for, over ``lsquant.param_groups``: steps are never decayed.
 
     ``Trainer(model, args, optimizers=(optimizer(model, args), None), ...)``; None lets Trainer make its schedule.
-    Call it after ``prepare``.  step_lr, weight_decay_by_bits: as in ``lsquant.param_groups``.
+    Call it after ``prepare``.  The other arguments are those of ``lsquant.param_groups``.
     Raises: UsageError for optimizers of Trainer that choose their own parameters (GaLore, LOMO, layer-wise ones).
     """
     cls, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -36,7 +42,13 @@ def optimizer(
             "itself, so lsquant cannot give it groups; use another optim, or build it by hand"
         )
     groups = param_groups(
-        model, args.learning_rate, args.weight_decay, step_lr=step_lr, weight_decay_by_bits=weight_decay_by_bits
+        model,
+        args.learning_rate,
+        args.weight_decay,
+        step_lr=step_lr,
+        relative_step_lr=relative_step_lr,
+        weight_decay_by_bits=weight_decay_by_bits,
+        low_bit=low_bit,
     )
     return cls(groups, **options)
 
@@ -68,12 +80,12 @@ class QuantizerCallback(transformers.TrainerCallback):
         return self.watch.last
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        found = _seen(args, state)
+        found = _beside(args, state, "oscillation.safetensors")
         self.watch.state = load_state(found) if state.global_step and found.is_file() else None
         self.watch.begin(kwargs["model"], kwargs["optimizer"])
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        path = _seen(args, state)
+        path = _beside(args, state, "oscillation.safetensors")
         if state.is_world_process_zero and path.parent.is_dir():
             save_state(path, self.watch.oscillation.state_dict())
 
@@ -83,6 +95,53 @@ class QuantizerCallback(transformers.TrainerCallback):
             self.report(flat(row))
 
 
-def _seen(args: Any, state: Any) -> Path:
-    """Where a checkpoint of the present step keeps what the oscillation watch has seen."""
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / "oscillation.safetensors"
+class TransitionCallback(transformers.TrainerCallback):
+    """``lsquant.training.TransitionRate`` over the whole training of Trainer, whose checkpoints then hold its state.
+
+    Give Trainer ``optimizer(model, args, low_bit=True)``.  first, options: as for ``TransitionRate``; steps are
+    Trainer's ``max_steps``.  report: called every `every` optimizer steps with K, R and U (``transition_rate``,
+    ``transition_target``, ``transition_lr``), for instance ``trainer.log`` (set it after the trainer is made).
+    ``control``: the ``TransitionRate``, once training has begun.
+    Raises: UsageError where training resumes from a checkpoint without its state (``transition.safetensors``).
+    """
+
+    def __init__(
+        self,
+        first: float = 0.002,
+        *,
+        every: int = 100,
+        report: Callable[[dict[str, float]], Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.first, self.every, self.report, self.options = first, every, report, options
+        self.control: TransitionRate | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer = kwargs["optimizer"]
+        self.control = TransitionRate(kwargs["model"], optimizer, self.first, steps=state.max_steps, **self.options)
+        if state.global_step:
+            found = _beside(args, state, "transition.safetensors")
+            if not found.is_file():
+                raise UsageError(
+                    f"TransitionCallback: {found} does not exist, so the transition rate cannot go on at step "
+                    f"{state.global_step}; resume in the folder of the run, or start anew"
+                )
+            self.control.load_state_dict(load_state(found))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.control is not None and self.report is not None and state.global_step % self.every == 0:
+            self.report(self.control.numbers())
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        path = _beside(args, state, "transition.safetensors")
+        if self.control is not None and state.is_world_process_zero and path.parent.is_dir():
+            save_state(path, self.control.state_dict())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.control is not None:
+            self.control.close()
+
+
+def _beside(args: Any, state: Any, name: str) -> Path:
+    """A file of ours in Trainer's checkpoint of the present step."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}" / name

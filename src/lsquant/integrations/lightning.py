@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from lsquant._util.errors import UsageError
 from lsquant._util.optional import require
 from lsquant.integrations.watch import EVERY, Problems, Watch, flat
+from lsquant.training import TransitionRate
 
 pytorch = require("lightning.pytorch", extra="integrations")
 
@@ -49,3 +51,43 @@ class QuantizerCallback(pytorch.Callback):
         if row is not None:
             for logger in trainer.loggers:
                 logger.log_metrics(flat(row), step=trainer.global_step)
+
+
+class TransitionCallback(pytorch.Callback):
+    """``lsquant.training.TransitionRate`` over the whole training; its state is in Lightning's checkpoints.
+
+    The module has one optimizer, built over ``lsquant.param_groups(..., low_bit=True)``.  first, options: as for
+    ``TransitionRate``; steps are Trainer's ``estimated_stepping_batches``.  K, R and U go to the trainer's loggers every
+    ``log_every_n_steps``.  ``control``: the ``TransitionRate``, once training has begun.
+    Raises: UsageError for several optimizers, or a training of unknown length.
+    """
+
+    def __init__(self, first: float = 0.002, **options: Any) -> None:
+        self.first, self.options = first, options
+        self.control: TransitionRate | None = None
+        self.state: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.control is None else self.control.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.state = state_dict
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        if len(trainer.optimizers) != 1:
+            raise UsageError(f"TransitionCallback: {len(trainer.optimizers)} optimizers; it acts on one")
+        steps = trainer.estimated_stepping_batches
+        if not 1 <= steps < float("inf"):
+            raise UsageError("TransitionCallback: unknown length of training; give Trainer max_steps or max_epochs")
+        self.control = TransitionRate(pl_module, trainer.optimizers[0], self.first, steps=int(steps), **self.options)
+        if self.state:
+            self.control.load_state_dict(self.state)
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if self.control is not None and trainer.global_step % trainer.log_every_n_steps == 0:
+            for logger in trainer.loggers:
+                logger.log_metrics(self.control.numbers(), step=trainer.global_step)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.control is not None:
+            self.control.close()

@@ -50,11 +50,10 @@ def param_groups(
               bits "low_bit/2bit" and "low_bit/3bit"
 
     For Adam-type optimizers the gradient scale g cancels: the learning rate then decides how far a step moves in an
-    iteration, whatever its size. `relative_step_lr` suits them: a step s learns at about `relative_step_lr * s`, rounded
-    to a power of 2 (``relative_step_lr * 2^round(log2 s)``, the median of a quantizer's steps), in groups "steps/2^-3"
-    and the like. The steps must be set before.
+    iteration, whatever its size. `relative_step_lr` suits them: a step s learns at about `relative_step_lr * s`. It is
+    ``relative_step_lr * 2^round(log2 s)``, with the median of a quantizer's steps, in groups "steps/2^-3" and the like.
 
-    Raises: UsageError for both `step_lr` and `relative_step_lr`.
+    Raises: UsageError for both `step_lr` and `relative_step_lr`, and for the latter while a step is not set.
     """
     if step_lr is not None and relative_step_lr is not None:
         raise UsageError("param_groups: give step_lr, the same for all steps, or relative_step_lr, not both")

@@ -21,6 +21,8 @@ from lsquant.training.groups import LOW_BIT, is_low_bit
 
 PAPER_STEPS = 80_000
 """Optimizer steps of the source's CIFAR schedules, for which its gain and its smoothing were chosen."""
+SHORT = 400
+"""Optimizer steps below which the gain grows no more: U would jump."""
 POINTS = 400
 """Points of ``TransitionRate.trace``, at most."""
 
@@ -40,11 +42,15 @@ class TransitionRate:
     count, and accumulated batches are one step. Processes of DistributedDataParallel find the same U, having the same
     weights.
 
-    model: prepared, with the weights' steps set. optimizer: SGD, Adam or AdamW over ``param_groups(..., low_bit=True)``.
-    first: R at the beginning, e.g. 0.002. steps: optimizer steps of the whole schedule. gain: by default U's first value
-    times 80,000 / steps, since 80,000 is the length that the source's gain is chosen for. smoothing: m, by default
-    0.99, and 1 - 40 / steps in schedules below 4,000 steps. fix_steps: the steps of these weights stay as they are
-    (as in the source); False lets them learn, and a code that changes with its step counts as well.
+    model: prepared, with the weights' steps set.
+    optimizer: SGD, Adam or AdamW over ``param_groups(..., low_bit=True)``.
+    first: R at the beginning, e.g. 0.002.
+    steps: optimizer steps of the whole schedule.
+    gain: by default U's first value times 80,000 / steps, at most 200 times it: the source's gain is U's first value in
+        schedules of 80,000 steps, and lags behind R in shorter ones.
+    smoothing: m; by default 0.99, and 1 - 40 / steps in schedules below 4,000 steps.
+    fix_steps: the steps of these weights stay as they are, as in the source. False lets them learn; a code that changes
+        with its step counts as well.
 
     ``rate``, ``target``, ``lr``: K, R and U now. ``done``: optimizer steps counted. ``trace``: rows (t, K, R, U), at
     most 400 over the schedule. Checkpoints need ``state_dict``; ``fit(transition=...)`` does that.
@@ -81,10 +87,11 @@ class TransitionRate:
         self.weights = sum(layer.weight.numel() for layer, _ in self.layers)
         rates = {float(group.get("initial_lr", group["lr"])) for group in self._groups()}
         if len(rates) != 1 or not min(rates) > 0.0:
-            raise UsageError(f"TransitionRate: the groups {LOW_BIT!r} need one learning rate above 0, not {sorted(rates)}")
+            found = sorted(rates)
+            raise UsageError(f"TransitionRate: the groups {LOW_BIT!r} need one learning rate above 0, not {found}")
         self.first, self.steps, self.fix_steps = first, steps, fix_steps
         self.lr = rates.pop()
-        self.gain = self.lr * PAPER_STEPS / steps if gain is None else gain
+        self.gain = self.lr * PAPER_STEPS / max(steps, SHORT) if gain is None else gain
         self.smoothing = max(0.0, 1.0 - max(0.01, 40.0 / steps)) if smoothing is None else smoothing
         self.rate, self.done = 0.0, 0
         self.trace: list[tuple[int, float, float, float]] = []
@@ -120,9 +127,10 @@ class TransitionRate:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave. Raises: UsageError if it is of another schedule."""
         for name in ("first", "steps", "gain", "smoothing", "fix_steps"):
-            if state_dict[name] != getattr(self, name):
+            saved, here = state_dict[name], getattr(self, name)
+            if saved != here:
                 raise UsageError(
-                    f"TransitionRate: the saved state has {name}={state_dict[name]!r}, this one {getattr(self, name)!r}; "
+                    f"TransitionRate: the saved state has {name}={saved!r}, this one {name}={here!r}; "
                     "resume with the schedule that was begun"
                 )
         self.done, self.rate, self.lr = int(state_dict["done"]), float(state_dict["rate"]), float(state_dict["lr"])
@@ -156,7 +164,7 @@ class TransitionRate:
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.fix_steps:
-            torch._foreach_copy_(self._steps(), self._fixed)  # pyright: ignore[reportPrivateUsage]
+            torch._foreach_copy_(self._steps(), self._fixed)  # pyright: ignore
         before, self._before, self._fixed = self._before, [], []
         # a fused optimizer is called by the loss scaler even where it then skips the step by itself
         skipped = getattr(optimizer, "found_inf", None)
@@ -196,7 +204,10 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _low_bit_layers(model: nn.Module, groups: list[dict[str, Any]]) -> list[tuple[Any, Quantizer]]:
-    """The layers whose weights are in `groups`, a shared weight once. Raises: UsageError where they are not the model's."""
+    """The layers whose weights are in `groups`, a shared weight once.
+
+    Raises: UsageError where `groups` do not hold the low-bit weights of `model` and nothing else.
+    """
     held = {id(p) for group in groups for p in group["params"]}
     if not held:
         raise UsageError(
@@ -205,14 +216,15 @@ def _low_bit_layers(model: nn.Module, groups: list[dict[str, Any]]) -> list[tupl
         )
     layers: dict[int, tuple[Any, Quantizer]] = {}
     for name, layer in quantized_layers(model):
-        if not is_low_bit(layer):
+        quantizer = layer.weight_quantizer
+        if quantizer is None or not is_low_bit(layer):
             continue
         if id(layer.weight) not in held:
             raise UsageError(
                 f"TransitionRate: the weight of layer {name!r} is not in the optimizer's group {LOW_BIT!r}; build the "
                 "optimizer over lsquant.param_groups(model, lr, low_bit=True), after prepare"
             )
-        layers.setdefault(id(layer.weight), (layer, layer.weight_quantizer.require_initialized()))
+        layers.setdefault(id(layer.weight), (layer, quantizer.require_initialized()))
     if len(layers) != len(held):
         raise UsageError(
             f"TransitionRate: {len(held - layers.keys())} of the {len(held)} weights in the optimizer's group "

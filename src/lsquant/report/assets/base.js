@@ -48,7 +48,7 @@ function bytes(count) {
 
 const plural = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
 const measure = (name, value) => name.includes("accuracy") ? fixed(value, 2) + "\u202f%" : number(value);
-const words = (name) => ({ lr: "learning rate", step_lr: "learning rate of the steps", R: "R" })[name] || name.replace(/_/g, " ");
+const words = (name) => ({ lr: "learning rate", step_lr: "learning rate of the steps", R: "R", transition_target: "target", transition_lr: "learning rate" })[name] || name.replace(/_/g, " ");
 
 // ---- theme ----
 

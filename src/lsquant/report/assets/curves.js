@@ -5,6 +5,8 @@ const GROUPS = [
   ["Loss", ["loss", "test_loss"], {}],
   ["Accuracy, %", ["accuracy", "train_accuracy"], {}],
   ["Learning rate", ["lr", "step_lr"], {}],
+  ["Transition rate: share of the low-bit weights that change code in a step, and its target", ["transition_rate", "transition_target"], {}],
+  ["Learning rate of the low-bit weights, set by the transition rate", ["transition_lr"], {}],
   ["Norm of the gradient", ["grad_norm"], {}],
 ];
 const NOT_DRAWN = ["seconds", "samples_per_second", "iteration", "epoch"];
