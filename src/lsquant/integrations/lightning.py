@@ -57,7 +57,7 @@ class TransitionCallback(pytorch.Callback):
     """``lsquant.training.TransitionRate`` over the whole training; its state is in Lightning's checkpoints.
 
     The module has one optimizer, built over ``lsquant.param_groups(..., low_bit=True)``.  first, options: as for
-    ``TransitionRate``; steps are Trainer's ``estimated_stepping_batches``.  K, R and U go to the trainer's loggers every
+    ``TransitionRate``; steps are Trainer's ``estimated_stepping_batches``.  K, R and U go to its loggers every
     ``log_every_n_steps``.  ``control``: the ``TransitionRate``, once training has begun.
     Raises: UsageError for several optimizers, or a training of unknown length.
     """
