@@ -3,6 +3,8 @@
 # make test      the tests; make test-all adds the slow ones; make test-engines runs them with each engine forced
 # make package   the wheel, built, installed elsewhere and used
 # make bench     speed and memory against the float model and others: results/bench, and the tables of docs/benchmarks.md
+# make long-runs DATA=... INIT=... TEACHER=...   goes on with the long CIFAR-10 runs, niced, on one core (docs/cifar10.md)
+# make long-runs-commit INIT=...   commits the state of the run in progress: another machine goes on from there
 # make lint      ruff and pyright; make docs: the documentation site in site/; make figure: docs/figures
 #
 # PYTHON=python3.12   the interpreter that .venv is made from (3.11 or later)
@@ -17,6 +19,9 @@ EXTRAS ?= all
 JOBS ?= auto
 DEMO ?= runs/digits-w2a2
 BENCH ?= --profile
+DATA ?= data
+INIT ?= resnet20.safetensors
+TEACHER ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -24,7 +29,7 @@ PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAIN
 # each test process computes on one thread; JOBS processes use the cores
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: install demo test test-all test-engines bench lint docs figure package clean
+.PHONY: install demo test test-all test-engines bench long-runs long-runs-commit lint docs figure package clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -60,6 +65,14 @@ test-engines: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/speed.py $(BENCH)
 	$(BIN)/python benchmarks/tables.py
+
+long-runs: $(STAMP)
+	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python benchmarks/long_runs.py --data $(DATA) --init $(INIT) $(if $(TEACHER),--teacher $(TEACHER))
+
+long-runs-commit: $(STAMP)
+	$(BIN)/python benchmarks/long_runs.py --keep-state --init $(INIT)
+	git add --all results/long
+	git diff --cached --quiet -- results/long || git commit -m "Long runs: results and state so far" -- results/long
 
 # the wheel, built, checked and installed into an environment of its own; the digits line run with it from elsewhere
 package: $(STAMP)

@@ -1,63 +1,120 @@
-"""The long CIFAR-10 runs: ResNet-20 at 2/2, 3/3 and 4/4 bits, each without a teacher and with one.
+"""The long CIFAR-10 runs: ResNet-20 at low bits, one after another, over as many days as they take.
 
     python benchmarks/long_runs.py --data DIR --init resnet20.safetensors --teacher resnet56.safetensors
 
-Runs that are finished are left alone and one that was stopped goes on, with the bits of one that was not: start the
-same command again.  stderr gets a line an epoch.  `--out` (runs/long) has a run directory each; `--results`
-(results/long) a JSON each, rewritten when a run ends or is stopped by SIGINT or SIGTERM: metrics of every epoch, seed,
-commits, versions, hardware, seconds.  `--collect` only writes these, also of runs that were killed.
+takes the runs of QUEUE (or `--only`) in their order: finished ones are left alone, and one that was stopped goes on,
+with the bits of one that was not.  `--out` (runs/long) has a run directory each, `--results` (results/long) a JSON
+each.  The JSON is rewritten when a run ends or is stopped by SIGINT or SIGTERM: metrics of every epoch, seed, commits,
+versions, hardware, seconds.  A run whose JSON says that it is finished is not made again.  `--collect` only writes
+these files, also of runs that were killed.  stderr gets a line an epoch.
+
+While something is timed: `--pause` stops the process where it is, `--continue` lets it go on.
+
+Before the machine is given up: `--keep-state` writes what the run in progress needs to go on, at most 3 MB, to
+`--results`/state/RUN.tar.xz.  The first command, in a fresh clone elsewhere, goes on from that file: with the same bits
+where the processor is of the same kind, and it says so where it is another.  The file is deleted when the run ends.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import lzma
+import os
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lsquant import Recipe
-from lsquant._util.files import read_json, write_json
+from lsquant._util.errors import UsageError
+from lsquant._util.files import atomic_write_bytes, atomic_write_text, json_text, read_json, write_json
+from lsquant._util.toml import to_toml
+from lsquant.diagnostics.environment import environment
 from lsquant.tasks import Run, get_task, is_run, open_run, run_training
-from lsquant.training import Log
+from lsquant.tasks.directory import TEACHER, sha256
+from lsquant.training import Log, load_state
+
+ROOT = Path(__file__).resolve().parents[1]
+NETWORKS = ROOT / "results" / "networks"
+LIMIT = 3_000_000  # bytes of a kept state
+# what a run goes on from; the float network and the teacher are files that whoever goes on has
+STATE = ("config.toml", "recipe.toml", "env.json", "log.jsonl", "last/lsq.safetensors")
+PROCESSOR = ("processor", "cpu_capability")  # in env.json: what the bits of a run depend on
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A way to train at each number of bits.
+class Plan:
+    """A run.
 
-    `lengths`: epochs and learning rate by bits; `says`: in the table of results; `start`: how many bits more the
-    network of results/networks has that it starts from (None: the float network); `taught`: against --teacher;
-    `settings`: others of the run.
+    preset: the recipe's.  says: in the table of results.  start: the preset of the network of results/networks that it
+    starts from (None: the float network).  taught: against --teacher.  settings: others of the run.
     """
 
-    lengths: dict[int, tuple[int, float]]
+    preset: str
+    epochs: int
+    lr: float
     says: str = ""
-    start: int | None = None
+    start: str | None = None
     taught: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def bits(self) -> str:
+        """Of weights and inputs, e.g. "2/8"."""
+        return "/".join(self.preset[1:].split("a"))
 
-FLOAT = {2: (40, 0.03), 3: (24, 0.02), 4: (26, 0.05)}
-KINDS = {
-    "": Kind(FLOAT),
-    "-rate": Kind({3: (40, 0.05), 4: (15, 0.01)}, "at another rate"),
-    "-teacher": Kind(FLOAT, "with a teacher", taught=True),
-    "-more": Kind({2: (10, 0.02), 3: (14, 0.03), 4: (6, 0.03)}, "trained further", start=0),
-    "-distill": Kind(
-        dict.fromkeys(FLOAT, (9, 0.02)), "further against the float network", start=0, settings={"distill": True}
-    ),
-    "-next": Kind({2: (12, 0.02), 3: (26, 0.05)}, "from the network of a bit more", start=1),
-    # the gradients of the teacher's part are larger at this temperature, hence the low rate
-    "-taught": Kind(dict.fromkeys(FLOAT, (12, 0.01)), "further with a teacher", 0, True, {"distill_temperature": 4.0}),
-}
+
+# the gradients of the teacher's part are larger at this temperature: lower rates
+WARM = {"distill_temperature": 4.0}
+SCHEDULED = {"transition_rate": 0.002}
+ADAM = {"optimizer": "adam"}
 RUNS = {
-    f"w{bits}a{bits}{name}": (bits, kind) for name, kind in KINDS.items() for bits in (2, 4, 3) if bits in kind.lengths
+    # the first results (docs/results.md)
+    "w2a2": Plan("w2a2", 40, 0.03),
+    "w4a4": Plan("w4a4", 26, 0.05),
+    "w3a3": Plan("w3a3", 24, 0.02),
+    "w4a4-rate": Plan("w4a4", 15, 0.01, "at another rate"),
+    "w3a3-rate": Plan("w3a3", 40, 0.05, "at another rate"),
+    "w2a2-teacher": Plan("w2a2", 40, 0.03, "with a teacher", taught=True),
+    "w4a4-teacher": Plan("w4a4", 26, 0.05, "with a teacher", taught=True),
+    "w3a3-teacher": Plan("w3a3", 24, 0.02, "with a teacher", taught=True),
+    "w2a2-more": Plan("w2a2", 10, 0.02, "trained further", "w2a2"),
+    "w4a4-more": Plan("w4a4", 6, 0.03, "trained further", "w4a4"),
+    "w3a3-more": Plan("w3a3", 14, 0.03, "trained further", "w3a3"),
+    "w2a2-distill": Plan("w2a2", 9, 0.02, "further against the float network", "w2a2", settings={"distill": True}),
+    "w4a4-distill": Plan("w4a4", 9, 0.02, "further against the float network", "w4a4", settings={"distill": True}),
+    "w3a3-distill": Plan("w3a3", 9, 0.02, "further against the float network", "w3a3", settings={"distill": True}),
+    "w2a2-next": Plan("w2a2", 12, 0.02, "from the network of a bit more", "w3a3"),
+    "w3a3-next": Plan("w3a3", 26, 0.05, "from the network of a bit more", "w4a4"),
+    "w2a2-taught": Plan("w2a2", 12, 0.01, "further with a teacher", "w2a2", True, WARM),
+    "w4a4-taught": Plan("w4a4", 12, 0.01, "further with a teacher", "w4a4", True, WARM),
+    "w3a3-taught": Plan("w3a3", 12, 0.01, "further with a teacher", "w3a3", True, WARM),
+    # the pilot of equal budgets (docs/pilot.md)
+    "w2a2-sgd": Plan("w2a2", 10, 0.03, "pilot: SGD"),
+    "w2a2-sgd-transitions": Plan("w2a2", 10, 0.03, "pilot: SGD, transition rates", settings=SCHEDULED),
+    "w2a2-adam": Plan("w2a2", 10, 0.001, "pilot: Adam", settings=ADAM),
+    "w2a2-adam-transitions": Plan("w2a2", 10, 0.001, "pilot: Adam, transition rates", settings=ADAM | SCHEDULED),
+    "w2a2-sgd-teacher": Plan("w2a2", 10, 0.03, "pilot: SGD, teacher", None, True, WARM),
+    "w2a2-sgd-transitions-teacher": Plan(
+        "w2a2", 10, 0.03, "pilot: SGD, transition rates, teacher", None, True, WARM | SCHEDULED
+    ),
+    "w2a2-adam-teacher": Plan("w2a2", 10, 0.001, "pilot: Adam, teacher", None, True, WARM | ADAM),
+    "w2a2-adam-transitions-teacher": Plan(
+        "w2a2", 10, 0.001, "pilot: Adam, transition rates, teacher", None, True, WARM | ADAM | SCHEDULED
+    ),
+    "w2a2-transitions": Plan("w2a2", 40, 0.03, "transition rates", settings=SCHEDULED),
+    # the long ones
+    "w2a2-long": Plan("w2a2", 120, 0.03, "long, transition rates", settings=SCHEDULED),
+    "w2a8-long": Plan("w2a8", 120, 0.03, "long, transition rates", settings=SCHEDULED),
+    "w3a3-long": Plan("w3a3", 120, 0.03, "long, transition rates", settings=SCHEDULED),
+    "w4a4-long": Plan("w4a4", 120, 0.03, "long, transition rates", settings=SCHEDULED),
 }
-NETWORKS = Path(__file__).resolve().parents[1] / "results" / "networks"
+QUEUE = ("w2a2-transitions", "w2a2-long", "w2a8-long", "w3a3-long", "w4a4-long")
 
 
 def commit() -> str:
@@ -74,7 +131,8 @@ def collect(path: Path, results: Path) -> None:
     """One JSON of a run that is there, finished or not."""
     run = open_run(path)
     rows = [row for row in Log(run.file("log.jsonl")).rows() if row["phase"] == "lsq"]
-    keep = ("epoch", "loss", "accuracy", "test_loss", "train_accuracy", "lr", "seconds")
+    keep = ("epoch", "loss", "accuracy", "test_loss", "train_accuracy", "lr", "transition_rate", "transition_target",
+            "transition_lr", "seconds")  # fmt: skip
     metrics, commits = run.file("metrics.json"), path.with_suffix(".commits")
     result: dict[str, Any] = {
         "run": path.name, "finished": metrics.is_file(), "epochs_done": len(rows), "settings": run.settings.to_dict(),
@@ -83,6 +141,8 @@ def collect(path: Path, results: Path) -> None:
         "environment": read_json(run.file("env.json")), "commits": [],
         "rows": [{key: row[key] for key in keep if key in row} for row in rows],
     }  # fmt: skip
+    if run.settings.transition_rate is not None and run.file(STATE[-1]).is_file():
+        result["trace"] = load_state(run.file(STATE[-1]))["extras"]["transition"]["trace"]
     if commits.is_file():
         result["commits"] = list(dict.fromkeys(commits.read_text().splitlines()))
     if metrics.is_file():
@@ -90,8 +150,124 @@ def collect(path: Path, results: Path) -> None:
     write_json(results / f"{path.name}.json", result)
 
 
+# ---- the state of the run in progress ----
+
+
+def keep_state(path: Path, results: Path, init: str) -> Path:
+    """Write `results`/state/RUN.tar.xz. Raises: UsageError where it would be larger than LIMIT."""
+    run = open_run(path)
+    commits = path.with_suffix(".commits")
+    about = {"init_sha256": sha256(init), "commits": commits.read_text() if commits.is_file() else ""}
+    packed = io.BytesIO()
+    # the checkpoint first: a log that is longer than it knows of is cut, one that is shorter cannot go on
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for name in reversed(STATE):
+            _add(archive, name, run.file(name).read_bytes())
+        _add(archive, "about.json", json_text(about).encode())
+    data = lzma.compress(packed.getvalue())
+    if len(data) > LIMIT:
+        raise UsageError(f"the state of {path.name} takes {len(data):,} bytes, more than {LIMIT:,}")
+    folder = results / "state"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.tar.xz"):
+        if old.name != f"{path.name}.tar.xz":
+            old.unlink()
+    atomic_write_bytes(folder / f"{path.name}.tar.xz", data)
+    return folder / f"{path.name}.tar.xz"
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    archive.addfile(entry, io.BytesIO(data))
+
+
+def restore(path: Path, kept: Path, run: Run) -> None:
+    """Make the run directory `path` from a kept state; `run` names today's files.
+
+    Raises: UsageError where the float network or the teacher is another file than that of the run.
+    """
+    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(kept.read_bytes()))) as archive:
+        content = {name: archive.extractfile(name).read() for name in (*STATE, "about.json")}  # type: ignore[union-attr]
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    (aside / "last").mkdir(parents=True, exist_ok=True)
+    (aside / "export").mkdir(exist_ok=True)
+    for name in STATE:
+        atomic_write_bytes(aside / name, content[name])
+    atomic_write_bytes(aside / "about.json", content["about.json"])
+    about, old = read_json(aside / "about.json"), open_run(aside)
+    (aside / "about.json").unlink()
+    wanted = [("--init", run.init, about["init_sha256"])]
+    wanted += [("--teacher", run.teacher, old.teacher_sha256)] if old.teacher_sha256 else []
+    for option, file, digest in wanted:
+        if file is None or sha256(file) != digest:
+            raise UsageError(f"{kept}: {option} {file} is not the file of the run's start (SHA-256 {digest})")
+    if run.teacher is not None:
+        atomic_write_bytes(aside / TEACHER, Path(run.teacher).read_bytes())
+    here = replace(run, path=aside, teacher_sha256=old.teacher_sha256)
+    atomic_write_text(aside / "config.toml", to_toml({**here.config(), "folder": os.getcwd()}))
+    path.with_suffix(".commits").write_text(about["commits"])
+    os.replace(aside, path)
+    now, then = environment(), read_json(path / "env.json")
+    differ = [f"{key} {then[key]!r}, here {now[key]!r}" for key in PROCESSOR if now[key] != then[key]]
+    says = f"on another processor ({'; '.join(differ)}): not with the same bits" if differ else "with the same bits"
+    print(f"{path.name}: goes on from {kept}, {says}", file=sys.stderr, flush=True)
+
+
+# ---- the process ----
+
+
+def _running(out: Path) -> int | None:
+    """The process that trains in `out`, if it lives."""
+    try:
+        pid = int((out / "process").read_text())
+        os.kill(pid, 0)
+        command = Path(f"/proc/{pid}/cmdline")
+        return pid if not command.exists() or b"long_runs" in command.read_bytes() else None
+    except (OSError, ValueError):
+        return None
+
+
+def send(out: Path, number: int) -> None:
+    """A signal to the process that trains. Raises: UsageError if there is none."""
+    pid = _running(out)
+    if pid is None:
+        raise UsageError(f"no run is going on in {out}")
+    os.kill(pid, number)
+
+
 def stop(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
+
+
+def planned(name: str, a: argparse.Namespace) -> Run:
+    """The run of that name with today's files."""
+    plan, task = RUNS[name], get_task("cifar10", data=a.data, model=a.model)
+    options = {"epochs": a.epochs or plan.epochs, "lr": a.lr or plan.lr, "seed": a.seed, "threads": a.threads}
+    settings = replace(task.settings, weight_decay_by_bits=True, **{**options, "distill": False, **plan.settings})
+    start = None if plan.start is None else str(a.networks / f"cifar10-{a.model}-{plan.start}.safetensors")
+    teacher = a.teacher if plan.taught else None
+    return Run(a.out / name, task, Recipe.preset(plan.preset), settings, a.init, teacher, start=start)
+
+
+def train(name: str, a: argparse.Namespace) -> None:
+    """One run to its end, from where it is; nothing where its results say that it is finished."""
+    result = a.results / f"{name}.json"
+    if result.is_file() and read_json(result)["finished"] and not is_run(a.out / name):
+        return
+    run, kept = planned(name, a), a.results / "state" / f"{name}.tar.xz"
+    if not run.file("metrics.json").is_file():
+        if kept.is_file() and not is_run(run.path):
+            restore(run.path, kept, run)
+        print(f"{name}: {'going on' if is_run(run.path) else 'starting'}", file=sys.stderr, flush=True)
+        with run.path.with_suffix(".commits").open("a") as file:
+            print(commit(), file=file)
+    try:
+        run_training(run, resume=True, checkpoint_every=100)
+        kept.unlink(missing_ok=True)
+    finally:
+        if is_run(run.path):
+            collect(run.path, a.results)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -100,49 +276,62 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--init")
     parser.add_argument("--teacher")
     parser.add_argument("--model", default="resnet20")
-    parser.add_argument("--epochs", type=int, help="by default those of KINDS in this file, as the learning rate")
+    parser.add_argument("--epochs", type=int, help="by default those of the plan in this file, as the learning rate")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="torch's threads: a run keeps to them, its bits depend on them")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads: the bits of a run depend on them")
     parser.add_argument("--out", type=Path, default=Path("runs/long"))
     parser.add_argument("--results", type=Path, default=Path("results/long"))
-    parser.add_argument(
-        "--only", nargs="+", choices=RUNS, default=[n for n, (_, kind) in RUNS.items() if kind.lengths is FLOAT]
-    )
+    parser.add_argument("--only", nargs="+", choices=RUNS, metavar="RUN", help=", ".join(RUNS))
     parser.add_argument("--networks", type=Path, default=NETWORKS, help="files that runs of low bits start from")
-    parser.add_argument("--collect", action="store_true")
+    parser.add_argument("--collect", action="store_true", help="write the JSON of runs, train nothing")
+    parser.add_argument("--pause", action="store_true", help="stop the process that trains where it is")
+    parser.add_argument("--continue", action="store_true", dest="go_on", help="let a paused process go on")
+    parser.add_argument("--keep-state", action="store_true", help="write the state of the run in progress")
     a = parser.parse_args(argv)
+    a.only = a.only or (RUNS if a.collect or a.keep_state else QUEUE)
     for folder in (a.out, a.results):
         folder.mkdir(parents=True, exist_ok=True)
+    if a.pause or a.go_on:
+        return send(a.out, signal.SIGSTOP if a.pause else signal.SIGCONT)
     if a.collect:
         for name in a.only:
             if is_run(a.out / name):
                 collect(a.out / name, a.results)
-        return
-    if a.init is None or (a.teacher is None and any(RUNS[name][1].taught for name in a.only)):
-        parser.error("--init and --teacher are needed")
+        return None
+    if a.init is None or (a.teacher is None and not a.keep_state and any(RUNS[name].taught for name in a.only)):
+        parser.error("--init and, for runs with a teacher, --teacher are needed")
+    if a.keep_state:
+        return _keep(a)
+    if (pid := _running(a.out)) is not None:
+        raise UsageError(f"process {pid} trains in {a.out} already")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    for name in a.only:
-        bits, kind = RUNS[name]
-        path, task = a.out / name, get_task("cifar10", data=a.data, model=a.model)
-        epochs, lr = kind.lengths[bits]
-        options = {"epochs": a.epochs or epochs, "lr": a.lr or lr, "seed": a.seed, "threads": a.threads}
-        settings = replace(task.settings, weight_decay_by_bits=True, **{**options, "distill": False, **kind.settings})
-        run = Run(path, task, Recipe.preset(f"w{bits}a{bits}"), settings, a.init, a.teacher if kind.taught else None)
-        if kind.start is not None:
-            file = f"cifar10-{a.model}-w{bits + kind.start}a{bits + kind.start}.safetensors"
-            run = replace(run, start=str(a.networks / file))
-        if not run.file("metrics.json").is_file():
-            print(f"{name}: {'going on' if is_run(path) else 'starting'}", file=sys.stderr, flush=True)
-            with path.with_suffix(".commits").open("a") as file:
-                print(commit(), file=file)
-        try:
-            run_training(run, resume=True, checkpoint_every=100)
-        finally:
-            if is_run(path):
-                collect(path, a.results)
+    (a.out / "process").write_text(str(os.getpid()))
+    try:
+        for name in a.only:
+            train(name, a)
+    finally:
+        (a.out / "process").unlink(missing_ok=True)
+    return None
+
+
+def _keep(a: argparse.Namespace) -> None:
+    """The state of the run in progress; of several the one that went on last."""
+    begun = [name for name in a.only if is_run(a.out / name) and (a.out / name / STATE[-1]).is_file()]
+    begun.sort(key=lambda name: (a.out / name / STATE[-1]).stat().st_mtime, reverse=True)
+    for name in begun:
+        path = a.out / name
+        if not (path / "metrics.json").is_file():
+            file = keep_state(path, a.results, a.init)
+            collect(path, a.results)
+            print(f"{file}: {file.stat().st_size:,} bytes", file=sys.stderr)
+            return
+    print("no run is in progress", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UsageError as error:
+        sys.exit(f"long_runs: {error}")

@@ -1,12 +1,13 @@
-"""The results: networks of the long runs as packed files with their verdicts, and the tables of docs/results.md.
+"""The results: networks of the long runs as packed files with their verdicts, and the tables of the documentation.
 
     python benchmarks/results.py --runs runs/long --data DIR    # files and verdicts of finished runs, then the page
     python benchmarks/results.py --measure --data DIR           # the accuracy of the kept files again, then the page
-    python benchmarks/results.py                                # the page alone, from what is in results/
+    python benchmarks/results.py                                # the pages alone, from what is in results/
 
 Every finished run of long_runs.py is exported in every profile, and every file compared with the trained model on all
 test images, as by ``lsquant export`` and ``lsquant verify``.  ``results/networks`` gets the packed file of each, and a
-JSON with accuracy, sizes and verdicts; ``results/long`` the metrics (long_runs.py).
+JSON with accuracy, sizes and verdicts; ``results/long`` the metrics (long_runs.py).  The pages are docs/results.md and
+docs/pilot.md, with docs/figures/transition-rate.svg.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from long_runs import RUNS, collect
 from tables import ROOT, replaced, table
 
 from lsquant import Verdict, export_onnx, export_packed, load_packed, to_integer, verify
-from lsquant._util.files import atomic_write_text, read_json, write_json
+from lsquant._util.files import atomic_write, atomic_write_text, read_json, write_json
 from lsquant.cli.own import file_name
 from lsquant.tasks import get_task, is_run, open_run
 
+PILOT = "pilot: "  # how a run of the pilot of equal budgets begins in the table of runs
 PROFILES = ("packed", "exact", "small", "qdq")
 
 
@@ -79,10 +81,12 @@ def runs(found: Sequence[dict[str, Any]]) -> str:
     head = ("bits, weights/inputs", "test accuracy", "over float", "before", "epochs", "learning rate", "minutes")
     lines, environments = [], []
     for run in found:
+        if RUNS[run["run"]].says.startswith(PILOT):
+            continue
         settings, metrics, rows = run["settings"], run.get("metrics"), run["rows"]
-        bits, kind = RUNS[run["run"]]
-        says = f"{kind.says}: {run['teacher']}" if kind.taught else kind.says
-        what = ", ".join(filter(None, (f"{bits}/{bits}", says)))
+        plan = RUNS[run["run"]]
+        says = f"{plan.says}: {run['teacher']}" if plan.taught else plan.says
+        what = ", ".join(filter(None, (plan.bits, says)))
         if metrics is None:
             accuracy, gap, rounded = f"({rows[-1]['accuracy']:.2f} % so far)" if rows else "", "", ""
         else:
@@ -101,6 +105,72 @@ def runs(found: Sequence[dict[str, Any]]) -> str:
             f"torch {where['packages']['torch']}"
         )
     return "\n".join([*table(head, lines), "", *environments])
+
+
+def methods(found: Sequence[dict[str, Any]]) -> str:
+    """A line a run of the pilot of equal budgets: accuracy by epoch."""
+    pilots = [run for run in found if RUNS[run["run"]].says.startswith(PILOT) and run["rows"]]
+    head = ("way", "test accuracy after epoch 1", "2", "5", "8", "10", "mean of 8 to 10", "loss", "commit")
+    lines = []
+    for run in pilots:
+        accuracy = {row["epoch"]: row["accuracy"] for row in run["rows"]}
+        cells = [f"{accuracy[e]:.2f} %" if e in accuracy else "" for e in (1, 2, 5, 8, 10)]
+        last = [accuracy[e] for e in (8, 9, 10) if e in accuracy]
+        mean = f"{sum(last) / 3:.2f} %" if len(last) == 3 else ""
+        commits = ", ".join(commit[:7] for commit in run["commits"])
+        says = RUNS[run["run"]].says.removeprefix(PILOT)
+        cells[-1] = f"**{cells[-1]}**" if cells[-1] else ""
+        lines.append((says, *cells, mean, f"{run['rows'][-1]['loss']:.3f}", commits))
+    return "\n".join(table(head, lines))
+
+
+def within(found: Sequence[dict[str, Any]]) -> str:
+    """A line a run with a transition rate: how far K was from R at most, between 10 and 75 % of the run."""
+    head = ("run", "steps", "K / R between 10 and 75 % of the run", "U at first", "U half way")
+    lines = []
+    for run in found:
+        total = 391 * run["settings"]["epochs"]
+        part = [(k / r) for t, k, r, _ in run.get("trace", ()) if 0.1 <= t / total <= 0.75]
+        rates = {t: u for t, _, _, u in run.get("trace", ())}
+        if part:
+            middle = rates[min(rates, key=lambda t: abs(t - total / 2))]
+            done = f"{max(rates):,} of {total:,}" if "metrics" not in run else f"{total:,}"
+            lines.append(
+                (RUNS[run["run"]].says.removeprefix(PILOT) + f", {run['settings']['epochs']} epochs", done,
+                 f"{min(part):.2f} to {max(part):.2f}", f"{run['settings']['lr']:g}", f"{middle:.2g}")
+            )  # fmt: skip
+    return "\n".join(table(head, lines))
+
+
+def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """K and R over the steps of the pilot's runs, and U."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    pilots = [run for run in found if RUNS[run["run"]].says.startswith(PILOT) and run.get("trace")]
+    if not pilots:
+        return
+    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": "lsquant", "font.size": 9}):
+        figure, (above, below) = plt.subplots(2, 1, figsize=(7.2, 4.8), sharex=True, layout="constrained")
+        for run, color in zip(pilots, ("#0072B2", "#D55E00", "#009E73", "#E69F00"), strict=False):
+            t, k, r, u = zip(*run["trace"], strict=True)
+            says = RUNS[run["run"]].says.removeprefix(PILOT).replace(", transition rates", "")
+            above.plot(t, [1000 * v for v in k], color=color, linewidth=1.2, label=f"K, {says}")
+            below.plot(t, [v / run["settings"]["lr"] for v in u], color=color, linewidth=1.2, label=says)
+        above.plot(t, [1000 * v for v in r], color="black", linewidth=1.2, linestyle=(0, (4, 3)), label="R, the target")
+        above.set_ylabel("weights that change\ncode in a step, per 1000")
+        below.set_ylabel("U over its first value")
+        below.set_xlabel("optimizer step")
+        for axes in (above, below):
+            axes.set_ylim(bottom=0.0)
+            axes.grid(alpha=0.25)
+            axes.legend(frameon=False)
+            axes.spines[["top", "right"]].set_visible(False)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+        plt.close(figure)
 
 
 def files(found: Sequence[dict[str, Any]]) -> str:
@@ -125,6 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", help="folder of the images, where they have moved")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--pilot-page", type=Path, default=ROOT / "docs" / "pilot.md")
+    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "figures" / "transition-rate.svg")
     parser.add_argument("--threads", type=int)
     a = parser.parse_args(arguments)
     if a.threads:
@@ -139,8 +211,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 publish(path, a.data, a.results / "networks")
     for facts in sorted((a.results / "networks").glob("*.json")) if a.measure else ():
         measure(facts, a.data)
-    tables = {"runs": runs(read(a.results / "long")), "files": files(read(a.results / "networks"))}
-    atomic_write_text(a.page, replaced(a.page.read_text(encoding="utf-8"), tables.__getitem__))
+    found = read(a.results / "long")
+    tables = {"runs": runs(found), "files": files(read(a.results / "networks"))}
+    tables |= {"methods": methods(found), "within": within(found)}
+    for page in (a.page, a.pilot_page):
+        atomic_write_text(page, replaced(page.read_text(encoding="utf-8"), tables.__getitem__))
+    draw(found, a.figure)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 import lsquant
 from cifar_files import joined, six_parts, write_binary
 from lsquant import reference
+from lsquant._util.errors import UsageError
 from lsquant.tasks import run
 from lsquant.tasks.resnet import cifar_resnet
 from lsquant.training import Log
@@ -124,10 +125,10 @@ def test_long_runs_are_stopped_and_go_on(bench, words, signals, tmp_path, monkey
 
 def test_long_runs_refuse_another_run_and_missing_files(bench, words, tmp_path, capsys):
     long_runs, folders = bench("long_runs"), ["--out", str(tmp_path / "a"), "--results", str(tmp_path / "b")]
-    for missing in (words[:2], words[:4]):
+    for missing in (words[:2], [*words[:4], "--only", "w2a2-teacher"]):
         with pytest.raises(SystemExit, match="2"):
             long_runs.main([*missing, *folders])
-        assert "--init and --teacher are needed" in capsys.readouterr().err
+        assert "--init and, for runs with a teacher, --teacher are needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,102 @@ def test_what_the_kinds_start_from(bench, words, signals, tmp_path, monkeypatch,
     assert (one.start and Path(one.start).stem) == (start and f"cifar10-resnet20-{start}")
     assert (one.teacher and Path(one.teacher).stem) == teacher
     assert one.init == words[3]
+
+
+# ---- the state that goes into the repository ----
+
+
+def stopped(long_runs: Any, signals: list[int], folder: Path, command: list[str]) -> Path:
+    """A run of three epochs that was stopped after the row of the second; its kept state."""
+    signals.extend([0, signal.SIGTERM])  # 0 does nothing
+    with pytest.raises(SystemExit, match="143"):
+        long_runs.main(command)
+    long_runs.main([*command, "--keep-state"])
+    (kept,) = (folder / "results" / "state").iterdir()
+    return kept
+
+
+def digests(run: Path) -> dict[str, Any]:
+    keys = ("loss", "accuracy", "lr", "transition_rate", "transition_lr")
+    rows = [{k: row.get(k) for k in keys} for row in Log(run / "log.jsonl").rows()]
+    return {"model": (run / "model.safetensors").read_bytes(), "rows": rows}
+
+
+@pytest.mark.parametrize("name", ["w2a2-transitions", "w2a2-sgd-transitions-teacher"])
+def test_a_run_goes_on_from_its_kept_state_elsewhere(bench, words, signals, tmp_path, monkeypatch, capsys, name):
+    long_runs = bench("long_runs")
+
+    def command(folder: str) -> list[str]:
+        folders = ["--out", str(tmp_path / folder / "runs"), "--results", str(tmp_path / folder / "results")]
+        return [*words, "--epochs", "3", "--only", name, *folders]
+
+    long_runs.main(command("whole"))
+    monkeypatch.setattr(long_runs, "commit", lambda: "a")
+    kept = stopped(long_runs, signals, tmp_path / "there", command("there"))
+    assert kept.name == f"{name}.tar.xz"
+    assert 100_000 < kept.stat().st_size <= 3_000_000
+    there = json.loads((tmp_path / "there" / "results" / f"{name}.json").read_text())
+    assert (there["finished"], epochs(there)) == (False, [1, 2])
+
+    # a fresh clone elsewhere: the results are there, the runs are not, the files lie in another folder
+    shutil.copytree(tmp_path / "there" / "results", tmp_path / "here" / "results")
+    moved = tmp_path / "moved"
+    shutil.copytree(words[1], moved)
+    monkeypatch.setattr(long_runs, "commit", lambda: "b")
+    capsys.readouterr()
+    here = [word.replace(words[1], str(moved)) for word in command("here")]
+    other = here.copy()
+    other[3] = words[5]
+    with pytest.raises(UsageError, match=r"--init .*resnet32.safetensors is not the file of the run's start"):
+        long_runs.main(other)
+    long_runs.main(here)
+    assert f"{name}: goes on from" in (said := capsys.readouterr().err)
+    assert ", with the same bits" in said
+    assert digests(tmp_path / "here" / "runs" / name) == digests(tmp_path / "whole" / "runs" / name)
+    done = json.loads((tmp_path / "here" / "results" / f"{name}.json").read_text())
+    assert (done["finished"], epochs(done), done["commits"]) == (True, [1, 2, 3], ["a", "b"])
+    assert len(done["trace"]) == 3
+    assert not list((tmp_path / "here" / "results" / "state").iterdir())
+    shutil.rmtree(tmp_path / "here" / "runs")  # the results say that it is finished
+    long_runs.main(here)
+    assert not (tmp_path / "here" / "runs" / name).exists()
+
+
+def test_another_processor_is_said_and_a_large_state_refused(bench, words, signals, tmp_path, monkeypatch, capsys):
+    long_runs = bench("long_runs")
+    folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    command = [*words, "--epochs", "3", "--only", "w2a2-transitions", *folders]
+    stopped(long_runs, signals, tmp_path, command)
+    with monkeypatch.context() as patch:
+        patch.setattr(long_runs, "LIMIT", 1000)
+        with pytest.raises(UsageError, match=r"takes .* bytes, more than 1,000"):
+            long_runs.main([*command, "--keep-state"])
+    shutil.rmtree(tmp_path / "runs")
+    here = long_runs.environment()
+    monkeypatch.setattr(long_runs, "environment", lambda: {**here, "processor": "another"})
+    monkeypatch.setattr(long_runs, "run_training", lambda run, **_: None)
+    long_runs.main(command)
+    assert "on another processor (processor" in (said := capsys.readouterr().err)
+    assert "here 'another'): not with the same bits" in said
+
+
+def test_pause_and_continue(bench, tmp_path):
+    long_runs, sleeper = bench("long_runs"), [sys.executable, "-c", "import time; time.sleep(60)", "long_runs"]
+    folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    with pytest.raises(UsageError, match="no run is going on"):
+        long_runs.main(["--pause", *folders])
+    with subprocess.Popen(sleeper) as process:
+        try:
+            (tmp_path / "runs" / "process").write_text(str(process.pid))
+            for option, wanted in (("--pause", os.CLD_STOPPED), ("--continue", os.CLD_CONTINUED)):
+                long_runs.main([option, *folders])
+                assert os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WCONTINUED).si_code == wanted
+            with pytest.raises(UsageError, match=f"process {process.pid} trains in .* already"):
+                long_runs.main(["--init", "x", "--only", "w2a2", *folders])
+        finally:
+            process.kill()
+    with pytest.raises(UsageError, match="no run is going on"):
+        long_runs.main(["--continue", *folders])
 
 
 # ---- the pilot ----

@@ -58,11 +58,27 @@ def test_accuracy_where_the_images_are(name: str, cifar10_folder: Path) -> None:
 
 
 def test_the_page_is_what_the_command_makes(tmp_path: Path, bench: Any) -> None:  # noqa: F811
-    page, text = tmp_path / "results.md", (ROOT / "docs" / "results.md").read_text()
-    page.write_text(re.sub(r"(<!-- table: \w+ -->\n).*?(<!-- end)", r"\1\2", text, flags=re.DOTALL))
-    assert len(page.read_text()) < len(text) - 1000
-    bench("results").main(["--page", str(page)])
-    assert page.read_text() == text
+    texts = {name: (ROOT / "docs" / name).read_text() for name in ("results.md", "pilot.md")}
+    for name, text in texts.items():
+        emptied = re.sub(r"(<!-- table: \w+ -->\n).*?(<!-- end)", r"\1\2", text, flags=re.DOTALL)
+        assert len(emptied) < len(text) - 200
+        (tmp_path / name).write_text(emptied)
+    pages = ["--page", str(tmp_path / "results.md"), "--pilot-page", str(tmp_path / "pilot.md")]
+    bench("results").main([*pages, "--figure", str(tmp_path / "figure.svg")])
+    assert {name: (tmp_path / name).read_text() for name in texts} == texts
+    assert (tmp_path / "figure.svg").read_text().startswith("<?xml")
+
+
+def test_the_rate_of_the_pilot_is_near_its_target() -> None:
+    """K within a factor of 1.5 of R between 10 and 75 % of every finished run with a transition rate."""
+    runs = [json.loads(path.read_text()) for path in sorted((ROOT / "results" / "long").glob("*.json"))]
+    scheduled = [run for run in runs if run["settings"].get("transition_rate") and run["finished"]]
+    assert len(scheduled) >= 2
+    for run in scheduled:
+        total = 391 * run["settings"]["epochs"]
+        part = [k / r for t, k, r, _ in run["trace"] if 0.1 <= t / total <= 0.75]
+        assert len(part) > 200, run["run"]
+        assert 1 / 1.5 < min(part) <= max(part) < 1.5, run["run"]
 
 
 @pytest.mark.slow
@@ -70,11 +86,13 @@ def test_files_verdicts_and_page_of_a_run(bench: Any, words: list[str], tmp_path
     """A run of an epoch on made-up images: what is kept is what was trained; unfinished runs only get a line."""
     folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results" / "long")]
     bench("long_runs").main([*words, "--epochs", "1", "--threads", "1", "--only", "w2a2", *folders])
-    page = tmp_path / "page.md"
+    page, pilot = tmp_path / "page.md", tmp_path / "pilot.md"
+    pilot.write_text("nothing to fill in\n")
     page.write_text(
         "a\n<!-- table: runs -->\n<!-- end of runs -->\nb\n<!-- table: files -->\n<!-- end of files -->\nc\n"
     )
     command = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--page", str(page)]
+    command += ["--pilot-page", str(pilot), "--figure", str(tmp_path / "figure.svg")]
     importlib.import_module("results").main(command)
     run = open_run(tmp_path / "runs" / "w2a2")
     trained, path = run.model().eval(), tmp_path / "results" / "networks" / "cifar10-resnet20-w2a2.safetensors"

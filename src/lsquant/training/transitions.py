@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsquant import reference
+from lsquant import ops, reference
 from lsquant._util.errors import UsageError
 from lsquant.nn import quantized_layers
 from lsquant.quantizer import Quantizer
@@ -97,6 +97,8 @@ class TransitionRate:
         self.trace: list[tuple[int, float, float, float]] = []
         self._before: list[Tensor] = []
         self._fixed: list[Tensor] = []
+        self._effective: list[Tensor] = []
+        self._learned = [p for _, quantizer in self.layers for p in quantizer.parameters()]
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(self._after_step),
@@ -150,27 +152,30 @@ class TransitionRate:
             else:
                 group["lr"] = self.lr
 
-    @torch.no_grad()
-    def _codes(self) -> list[Tensor]:
-        return [_codes(layer, q) for layer, q in self.layers]
+    def _marks(self) -> list[Tensor]:
+        """A tensor a layer that changes where a code does: while steps are fixed, the quantized weight."""
+        if not self.fix_steps:
+            return [_codes(layer, quantizer) for layer, quantizer in self.layers]
+        return [_quantized(layer, q, step) for (layer, q), step in zip(self.layers, self._effective, strict=True)]
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._set_lr()
-        self._before = self._codes()
         if self.fix_steps:
-            self._fixed = [p.detach().clone() for p in self._steps()]
+            self._fixed = torch._foreach_add(self._learned, 0.0)  # pyright: ignore  (copies)
+            self._effective = [quantizer.effective_step() for _, quantizer in self.layers]
+        self._before = self._marks()
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.fix_steps:
-            torch._foreach_copy_(self._steps(), self._fixed)  # pyright: ignore
-        before, self._before, self._fixed = self._before, [], []
+            torch._foreach_copy_(self._learned, self._fixed)  # pyright: ignore
+        before, self._before = self._before, []
         # a fused optimizer is called by the loss scaler even where it then skips the step by itself
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
             return
-        changed = [(old != new).sum() for old, new in zip(before, self._codes(), strict=True)]
+        changed = [(old != new).sum() for old, new in zip(before, self._marks(), strict=True)]
         self._count(int(torch.stack([count.to(changed[0].device) for count in changed]).sum()))
 
     def _count(self, changed: int) -> None:
@@ -182,8 +187,11 @@ class TransitionRate:
             self.trace.append((self.done, self.rate, target, self.lr))
         self.done += 1
 
-    def _steps(self) -> list[Tensor]:
-        return [p for _, quantizer in self.layers for p in quantizer.parameters()]
+
+def _quantized(layer: Any, quantizer: Quantizer, step: Tensor) -> Tensor:
+    """The weight as its layer multiplies with it."""
+    kind = {"axis": quantizer.axis, "group_size": quantizer.spec.group_size, "offset": quantizer.offset}
+    return ops.fake_quantize(layer.rows(), step, quantizer.q_min, quantizer.q_max, 1.0, **kind)
 
 
 def _codes(layer: Any, quantizer: Quantizer) -> Tensor:
