@@ -48,6 +48,65 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
+# ---- optimizers and transition rates ----
+
+
+def test_optimizers_of_the_low_bit_phases(files, tmp_path, fits, monkeypatch):
+    """Adam's classes, groups and rates; in the float phase SGD all the same."""
+    made: list[torch.optim.Optimizer] = []
+    init = torch.optim.Optimizer.__init__
+
+    def watched(self: Any, *args: Any, **options: Any) -> None:
+        made.append(self)
+        init(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.Optimizer, "__init__", watched)
+    for kind, cls in (("sgd", torch.optim.SGD), ("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)):
+        run = replace(small(tmp_path / kind, files, optimizer=kind, lr=0.004, float_epochs=1), init=None)
+        made.clear()
+        run_training(run, quiet=True)
+        assert [type(one) for one in made] == [torch.optim.SGD, cls]
+    sgd, adam = fits[1]["groups"], fits[3]["groups"]
+    assert [group["name"] for group in sgd] == ["weights", "no_decay", "steps"]
+    powers = {group["name"]: group["lr"] for group in adam if group["name"].startswith("steps/")}
+    assert len(powers) > 2
+    assert powers == {name: pytest.approx(0.012 * 2.0 ** int(name[8:])) for name in powers}
+    given = small(tmp_path / "given", files, optimizer="adamw", lr=0.004, step_lr=0.001)
+    run_training(given, quiet=True)
+    assert {g["name"]: g["lr"] for g in fits[-1]["groups"]}["steps"] == 0.001
+
+
+def test_transition_rates_of_a_run(files, tmp_path, fits):
+    run = small(tmp_path / "a", files, epochs=3, transition_rate=0.05, progressive=(8,), optimizer="adam", lr=0.002)
+    run_training(run, quiet=True)
+    assert [call["transition"] is not None for call in fits] == [False, True]
+    control, names = fits[1]["transition"], [group["name"] for group in fits[1]["groups"]]
+    assert "low_bit" in names
+    assert "low_bit" not in [group["name"] for group in fits[0]["groups"]]
+    assert control.steps == 2 * task().steps_per_epoch(200) == control.done
+    rows = untimed(run.file("log.jsonl"))
+    assert ["transition_rate" in row for row in rows] == [False, True, True]
+    assert (rows[-1]["transition_rate"], rows[-1]["transition_target"]) == (control.rate, 0.0)
+    assert open_run(run.path).settings == run.settings
+    wide = replace(run, path=tmp_path / "b", recipe=lsquant.Recipe.preset("w8a8"))
+    with pytest.raises(UsageError, match="no quantizer of weights below 8 bits"):
+        run_training(replace(wide, settings=replace(run.settings, progressive=())), quiet=True)
+    assert not wide.path.exists()
+
+
+def test_adam_brings_its_learning_rate_on_the_command_line(tmp_path, monkeypatch):
+    seen: list[Settings] = []
+
+    def stop(run: Run, **_: Any) -> None:
+        seen.append(run.settings)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(commands, "run_training", stop)
+    for words in ("", "--optimizer adam", "--optimizer adamw --lr 0.5", "--optimizer sgd"):
+        main(["train", "digits", "--bits", "2", "--out", str(tmp_path / "x"), *words.split()])
+    assert [(s.optimizer, s.lr) for s in seen] == [("sgd", 0.03), ("adam", 0.001), ("adamw", 0.5), ("sgd", 0.03)]
+
+
 # ---- progressive bits ----
 
 
@@ -239,7 +298,8 @@ OTHER = Settings(
     seed=3, batch_size=32, momentum=0.8, float_epochs=7, float_lr=0.2, float_weight_decay=2e-4, epochs=9, lr=0.02,
     step_lr=0.001, weight_decay=3e-4, weight_decay_by_bits=True, warmup=11, clip_norm=2.5, distill=False,
     distill_weight=0.5, distill_temperature=4.0, progressive=(8, 4), progressive_epochs=2, ema=0.99, bn_batches=12,
-    weight_init="mse", activation_init="paper", calibration_batches=5, threads=1,
+    weight_init="mse", activation_init="paper", calibration_batches=5, threads=1, optimizer="adam",
+    transition_rate=0.004,
 )  # fmt: skip
 
 
@@ -270,8 +330,12 @@ def test_every_setting_has_an_option_and_the_report_says_them_again(tmp_path, st
     floats = {name: value for name, value in digits.settings.to_dict().items() if name.startswith("float_")}
     for files in ({"init": "f.safetensors"}, {"start": "s.safetensors"}):  # no float training: not its options
         assert main([*shlex.split(train_command(replace(run, **files)))[1:], "--quiet"]) == 0
-        assert started[-1].settings == replace(OTHER, **floats)
+        idle = {"momentum": 0.9} if "init" in files else {}  # Adam has none, and there is no SGD in float
+        assert started[-1].settings == replace(OTHER, **floats, **idle)
         assert {name: getattr(started[-1], name) for name in files} == files
+    slow = replace(run, settings=replace(digits.settings, optimizer="adamw"))
+    main([*shlex.split(train_command(slow))[1:], "--quiet"])
+    assert started[-1].settings == slow.settings
     taught = replace(run, teacher="my teacher.safetensors", settings=digits.settings)
     main([*shlex.split(train_command(taught))[1:], "--quiet"])
     assert started[-1].teacher == "my teacher.safetensors"
@@ -290,6 +354,8 @@ def test_command_lines_that_contradict_themselves(files, tmp_path, capsys, start
         (["digits", "--bits", 2, "--out", "x", "--teacher", "f", "--distill"], "leave out --distill and"),
         (["cifar10", "--data", "d", "--bits", 2, "--out", "x", "--distill-weight", 1], "weight has no effect"),
         (["digits", "--bits", 2, "--out", "x", "--init", "f", "--float-epochs", 9], "epochs has no effect with"),
+        (["digits", "--bits", 2, "--out", "x", "--init", "f", "--optimizer", "adam", "--momentum", 0.5], "it is SGD's"),
+        (["digits", "--bits", 2, "--out", "x", "--transition-rate", 1.0], "a share between 0 and 1"),
         (["digits", "--bits", 2, "--out", "x", "--start", "f", "--float-lr", 1], "lr has no effect with"),
         (["--resume", "--out", run.path, "--teacher", files[4]], "teacher is"),
         (["--resume", "--out", tmp_path / "b", "--teacher", changed], r"t\.safetensors is not the file it was"),

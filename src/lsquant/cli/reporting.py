@@ -131,6 +131,9 @@ def train_command(run: Run) -> str:
     changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(run.task.settings, k)}
     if not run.trains_float:  # train refuses options that have no effect
         changed = {k: v for k, v in changed.items() if not k.startswith("float_")}
+    if run.settings.optimizer != "sgd":
+        changed["lr"] = run.settings.lr  # train has another default for these
+        changed = {k: v for k, v in changed.items() if k != "momentum" or run.init is None}
     options = [_option(name, value) for name, value in changed.items() if value is not None]
     files = {"init": run.init, "teacher": run.teacher, "start": run.start}
     given = {**{k: run.task.options.get(k) for k in ("data", "model")}, **files}

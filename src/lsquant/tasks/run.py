@@ -41,6 +41,7 @@ from lsquant.training import (
     widened,
 )  # fmt: skip
 from lsquant.training.batchnorm import batchnorms
+from lsquant.training.groups import is_low_bit
 from lsquant.training.progress import message
 from lsquant.training.seeds import seed_everything
 from lsquant.training.state import FORMAT as CHECKPOINT
@@ -101,6 +102,8 @@ def _try_out(run: Run) -> None:
         if widened(run.recipe, bits) == run.recipe:
             raise UsageError(f"progressive={run.settings.progressive}: the recipe has no quantizer below {bits} bits")
     prepare(model, run.recipe, example_inputs=run.task.example_input())
+    if run.settings.transition_rate is not None and not any(is_low_bit(layer) for _, layer in quantized_layers(model)):
+        raise UsageError("transition_rate: the recipe has no quantizer of weights below 8 bits; leave it out")
     if run.start is not None:
         if run.settings.progressive:
             raise UsageError("start and progressive: the network of the file has low bits already; give one of the two")
