@@ -59,7 +59,7 @@ try:
     import lsquant
     from lsquant import ops
     from lsquant._util.files import atomic_write_text
-    from lsquant.diagnostics.environment import _processor
+    from lsquant.diagnostics.environment import processor
 except ModuleNotFoundError as missing:
     sys.exit(f"benchmarks/gpu.py needs {missing.name}, which is not installed: pip install {missing.name}")
 
@@ -686,10 +686,10 @@ def place(tiny: bool) -> dict[str, Any]:
     if not tiny:
         device = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
     versions = {"lsquant": lsquant.__version__, "torch": torch.__version__, "numpy": np.__version__,
-                "triton": timing._version("triton") or "absent"}  # fmt: skip
-    python, commit = ".".join(map(str, sys.version_info[:3])), timing._commit() if shutil.which("git") else "no commit"
+                "triton": timing.version("triton") or "absent"}  # fmt: skip
+    python, commit = ".".join(map(str, sys.version_info[:3])), timing.commit() if shutil.which("git") else "no commit"
     text = ", ".join([f"python {python}", *(f"{name} {version}" for name, version in versions.items()), commit])
-    return {"device": device, "processor": _processor(), "threads": torch.get_num_threads(), "versions": text}
+    return {"device": device, "processor": processor(), "threads": torch.get_num_threads(), "versions": text}
 
 
 def write_csv(path: Path, where: Mapping[str, Any], found: Sequence[Row]) -> None:

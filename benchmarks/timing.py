@@ -150,20 +150,20 @@ def rows(workload: str, configuration: str, phase: str, contenders: Sequence[Con
 def machine(device: str) -> tuple[str, str, int, str]:
     """Device, processor, threads and versions; the commit has a + when the working tree has changes."""
     facts = environment()
-    found = {name: facts["packages"].get(name) or _version(name) for name in VERSIONS}
+    found = {name: facts["packages"].get(name) or version(name) for name in VERSIONS}
     versions = ", ".join([f"{name} {version}" for name, version in found.items() if version])
     where = f"cpu {facts['cpu_capability']}" if device == "cpu" else torch.cuda.get_device_name()
-    return where, facts["processor"], torch.get_num_threads(), f"python {facts['python']}, {versions}, {_commit()}"
+    return where, facts["processor"], torch.get_num_threads(), f"python {facts['python']}, {versions}, {commit()}"
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return ""
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit this file is from."""
 
     def git(*args: str) -> str:
