@@ -13,6 +13,7 @@ from checked import codes, images, trained_cnn
 from lsquant import QuantSpec, Recipe, Rule, check
 from lsquant.cli import main
 from lsquant.tasks import open_run
+from lsquant.training import TransitionRate
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "own_loop_transformer.py"
 
@@ -65,6 +66,29 @@ def test_a_step_that_does_not_move(cnn):
         for _, q in list(lsquant.quantizers(model))[::2]:
             q.step.copy_(q.initial_step)
     assert check(model) == []
+
+
+def test_steps_that_a_transition_rate_holds_are_no_finding():
+    """Of two 2-bit weights both are where they began; once one of them moves, the other is a finding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2)
+    )
+    lsquant.prepare(model, lsquant.Recipe.preset("w2a4"))
+    x = torch.rand(32, 4)
+    lsquant.calibrate(model, [x])
+    optimizer = torch.optim.SGD(lsquant.param_groups(model, 0.01, low_bit=True), momentum=0.9)
+    control = TransitionRate(model, optimizer, steps=4)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    held = ["2.weight_quantizer", "4.weight_quantizer"]
+    assert not [f for f in check(model, optimizer) if f.code == "step_unmoved"]
+    control.close()
+    with torch.no_grad():
+        model[2].weight_quantizer.step.mul_(1.01)
+    assert [f.where for f in check(model, optimizer) if f.code == "step_unmoved"] == held[1:]
 
 
 def test_data_do_not_hide_what_the_steps_say(cnn):

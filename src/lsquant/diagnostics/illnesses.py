@@ -51,9 +51,13 @@ def unmoved(sound: dict[str, Quantizer], started: bool | None) -> Iterator[tuple
     """Steps that are still where they began while others have moved.  sound: quantizers by name, with steps.
 
     started: whether the optimizer has begun; None without one, where the model was trained if most steps have moved
-    (where bits were changed, most are new).
+    (where bits were changed, most are new).  The steps of all weights below 8 bits together are still where
+    ``training.TransitionRate`` holds them: no finding.
     """
     learning = {name: q for name, q in sound.items() if q.step.requires_grad}
+    low = {name: q for name, q in learning.items() if name.endswith("weight_quantizer") and q.spec.bits < 8}
+    if len(low) > 1 and all(torch.equal(q.step.detach(), q.initial_step) for q in low.values()):
+        learning = {name: q for name, q in learning.items() if name not in low}
     still = [name for name, q in learning.items() if torch.equal(q.step.detach(), q.initial_step)]
     moved = len(learning) - len(still)
     if moved > len(still) if started is None else started and moved:
