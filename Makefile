@@ -4,7 +4,7 @@
 # make package   the wheel, built, installed elsewhere and used
 # make bench     speed and memory against the float model and others: results/bench, and the tables of docs/benchmarks.md
 # make long-runs DATA=... INIT=... TEACHER=...   goes on with the long CIFAR-10 runs, niced, on one core (docs/cifar10.md)
-# make long-runs-commit INIT=...   commits the state of the run in progress: another machine goes on from there
+# make long-runs-commit   commits the state of the run in progress: another machine goes on from there
 # make lint      ruff and pyright; make docs: the documentation site in site/; make figure: docs/figures
 #
 # PYTHON=python3.12   the interpreter that .venv is made from (3.11 or later)
@@ -70,7 +70,7 @@ long-runs: $(STAMP)
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python benchmarks/long_runs.py --data $(DATA) --init $(INIT) $(if $(TEACHER),--teacher $(TEACHER))
 
 long-runs-commit: $(STAMP)
-	$(BIN)/python benchmarks/long_runs.py --keep-state --init $(INIT)
+	$(BIN)/python benchmarks/long_runs.py --keep-state
 	git add --all results/long
 	git diff --cached --quiet -- results/long || git commit -m "Long runs: results and state so far" -- results/long
 

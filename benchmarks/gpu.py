@@ -620,8 +620,8 @@ def child(sections: Sequence[str], options: Options, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     for section in sections:
         for row in rows_of(section, options, deadline):
-            print(MARK + json.dumps(asdict(row)), flush=True)
-        print(MARK + json.dumps({"finished": section}), flush=True)
+            print("\n" + MARK + json.dumps(asdict(row)), flush=True)
+        print("\n" + MARK + json.dumps({"finished": section}), flush=True)
 
 
 # ---------------------------------------------------------------------------------------------- all sections

@@ -18,14 +18,19 @@ where the processor is of the same kind, and it says so where it is another.  Th
 from __future__ import annotations
 
 import argparse
+import fcntl
 import io
+import json
 import lzma
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,15 +41,15 @@ from lsquant._util.files import atomic_write_bytes, atomic_write_text, json_text
 from lsquant._util.toml import to_toml
 from lsquant.diagnostics.environment import environment
 from lsquant.tasks import Run, get_task, is_run, open_run, run_training
-from lsquant.tasks.directory import TEACHER, sha256
+from lsquant.tasks.directory import START, TEACHER, sha256
 from lsquant.training import Log, load_state
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS = ROOT / "results" / "networks"
-LIMIT = 3_000_000  # bytes of a kept state
-# what a run goes on from; the float network and the teacher are files that whoever goes on has
-STATE = ("config.toml", "recipe.toml", "env.json", "log.jsonl", "last/lsq.safetensors")
-PROCESSOR = ("processor", "cpu_capability")  # in env.json: what the bits of a run depend on
+LIMIT, LARGEST = 3_000_000, 100_000_000  # bytes of a kept state, and of what it may hold
+CHECKPOINT = "last/lsq.safetensors"
+STATE = ("config.toml", "recipe.toml", "env.json", "log.jsonl", CHECKPOINT)  # what a run goes on from, with FILES
+FILES = ("init", "teacher", "start")  # of a run; whoever goes on has them, so only their SHA-256 are kept
 
 
 @dataclass(frozen=True)
@@ -141,8 +146,8 @@ def collect(path: Path, results: Path) -> None:
         "environment": read_json(run.file("env.json")), "commits": [],
         "rows": [{key: row[key] for key in keep if key in row} for row in rows],
     }  # fmt: skip
-    if run.settings.transition_rate is not None and run.file(STATE[-1]).is_file():
-        result["trace"] = load_state(run.file(STATE[-1]))["extras"]["transition"]["trace"]
+    if run.settings.transition_rate is not None and run.file(CHECKPOINT).is_file():
+        result["trace"] = load_state(run.file(CHECKPOINT))["extras"]["transition"]["trace"]
     if commits.is_file():
         result["commits"] = list(dict.fromkeys(commits.read_text().splitlines()))
     if metrics.is_file():
@@ -153,87 +158,131 @@ def collect(path: Path, results: Path) -> None:
 # ---- the state of the run in progress ----
 
 
-def keep_state(path: Path, results: Path, init: str) -> Path:
-    """Write `results`/state/RUN.tar.xz. Raises: UsageError where it would be larger than LIMIT."""
-    run = open_run(path)
-    commits = path.with_suffix(".commits")
-    about = {"init_sha256": sha256(init), "commits": commits.read_text() if commits.is_file() else ""}
+def keep_state(path: Path, results: Path) -> Path:
+    """Write `results`/state/RUN.tar.xz; states of finished runs are deleted.
+
+    Raises: UsageError where it would be larger than LIMIT, or where the kept state is further than the run.
+    """
+    run, file = open_run(path), results / "state" / f"{path.name}.tar.xz"
+    checkpoint = run.file(CHECKPOINT).read_bytes()  # before the log: one that is longer than it knows of is cut
+    about = {"reached": reached(load_state(run.file(CHECKPOINT))), "commits": "", "sha256": {}}
+    if file.is_file() and (further := read_state(file)[0]["reached"]) > about["reached"]:
+        raise UsageError(f"{file} is further ({further}) than {path} ({about['reached']}): delete one of the two")
+    if path.with_suffix(".commits").is_file():
+        about["commits"] = path.with_suffix(".commits").read_text()
+    about["sha256"] = {name: sha256(given) for name in FILES if (given := getattr(run, name)) is not None}
+    content = {name: checkpoint if name == CHECKPOINT else run.file(name).read_bytes() for name in STATE}
     packed = io.BytesIO()
-    # the checkpoint first: a log that is longer than it knows of is cut, one that is shorter cannot go on
     with tarfile.open(fileobj=packed, mode="w") as archive:
-        for name in reversed(STATE):
-            _add(archive, name, run.file(name).read_bytes())
-        _add(archive, "about.json", json_text(about).encode())
+        for name, data in {**content, "about.json": json_text(about).encode()}.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
     data = lzma.compress(packed.getvalue())
     if len(data) > LIMIT:
         raise UsageError(f"the state of {path.name} takes {len(data):,} bytes, more than {LIMIT:,}")
-    folder = results / "state"
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.tar.xz"):
-        if old.name != f"{path.name}.tar.xz":
-            old.unlink()
-    atomic_write_bytes(folder / f"{path.name}.tar.xz", data)
-    return folder / f"{path.name}.tar.xz"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(file, data)
+    for other in file.parent.glob("*.tar.xz"):
+        result = results / f"{other.name.removesuffix('.tar.xz')}.json"
+        if result.is_file() and read_json(result)["finished"]:
+            other.unlink()
+    return file
 
 
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size = len(data)
-    archive.addfile(entry, io.BytesIO(data))
+def read_state(kept: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What is known about a kept state, and its files by name. Raises: UsageError where it is none."""
+    try:
+        data = lzma.LZMADecompressor().decompress(kept.read_bytes(), LARGEST)
+        with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+            content = {name: archive.extractfile(name).read() for name in (*STATE, "about.json")}  # type: ignore[union-attr]
+        about = json.loads(content.pop("about.json"))
+        task = tomllib.loads(content["config.toml"].decode())["task"]
+        if task != "cifar10" or not {"reached", "commits", "sha256"} <= about.keys():
+            raise ValueError(f"task {task!r}")
+    except (lzma.LZMAError, tarfile.TarError, KeyError, AttributeError, ValueError, EOFError) as error:
+        raise UsageError(f"{kept} is no kept state of a run: {error}") from error
+    return about, content
 
 
-def restore(path: Path, kept: Path, run: Run) -> None:
-    """Make the run directory `path` from a kept state; `run` names today's files.
+def reached(state: dict[str, Any]) -> list[int]:
+    """Epochs and iterations of the next that a checkpoint has done."""
+    return [state["at"]["epoch"], state["at"]["step"]]
 
-    Raises: UsageError where the float network or the teacher is another file than that of the run.
+
+def restore(kept: Path, run: Run) -> None:
+    """Make the run directory of `run`, which names today's files, from a kept state.
+
+    Raises: UsageError where the state is of other settings or another recipe, or a file is another one than then.
     """
-    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(kept.read_bytes()))) as archive:
-        content = {name: archive.extractfile(name).read() for name in (*STATE, "about.json")}  # type: ignore[union-attr]
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    (aside / "last").mkdir(parents=True, exist_ok=True)
-    (aside / "export").mkdir(exist_ok=True)
-    for name in STATE:
-        atomic_write_bytes(aside / name, content[name])
-    atomic_write_bytes(aside / "about.json", content["about.json"])
-    about, old = read_json(aside / "about.json"), open_run(aside)
-    (aside / "about.json").unlink()
-    wanted = [("--init", run.init, about["init_sha256"])]
-    wanted += [("--teacher", run.teacher, old.teacher_sha256)] if old.teacher_sha256 else []
-    for option, file, digest in wanted:
-        if file is None or sha256(file) != digest:
-            raise UsageError(f"{kept}: {option} {file} is not the file of the run's start (SHA-256 {digest})")
-    if run.teacher is not None:
-        atomic_write_bytes(aside / TEACHER, Path(run.teacher).read_bytes())
-    here = replace(run, path=aside, teacher_sha256=old.teacher_sha256)
-    atomic_write_text(aside / "config.toml", to_toml({**here.config(), "folder": os.getcwd()}))
-    path.with_suffix(".commits").write_text(about["commits"])
-    os.replace(aside, path)
-    now, then = environment(), read_json(path / "env.json")
-    differ = [f"{key} {then[key]!r}, here {now[key]!r}" for key in PROCESSOR if now[key] != then[key]]
-    says = f"on another processor ({'; '.join(differ)}): not with the same bits" if differ else "with the same bits"
-    print(f"{path.name}: goes on from {kept}, {says}", file=sys.stderr, flush=True)
+    about, content = read_state(kept)
+    for name in FILES:
+        given, digest = getattr(run, name), about["sha256"].get(name)
+        if (given is None) != (digest is None) or (given is not None and sha256(given) != digest):
+            raise UsageError(f"{kept}: --{name} {given} is not the file of the run's start (SHA-256 {digest})")
+    aside = run.path.with_name(f".{run.path.name}.{os.getpid()}.tmp")
+    try:
+        (aside / "last").mkdir(parents=True)
+        (aside / "export").mkdir()
+        for name, data in content.items():
+            atomic_write_bytes(aside / name, data)
+        old = open_run(aside)
+        was, new = old.settings.to_dict(), run.settings.to_dict()
+        differ = [f"{key} was {was[key]!r}, not {value!r}" for key, value in new.items() if was[key] != value]
+        differ += [] if old.recipe == run.recipe else ["its recipe has other bits"]
+        if differ:
+            raise UsageError(f"{kept} is of another run: {'; '.join(differ)}")
+        for name, place in (("teacher", TEACHER), ("start", START)):
+            if (given := getattr(run, name)) is not None:
+                atomic_write_bytes(aside / place, Path(given).read_bytes())
+        here = replace(run, path=aside, teacher_sha256=old.teacher_sha256)
+        atomic_write_text(aside / "config.toml", to_toml({**here.config(), "folder": os.getcwd()}))
+        run.path.with_suffix(".commits").write_text(about["commits"])
+        os.replace(aside, run.path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    now, then = depends(environment()), depends(read_json(run.file("env.json")))
+    differ = [f"{key} {then[key]!r}, here {now[key]!r}" for key in then if now[key] != then[key]]
+    says = f"on another machine ({'; '.join(differ)}): not with the same bits" if differ else "with the same bits"
+    print(f"{run.path.name}: goes on from {kept}, {says}", file=sys.stderr, flush=True)
+
+
+def depends(machine: dict[str, Any]) -> dict[str, Any]:
+    """What the bits of a run depend on, of the content of env.json."""
+    return {key: machine[key] for key in ("processor", "cpu_capability")} | {"torch": machine["packages"]["torch"]}
 
 
 # ---- the process ----
 
 
-def _running(out: Path) -> int | None:
-    """The process that trains in `out`, if it lives."""
-    try:
-        pid = int((out / "process").read_text())
-        os.kill(pid, 0)
-        command = Path(f"/proc/{pid}/cmdline")
-        return pid if not command.exists() or b"long_runs" in command.read_bytes() else None
-    except (OSError, ValueError):
-        return None
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the lock of `out`, with this process's number in it. Raises: UsageError where another process has it."""
+    with (out / "process").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise UsageError(f"process {lock.read()} trains in {out} already") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        try:
+            yield
+        finally:
+            lock.truncate(0)
 
 
 def send(out: Path, number: int) -> None:
     """A signal to the process that trains. Raises: UsageError if there is none."""
-    pid = _running(out)
-    if pid is None:
-        raise UsageError(f"no run is going on in {out}")
-    os.kill(pid, number)
+    with (out / "process").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:  # held by the process that trains
+            lock.seek(0)
+            os.kill(int(lock.read()), number)
+        else:
+            raise UsageError(f"no run is going on in {out}")
 
 
 def stop(number: int, frame: Any) -> None:
@@ -251,14 +300,21 @@ def planned(name: str, a: argparse.Namespace) -> Run:
 
 
 def train(name: str, a: argparse.Namespace) -> None:
-    """One run to its end, from where it is; nothing where its results say that it is finished."""
-    result = a.results / f"{name}.json"
-    if result.is_file() and read_json(result)["finished"] and not is_run(a.out / name):
+    """One run to its end, from where it is; nothing where its results say that it is finished.
+
+    Raises: UsageError where a kept state is further than the run that is here.
+    """
+    run, kept, result = planned(name, a), a.results / "state" / f"{name}.tar.xz", a.results / f"{name}.json"
+    if result.is_file() and read_json(result)["finished"] and not is_run(run.path):
+        print(f"{name}: finished, see {result}", file=sys.stderr, flush=True)
         return
-    run, kept = planned(name, a), a.results / "state" / f"{name}.tar.xz"
     if not run.file("metrics.json").is_file():
         if kept.is_file() and not is_run(run.path):
-            restore(run.path, kept, run)
+            restore(kept, run)
+        elif kept.is_file() and run.file(CHECKPOINT).is_file():
+            there, here = read_state(kept)[0]["reached"], reached(load_state(run.file(CHECKPOINT)))
+            if there > here:
+                raise UsageError(f"{kept} is further ({there}) than {run.path} ({here}): delete one of the two")
         print(f"{name}: {'going on' if is_run(run.path) else 'starting'}", file=sys.stderr, flush=True)
         with run.path.with_suffix(".commits").open("a") as file:
             print(commit(), file=file)
@@ -299,31 +355,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             if is_run(a.out / name):
                 collect(a.out / name, a.results)
         return None
-    if a.init is None or (a.teacher is None and not a.keep_state and any(RUNS[name].taught for name in a.only)):
-        parser.error("--init and, for runs with a teacher, --teacher are needed")
     if a.keep_state:
         return _keep(a)
-    if (pid := _running(a.out)) is not None:
-        raise UsageError(f"process {pid} trains in {a.out} already")
+    if a.init is None or (a.teacher is None and any(RUNS[name].taught for name in a.only)):
+        parser.error("--init and, for runs with a teacher, --teacher are needed")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    (a.out / "process").write_text(str(os.getpid()))
-    try:
+    with alone(a.out):
         for name in a.only:
             train(name, a)
-    finally:
-        (a.out / "process").unlink(missing_ok=True)
     return None
 
 
 def _keep(a: argparse.Namespace) -> None:
     """The state of the run in progress; of several the one that went on last."""
-    begun = [name for name in a.only if is_run(a.out / name) and (a.out / name / STATE[-1]).is_file()]
-    begun.sort(key=lambda name: (a.out / name / STATE[-1]).stat().st_mtime, reverse=True)
+    begun = [name for name in a.only if is_run(a.out / name) and (a.out / name / CHECKPOINT).is_file()]
+    begun.sort(key=lambda name: (a.out / name / CHECKPOINT).stat().st_mtime, reverse=True)
     for name in begun:
         path = a.out / name
         if not (path / "metrics.json").is_file():
-            file = keep_state(path, a.results, a.init)
+            file = keep_state(path, a.results)
             collect(path, a.results)
             print(f"{file}: {file.stat().st_size:,} bytes", file=sys.stderr)
             return

@@ -133,11 +133,11 @@ def within(found: Sequence[dict[str, Any]]) -> str:
         part = [(k / r) for t, k, r, _ in run.get("trace", ()) if 0.1 <= t / total <= 0.75]
         rates = {t: u for t, _, _, u in run.get("trace", ())}
         if part:
-            middle = rates[min(rates, key=lambda t: abs(t - total / 2))]
+            middle = f"{rates[min(rates, key=lambda t: abs(t - total / 2))]:.2g}" if max(rates) >= total / 2 else ""
             done = f"{max(rates):,} of {total:,}" if "metrics" not in run else f"{total:,}"
             lines.append(
                 (RUNS[run["run"]].says.removeprefix(PILOT) + f", {run['settings']['epochs']} epochs", done,
-                 f"{min(part):.2f} to {max(part):.2f}", f"{run['settings']['lr']:g}", f"{middle:.2g}")
+                 f"{min(part):.2f} to {max(part):.2f}", f"{run['settings']['lr']:g}", middle)
             )  # fmt: skip
     return "\n".join(table(head, lines))
 

@@ -153,6 +153,26 @@ def test_bf16_keeps_float32_steps(tmp_path, precision):
 # ---- transition rates ----
 
 
+def strip(checkpoint, folder):
+    """The checkpoint without the state of any callback."""
+    content = torch.load(checkpoint, weights_only=False)
+    content["callbacks"] = {}
+    torch.save(content, folder / "stripped.ckpt")
+    return folder / "stripped.ckpt"
+
+
+def test_a_callback_that_trains_twice_begins_anew_and_manual_steps_are_given(tmp_path):
+    callback = TransitionCallback(0.05)
+    for _ in range(2):
+        trainer(tmp_path, callback, max_epochs=1).fit(Controlled(), loader())
+        assert callback.control.done == callback.control.steps == 4
+    callback.state = callback.control.state_dict()  # as after a resumed training
+    module = Controlled()
+    module.automatic_optimization = False
+    with pytest.raises(UsageError, match="manual optimization give steps="):
+        trainer(tmp_path, TransitionCallback(0.05), max_epochs=1).fit(module, loader())
+
+
 class Controlled(Classifier):
     def configure_optimizers(self):
         return torch.optim.SGD(lsquant.param_groups(self.network, lr=0.1, low_bit=True), momentum=0.9)
@@ -173,6 +193,10 @@ def test_transition_rates_are_scheduled_and_go_on_in_a_resumed_run(tmp_path):
     assert sum(rate > 0 for _, rate, _, _ in control.trace) > 8
     (second,) = (tmp_path / "whole").glob("*step=8.ckpt")
     again, resumed = run(second)
+    with pytest.raises(UsageError, match=r"no state of this callback.*at step 8"):
+        trainer(tmp_path, TransitionCallback(0.05), max_epochs=4).fit(
+            Controlled(), loader(), ckpt_path=strip(second, tmp_path), weights_only=False
+        )
     assert resumed.control.state_dict() == control.state_dict()
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import lzma
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from lsquant import reference
 from lsquant._util.errors import UsageError
 from lsquant.tasks import run
 from lsquant.tasks.resnet import cifar_resnet
-from lsquant.training import Log
+from lsquant.training import Log, load_state, save_state
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -211,9 +212,64 @@ def test_a_run_goes_on_from_its_kept_state_elsewhere(bench, words, signals, tmp_
     assert (done["finished"], epochs(done), done["commits"]) == (True, [1, 2, 3], ["a", "b"])
     assert len(done["trace"]) == 3
     assert not list((tmp_path / "here" / "results" / "state").iterdir())
+    assert not list((tmp_path / "here" / "runs").glob(".*"))
     shutil.rmtree(tmp_path / "here" / "runs")  # the results say that it is finished
+    capsys.readouterr()
     long_runs.main(here)
+    assert f"{name}: finished" in capsys.readouterr().err
     assert not (tmp_path / "here" / "runs" / name).exists()
+
+
+def test_a_kept_state_of_another_run_or_of_nothing_is_refused(bench, words, signals, tmp_path):
+    long_runs = bench("long_runs")
+    folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    command = [*words, "--epochs", "3", "--only", "w2a2-transitions", *folders]
+    kept = stopped(long_runs, signals, tmp_path, command)
+    whole = kept.read_bytes()
+    runs = tmp_path / "runs" / "w2a2-transitions"
+
+    # two folders: the one that is behind neither goes on nor overwrites what the other kept
+    behind = tmp_path / "behind"
+    shutil.copytree(runs, behind)
+    state = load_state(runs / "last" / "lsq.safetensors")
+    save_state(behind / "last" / "lsq.safetensors", {**state, "at": {**state["at"], "epoch": 0}})
+    shutil.rmtree(runs)
+    shutil.copytree(behind, runs)
+    for option in ([], ["--keep-state"]):
+        with pytest.raises(UsageError, match=r"is further \(\[1, 0\]\) than .* \(\[0, 0\]\)"):
+            long_runs.main([*command, *option])
+    assert kept.read_bytes() == whole
+    shutil.rmtree(runs)
+
+    for option, says in (("--lr", "lr was 0.03, not 7.0"), ("--seed", "seed was 0, not 7"), ("--threads", "threads")):
+        with pytest.raises(UsageError, match=f"is of another run: .*{says}"):
+            long_runs.main([*command, option, "7"])
+    for damaged in (whole[:1000], b"no archive", lzma.compress(b"no archive"), lzma.compress(bytes(3000))):
+        kept.write_bytes(damaged)
+        with pytest.raises(UsageError, match="is no kept state of a run"):
+            long_runs.main(command)
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.name != "process"] == [
+        "w2a2-transitions.commits"
+    ]
+
+
+def test_only_states_of_finished_runs_are_deleted(bench, words, signals, tmp_path):
+    long_runs = bench("long_runs")
+    folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    state = tmp_path / "results" / "state"
+    state.mkdir(parents=True)
+    for name, finished in (("w4a4-long", False), ("w3a3-long", True)):
+        (state / f"{name}.tar.xz").write_text("a state")
+        (tmp_path / "results" / f"{name}.json").write_text(json.dumps({"finished": finished}))
+    signals.extend([0, signal.SIGTERM])
+    command = [*words, "--epochs", "3", "--only", "w2a2-more", *folders]  # starts from a network of the repository
+    with pytest.raises(SystemExit, match="143"):
+        long_runs.main(command)
+    long_runs.main(["--keep-state", *folders])
+    assert sorted(path.name for path in state.iterdir()) == ["w2a2-more.tar.xz", "w4a4-long.tar.xz"]
+    shutil.rmtree(tmp_path / "runs")
+    long_runs.main(command)
+    assert json.loads((tmp_path / "results" / "w2a2-more.json").read_text())["finished"]
 
 
 def test_another_processor_is_said_and_a_large_state_refused(bench, words, signals, tmp_path, monkeypatch, capsys):
@@ -230,18 +286,20 @@ def test_another_processor_is_said_and_a_large_state_refused(bench, words, signa
     monkeypatch.setattr(long_runs, "environment", lambda: {**here, "processor": "another"})
     monkeypatch.setattr(long_runs, "run_training", lambda run, **_: None)
     long_runs.main(command)
-    assert "on another processor (processor" in (said := capsys.readouterr().err)
+    assert "on another machine (processor" in (said := capsys.readouterr().err)
     assert "here 'another'): not with the same bits" in said
 
 
 def test_pause_and_continue(bench, tmp_path):
-    long_runs, sleeper = bench("long_runs"), [sys.executable, "-c", "import time; time.sleep(60)", "long_runs"]
+    long_runs = bench("long_runs")
     folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     with pytest.raises(UsageError, match="no run is going on"):
         long_runs.main(["--pause", *folders])
-    with subprocess.Popen(sleeper) as process:
+    hold = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import long_runs, pathlib, time\n"
+    hold += f"with long_runs.alone(pathlib.Path({str(tmp_path / 'runs')!r})): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as process:
         try:
-            (tmp_path / "runs" / "process").write_text(str(process.pid))
+            assert process.stdout.readline() == "held\n"
             for option, wanted in (("--pause", os.CLD_STOPPED), ("--continue", os.CLD_CONTINUED)):
                 long_runs.main([option, *folders])
                 assert os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WCONTINUED).si_code == wanted

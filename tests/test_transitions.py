@@ -134,7 +134,11 @@ def test_defaults_follow_the_length_of_the_schedule():
 def test_the_trace_has_at_most_400_rows():
     model = ten()
     _, control = controlled(model, steps=1001)
-    for _ in range(1500):
+    for _ in range(1001):
+        control._count(0)
+    with pytest.warns(UserWarning, match="more optimizer steps than steps=1001"):
+        control._count(0)
+    for _ in range(400):
         control._count(0)
     assert len(control.trace) <= 400
     assert [row[0] for row in control.trace[:3]] == [0, 3, 6]
@@ -257,6 +261,74 @@ def test_close_lets_go():
     assert (control.done, control.rate) == (0, 0.0)
 
 
+def test_a_tensor_as_learning_rate_stays_with_its_own_groups():
+    model = several()
+    optimizer = torch.optim.Adam(param_groups(model, torch.tensor(0.01), low_bit=True), foreach=False)
+    control = TransitionRate(model, optimizer, 0.05, steps=8, gain=0.5)
+    for x, y in batches(0):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
+    assert rates.pop("low_bit") == pytest.approx(control.trace[-2][3])
+    assert rates == dict.fromkeys(rates, pytest.approx(0.01))
+
+
+def test_groups_are_found_under_other_names():
+    """A state dict brings the names of its own groups, and U as a learning rate where no scheduler was."""
+    model = ten()
+    optimizer, control = controlled(model)
+    push(model, [0, 1])
+    optimizer.step()
+    saved, state = optimizer.state_dict(), control.state_dict()
+    saved["param_groups"][-1]["name"] = "other"
+    again = ten()
+    optimizer = OPTIMIZERS["sgd"](param_groups(again, 0.2, low_bit=True))
+    resumed = TransitionRate(again, optimizer, 0.5, steps=4, gain=0.1, smoothing=0.5)
+    optimizer.load_state_dict(saved)
+    resumed.load_state_dict(state)
+    push(again, [3])
+    before = again[0].weight.detach().clone()
+    optimizer.step()
+    assert (again[0].weight - before)[0, 3].item() == pytest.approx(0.24, abs=1e-6)
+    third = OPTIMIZERS["sgd"](param_groups(ten(), 0.2, low_bit=True))
+    saved["param_groups"][-1]["name"] = "low_bit"
+    third.load_state_dict(saved)  # before: the first learning rate is in the state
+    assert [group["initial_lr"] for group in third.param_groups if group["name"] == "low_bit"] == [0.2]
+
+
+def test_what_changes_behind_its_back_is_refused():
+    model = several()
+    optimizer = torch.optim.SGD(param_groups(model, 0.1, low_bit=True))
+    control = TransitionRate(model, optimizer, steps=10)
+    with pytest.raises(UsageError, match=r"has one already; call its close\(\)"):
+        TransitionRate(model, optimizer, steps=10)
+    other = torch.optim.SGD(param_groups(model, 0.1, low_bit=True))
+    with pytest.raises(UsageError, match="another optimizer"):
+        fit(model, batches, other, epochs=1, steps_per_epoch=5, transition=control, quiet=True)
+    with pytest.raises(UsageError, match="made for steps=10; this training has 5"):
+        fit(model, batches, optimizer, epochs=1, steps_per_epoch=5, transition=control, quiet=True)
+    lsquant.prepare(model, Recipe(QuantSpec(2, granularity="channel"), 4))
+    with pytest.raises(UsageError, match="prepared anew"):
+        optimizer.step()
+    control.close()
+    optimizer.step()
+
+
+def test_nan_has_no_code_and_frozen_weights_do_not_count():
+    for fix_steps in (True, False):
+        model = ten()
+        optimizer, control = controlled(model, fix_steps=fix_steps)
+        push(model, [0])
+        model[0].weight.grad[0, 1] = math.nan
+        optimizer.step()
+        assert control.rate == pytest.approx(0.05)
+    model = several()
+    model.three.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(param_groups(model, 0.1, low_bit=True))
+    assert TransitionRate(model, optimizer, steps=10).weights == 4 * 6 * 9 + 36
+
+
 # ---- groups ----
 
 
@@ -282,13 +354,17 @@ def test_steps_learn_relative_to_their_size():
     model = ten()
     with torch.no_grad():
         for layer, step in ((model[0], 0.26), (model[1], 0.011)):
-            layer.weight_quantizer.step.fill_(step)
+            layer.weight_quantizer.initial_step.fill_(step)  # wherever the step is by now
     groups = {g["name"]: g for g in param_groups(model, 0.1, 1e-2, relative_step_lr=0.003)}
-    assert {n: g["lr"] for n, g in groups.items() if n.startswith("steps/")} == {
-        "steps/2^-2": 0.003 / 4, "steps/2^-7": 0.003 / 128,
-    }  # fmt: skip
-    assert [g["weight_decay"] for n, g in groups.items() if n.startswith("steps")] == [0.0] * 3
-    assert groups["steps"]["params"] == []
+    assert {n: g["lr"] for n, g in groups.items() if n.startswith("steps")} == {
+        "steps/0.weight_quantizer": pytest.approx(0.003 * 0.26),
+        "steps/1.weight_quantizer": pytest.approx(0.003 * 0.011),
+    }
+    assert [g["weight_decay"] for n, g in groups.items() if n.startswith("steps")] == [0.0] * 2
+    assert sum(len(g["params"]) for g in groups.values()) == len(list(model.parameters()))
+    unset = several()
+    unset.stem.input_quantizer.forget()
+    assert param_groups(unset, 0.1, relative_step_lr=0.003)  # a checkpoint that is loaded later brings the rates
     with pytest.raises(UsageError, match=r"step_lr.*relative_step_lr.*not both"):
         param_groups(model, 0.1, step_lr=0.1, relative_step_lr=0.1)
 
@@ -308,6 +384,10 @@ def test_what_is_refused():
             TransitionRate(model, good, **{"steps": 10, name: value})
     with pytest.raises(UsageError, match=r"no group 'low_bit'.*low_bit=True"):
         TransitionRate(model, plain, steps=10)
+    eight = nn.Sequential(nn.Linear(2, 2))
+    lsquant.prepare(eight, Recipe(8, None))
+    with pytest.raises(UsageError, match="has fewer than 8 bits, so there is nothing"):
+        TransitionRate(eight, torch.optim.SGD(param_groups(eight, 0.1, low_bit=True)), steps=10)
     with pytest.raises(UsageError, match=r"4 of the 4|not in the optimizer's group"):
         TransitionRate(several(), good, steps=10)
     with pytest.raises(UsageError, match="give a torch optimizer"):
@@ -386,4 +466,4 @@ def test_the_bar_says_where_the_rate_is(capfd):
     optimizer = torch.optim.SGD(param_groups(model, 0.05, low_bit=True))
     control = TransitionRate(model, optimizer, 0.05, steps=5)
     fit(model, batches, optimizer, epochs=1, steps_per_epoch=5, transition=control)
-    assert f"transitions {control.rate:.2g} (target 0), lr {control.lr:.3g}" in capfd.readouterr().err
+    assert f"transitions {control.rate:.2g} (target 0), low-bit lr {control.lr:.3g}" in capfd.readouterr().err

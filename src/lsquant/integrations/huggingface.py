@@ -118,6 +118,8 @@ class TransitionCallback(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = kwargs["optimizer"]
+        if self.control is not None:  # of a training that ended by an error
+            self.control.close()
         self.control = TransitionRate(kwargs["model"], optimizer, self.first, steps=state.max_steps, **self.options)
         if state.global_step:
             found = _beside(args, state, "transition.safetensors")
@@ -127,6 +129,8 @@ class TransitionCallback(transformers.TrainerCallback):
                     f"{state.global_step}; resume in the folder of the run, or start anew"
                 )
             self.control.load_state_dict(load_state(found))
+            if self.control.done != state.global_step:
+                raise UsageError(f"TransitionCallback: {found} is of step {self.control.done}, not {state.global_step}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.control is not None and self.report is not None and state.global_step % self.every == 0:

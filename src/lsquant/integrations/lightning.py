@@ -57,13 +57,14 @@ class TransitionCallback(pytorch.Callback):
     """``lsquant.training.TransitionRate`` over the whole training; its state is in Lightning's checkpoints.
 
     The module has one optimizer, built over ``lsquant.param_groups(..., low_bit=True)``.  first, options: as for
-    ``TransitionRate``; steps are Trainer's ``estimated_stepping_batches``.  K, R and U go to its loggers every
-    ``log_every_n_steps``.  ``control``: the ``TransitionRate``, once training has begun.
-    Raises: UsageError for several optimizers, or a training of unknown length.
+    ``TransitionRate``; steps: of the optimizer, by default Trainer's ``estimated_stepping_batches``.  K, R and U go to
+    its loggers every ``log_every_n_steps``.  ``control``: the ``TransitionRate``, once training has begun.
+    Raises: UsageError for several optimizers; for a training of unknown length or with manual optimization, without
+    steps; for a checkpoint to resume from that has no state of this callback.
     """
 
-    def __init__(self, first: float = 0.002, **options: Any) -> None:
-        self.first, self.options = first, options
+    def __init__(self, first: float = 0.002, *, steps: int | None = None, **options: Any) -> None:
+        self.first, self.steps, self.options = first, steps, options
         self.control: TransitionRate | None = None
         self.state: dict[str, Any] = {}
 
@@ -76,12 +77,29 @@ class TransitionCallback(pytorch.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if len(trainer.optimizers) != 1:
             raise UsageError(f"TransitionCallback: {len(trainer.optimizers)} optimizers; it acts on one")
-        steps = trainer.estimated_stepping_batches
-        if not 1 <= steps < float("inf"):
-            raise UsageError("TransitionCallback: unknown length of training; give Trainer max_steps or max_epochs")
-        self.control = TransitionRate(pl_module, trainer.optimizers[0], self.first, steps=int(steps), **self.options)
+        if self.control is not None:  # of a training that ended by an error
+            self.control.close()
+        steps = self._length(trainer, pl_module)
+        self.control = TransitionRate(pl_module, trainer.optimizers[0], self.first, steps=steps, **self.options)
         if self.state:
             self.control.load_state_dict(self.state)
+            self.state = {}
+        elif trainer.global_step:
+            raise UsageError(
+                "TransitionCallback: the checkpoint has no state of this callback, so the transition rate cannot go on "
+                f"at step {trainer.global_step}; start anew, or leave the callback out"
+            )
+
+    def _length(self, trainer: Any, pl_module: Any) -> int:
+        """Optimizer steps of the whole training."""
+        if self.steps is not None:
+            return self.steps
+        if not pl_module.automatic_optimization:
+            raise UsageError("TransitionCallback: with manual optimization give steps=, those of the optimizer")
+        found = trainer.estimated_stepping_batches
+        if not 1 <= found < float("inf"):
+            raise UsageError("TransitionCallback: unknown length of training; give Trainer max_steps or max_epochs")
+        return int(found)
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         if self.control is not None and trainer.global_step % trainer.log_every_n_steps == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import nn
@@ -50,10 +49,10 @@ def param_groups(
               bits "low_bit/2bit" and "low_bit/3bit"
 
     For Adam-type optimizers the gradient scale g cancels: the learning rate then decides how far a step moves in an
-    iteration, whatever its size. `relative_step_lr` suits them: a step s learns at about `relative_step_lr * s`. It is
-    ``relative_step_lr * 2^round(log2 s)``, with the median of a quantizer's steps, in groups "steps/2^-3" and the like.
+    iteration, whatever its size. `relative_step_lr` suits them: every quantizer has a group of its own, "steps/NAME",
+    with the learning rate `relative_step_lr * s0`; s0 is its initial step, of several the median, 1 while none is set.
 
-    Raises: UsageError for both `step_lr` and `relative_step_lr`, and for the latter while a step is not set.
+    Raises: UsageError for both `step_lr` and `relative_step_lr`.
     """
     if step_lr is not None and relative_step_lr is not None:
         raise UsageError("param_groups: give step_lr, the same for all steps, or relative_step_lr, not both")
@@ -69,27 +68,25 @@ def param_groups(
         "no_decay": {"params": [], "lr": lr, "weight_decay": 0.0},
         "steps": {"params": [], "lr": lr if step_lr is None else step_lr, "weight_decay": 0.0},
     }
+    if relative_step_lr is not None:
+        del groups["steps"]
     kinds: dict[int, str] = {}  # a parameter that is shared is a step or a norm's if it is so anywhere
-    for module in model.modules():
+    for where, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, Quantizer):
-                kinds[id(parameter)] = "steps" if relative_step_lr is None else f"steps/2^{_power(module)}"
+            if isinstance(module, Quantizer) and relative_step_lr is None:
+                kinds[id(parameter)] = "steps"
+            elif isinstance(module, Quantizer):
+                kind, rate = f"steps/{where}", relative_step_lr * float(module.initial_step.median())
+                kinds[id(parameter)] = kind
+                groups[kind] = {"params": [], "lr": rate, "weight_decay": 0.0}
             elif isinstance(module, _NORMS) or name.endswith("bias") or parameter.ndim < 2:
                 kinds.setdefault(id(parameter), "no_decay")
     for parameter in model.parameters():
         kind = kinds.get(id(parameter), LOW_BIT if id(parameter) in low else "weights")
         group = {"params": [], "lr": lr, "weight_decay": weight_decay}
-        if relative_step_lr is not None and kind.startswith("steps/"):
-            group |= {"lr": relative_step_lr * 2.0 ** int(kind.partition("^")[2]), "weight_decay": 0.0}
         factor = DECAY_FACTORS.get(bits.get(id(parameter), 8)) if weight_decay_by_bits else None
         if kind in ("weights", LOW_BIT) and factor is not None:
             kind = f"{kind}/{bits[id(parameter)]}bit"
             group["weight_decay"] *= factor
         groups.setdefault(kind, group)["params"].append(parameter)
     return [{"name": name, **group} for name, group in groups.items()]
-
-
-def _power(quantizer: Quantizer) -> int:
-    """round(log2 s) of a quantizer's step, of several the median."""
-    step = float(quantizer.require_initialized().effective_step().detach().median())
-    return round(math.log2(step)) if 0.0 < step < math.inf else 0

@@ -25,7 +25,7 @@ from lsquant.training.progress import Progress, message
 from lsquant.training.schedule import CosineSchedule
 from lsquant.training.seeds import rng_state, set_rng_state
 from lsquant.training.state import load_model_state, load_state, model_state, save_state
-from lsquant.training.transitions import TransitionRate
+from lsquant.training.transitions import TransitionRate, unwrapped
 
 Loss = Callable[[Any, Any, Any], torch.Tensor]
 
@@ -109,6 +109,12 @@ def fit(
         raise UsageError(f"epochs={epochs}, steps_per_epoch={steps_per_epoch}: at least 0 and 1 are needed")
     rows, extras = log if isinstance(log, Log) else Log(log), dict(extras or {})
     if transition is not None:
+        if transition.optimizer is not unwrapped(optimizer):
+            raise UsageError("fit: transition acts on another optimizer; make it with the one that fit gets")
+        if transition.steps != epochs * steps_per_epoch:
+            raise UsageError(
+                f"fit: transition was made for steps={transition.steps}; this training has {epochs * steps_per_epoch}"
+            )
         extras["transition"] = transition
     oscillation = Oscillation(model, oscillation_every)
     run = {"label": label, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
@@ -218,7 +224,7 @@ def _note(sums: torch.Tensor, at: Fitted, lr: float, transition: TransitionRate 
     parts += [f"tested {tested:.2f} % after epoch {at.epoch}"] if isinstance(tested, float) else []
     parts += [f"lr {lr:.3g}"]
     if transition is not None:
-        parts += [f"transitions {transition.rate:.2g} (target {transition.target:.2g}), lr {transition.lr:.3g}"]
+        parts += [f"transitions {transition.rate:.2g} (target {transition.target:.2g}), low-bit lr {transition.lr:.3g}"]
     return "  ".join(parts)
 
 

@@ -7,6 +7,7 @@ Source: Lee, Jeon, Baek, Ham, "Scheduling Weight Transitions for Quantization-Aw
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,10 +43,10 @@ class TransitionRate:
     count, and accumulated batches are one step. Processes of DistributedDataParallel find the same U, having the same
     weights.
 
-    model: prepared, with the weights' steps set.
-    optimizer: SGD, Adam or AdamW over ``param_groups(..., low_bit=True)``.
-    first: R at the beginning, e.g. 0.002.
-    steps: optimizer steps of the whole schedule.
+    model: prepared.
+    optimizer: over ``param_groups(..., low_bit=True)``; tested with SGD, Adam and AdamW.
+    first: R at the beginning, a share (not percent), e.g. 0.002.
+    steps: optimizer steps of the whole training: epochs times batches, over the batches accumulated for a step.
     gain: by default U's first value times 80,000 / steps, at most 200 times it: the source's gain is U's first value in
         schedules of 80,000 steps, and lags behind R in shorter ones.
     smoothing: m; by default 0.99, and 1 - 40 / steps in schedules below 4,000 steps.
@@ -53,9 +54,11 @@ class TransitionRate:
         with its step counts as well.
 
     ``rate``, ``target``, ``lr``: K, R and U now. ``done``: optimizer steps counted. ``trace``: rows (t, K, R, U), at
-    most 400 over the schedule. Checkpoints need ``state_dict``; ``fit(transition=...)`` does that.
+    most 400 over the schedule. Checkpoints need ``state_dict``; ``fit(transition=...)`` does that. A copy of the
+    optimizer (``deepcopy``, pickle) has no hooks: make another control for it.
 
-    Raises: UsageError for numbers out of range; for an optimizer without "low_bit" groups, or of another model.
+    Raises: UsageError for numbers out of range; for an optimizer without "low_bit" groups, of another model, or with
+    a control already; and in a step where the model was prepared anew.
 
     >>> layer = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     >>> changes = lsquant.prepare(layer, lsquant.Recipe.preset("w2"))
@@ -82,15 +85,21 @@ class TransitionRate:
             raise UsageError(f"TransitionRate: gain={gain!r}; it must be a number above 0")
         if smoothing is not None and not 0.0 <= smoothing < 1.0:
             raise UsageError(f"TransitionRate: smoothing={smoothing!r}; m lies in 0 .. 1, e.g. 0.99")
-        self.optimizer = _unwrapped(optimizer)
-        self.layers = _low_bit_layers(model, self._groups())
+        self.optimizer = unwrapped(optimizer)
+        if any(isinstance(getattr(hook, "__self__", None), TransitionRate) for hook in _pre_hooks(self.optimizer)):
+            raise UsageError("TransitionRate: this optimizer has one already; call its close() first")
+        groups = [g for g in self.optimizer.param_groups if str(g.get("name", "")).partition("/")[0] == LOW_BIT]
+        self.layers = _low_bit_layers(model, groups)
         self.weights = sum(layer.weight.numel() for layer, _ in self.layers)
-        rates = {float(group.get("initial_lr", group["lr"])) for group in self._groups()}
+        self._held = {id(layer.weight) for layer, _ in self.layers}
+        rates = {float(group.get("initial_lr", group["lr"])) for group in groups}
         if len(rates) != 1 or not min(rates) > 0.0:
             found = sorted(rates)
             raise UsageError(f"TransitionRate: the groups {LOW_BIT!r} need one learning rate above 0, not {found}")
         self.first, self.steps, self.fix_steps = first, steps, fix_steps
         self.lr = rates.pop()
+        for group in groups:
+            group.setdefault("initial_lr", self.lr)  # which the optimizer's state dict then has, as with schedulers
         self.gain = self.lr * PAPER_STEPS / max(steps, SHORT) if gain is None else gain
         self.smoothing = max(0.0, 1.0 - max(0.01, 40.0 / steps)) if smoothing is None else smoothing
         self.rate, self.done = 0.0, 0
@@ -114,7 +123,7 @@ class TransitionRate:
         return {"transition_rate": self.rate, "transition_target": self.target, "transition_lr": self.lr}
 
     def close(self) -> None:
-        """Let go of the optimizer: its groups then follow the scheduler again."""
+        """Let go of the optimizer: from the next step on a scheduler decides over its groups, from U on."""
         for hook in self._hooks:
             hook.remove()
 
@@ -133,7 +142,7 @@ class TransitionRate:
             if saved != here:
                 raise UsageError(
                     f"TransitionRate: the saved state has {name}={saved!r}, this one {name}={here!r}; "
-                    "resume with the schedule that was begun"
+                    "resume with the schedule that was begun; make it before the optimizer's state is loaded"
                 )
         self.done, self.rate, self.lr = int(state_dict["done"]), float(state_dict["rate"]), float(state_dict["lr"])
         self.trace = [(int(t), float(k), float(r), float(u)) for t, k, r, u in state_dict["trace"]]
@@ -142,15 +151,14 @@ class TransitionRate:
     # ---- around every optimizer step ----
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The optimizer's own dictionaries, looked up anew: its load_state_dict replaces them."""
-        return [g for g in self.optimizer.param_groups if str(g.get("name", "")).partition("/")[0] == LOW_BIT]
+        """The optimizer's own dictionaries, looked up anew: its load_state_dict replaces them, names included."""
+        return [g for g in self.optimizer.param_groups if any(id(p) in self._held for p in g["params"])]
 
     def _set_lr(self) -> None:
         for group in self._groups():
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(self.lr)
-            else:
-                group["lr"] = self.lr
+            lr = group["lr"]
+            # a tensor may be shared with other groups, so another takes its place
+            group["lr"] = torch.full_like(lr, self.lr) if isinstance(lr, Tensor) else self.lr
 
     def _marks(self) -> list[Tensor]:
         """A tensor a layer that changes where a code does: while steps are fixed, the quantized weight."""
@@ -160,6 +168,8 @@ class TransitionRate:
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if any(layer.weight_quantizer is not quantizer for layer, quantizer in self.layers):
+            raise UsageError("TransitionRate: the model was prepared anew; close() this one and make another")
         self._set_lr()
         if self.fix_steps:
             self._fixed = torch._foreach_add(self._learned, 0.0)  # pyright: ignore  (copies)
@@ -175,7 +185,8 @@ class TransitionRate:
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
             return
-        changed = [(old != new).sum() for old, new in zip(before, self._marks(), strict=True)]
+        # what is NaN has no code
+        changed = [((old != new) & (new == new)).sum() for old, new in zip(before, self._marks(), strict=True)]
         self._count(int(torch.stack([count.to(changed[0].device) for count in changed]).sum()))
 
     def _count(self, changed: int) -> None:
@@ -186,6 +197,12 @@ class TransitionRate:
         if self.done % -(-self.steps // POINTS) == 0 and len(self.trace) < POINTS:
             self.trace.append((self.done, self.rate, target, self.lr))
         self.done += 1
+        if self.done == self.steps + 1:
+            warnings.warn(
+                f"TransitionRate: more optimizer steps than steps={self.steps}; R is 0, so the low-bit weights stay as "
+                "they are. steps counts those of the whole training",
+                stacklevel=2,
+            )
 
 
 def _quantized(layer: Any, quantizer: Quantizer, step: Tensor) -> Tensor:
@@ -202,7 +219,11 @@ def _codes(layer: Any, quantizer: Quantizer) -> Tensor:
     return torch.nan_to_num_(codes).to(torch.int8 if low < 0 else torch.uint8)
 
 
-def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+def _pre_hooks(optimizer: torch.optim.Optimizer) -> list[Any]:
+    return list(optimizer._optimizer_step_pre_hooks.values())
+
+
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside Accelerate's or Lightning's, whose own hooks are never called."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
@@ -216,16 +237,18 @@ def _low_bit_layers(model: nn.Module, groups: list[dict[str, Any]]) -> list[tupl
 
     Raises: UsageError where `groups` do not hold the low-bit weights of `model` and nothing else.
     """
-    held = {id(p) for group in groups for p in group["params"]}
+    held = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+    if not any(is_low_bit(layer) for _, layer in quantized_layers(model)):
+        raise UsageError("TransitionRate: no weight here has fewer than 8 bits, so there is nothing to schedule")
     if not held:
         raise UsageError(
             f"TransitionRate: the optimizer has no group {LOW_BIT!r} with weights; build it over "
-            "lsquant.param_groups(model, lr, low_bit=True), after prepare, with weights below 8 bits"
+            "lsquant.param_groups(model, lr, low_bit=True), after prepare"
         )
     layers: dict[int, tuple[Any, Quantizer]] = {}
     for name, layer in quantized_layers(model):
         quantizer = layer.weight_quantizer
-        if quantizer is None or not is_low_bit(layer):
+        if quantizer is None or not is_low_bit(layer) or not layer.weight.requires_grad:
             continue
         if id(layer.weight) not in held:
             raise UsageError(
