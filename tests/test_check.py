@@ -163,8 +163,8 @@ class Own(nn.Linear):
 @pytest.mark.parametrize(
     "layer, reason",
     [
-        (nn.MultiheadAttention(16, 2, batch_first=True), "uses its weights"),
-        (nn.LSTM(16, 16, batch_first=True), "uses its weights"),
+        (nn.MultiheadAttention(16, 2, batch_first=True), "computes with its weights directly"),
+        (nn.LSTM(16, 16, batch_first=True), "computes with its weights directly"),
         (Own(16, 16), "subclass of Linear"),
         (nn.Bilinear(16, 16, 16), "not supported"),
     ],

@@ -22,6 +22,7 @@ from lsquant._version import __version__ as VERSION
 from lsquant.convert import prepare, resolved_recipe, revert
 from lsquant.nn import float_type, quantized_layers
 from lsquant.recipe import Recipe
+from lsquant.tying import stored_once
 
 FORMAT = "1"
 Path_ = str | os.PathLike[str]
@@ -44,21 +45,6 @@ def save(model: nn.Module, path: Path_, metadata: Mapping[str, str] | None = Non
         "lsquant.versions": json.dumps({"lsquant": VERSION, "torch": torch.__version__}),
     }
     write_tensors(path, stored, {**(metadata or {}), **ours})
-
-
-def stored_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict with tied tensors once and views whole, and the names left out -> the names stored."""
-    stored: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    owner: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride())
-        if tensor.numel() and (first := owner.setdefault(key, name)) != name:
-            aliases[name] = first
-        else:  # a view of another tensor is stored whole, as safetensors wants it
-            part = tensor.untyped_storage().nbytes() != tensor.nbytes
-            stored[name] = tensor.detach().clone() if part else tensor.detach().contiguous()
-    return stored, aliases
 
 
 def read_metadata(path: Path_) -> dict[str, str]:

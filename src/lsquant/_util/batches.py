@@ -36,8 +36,31 @@ def model_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module was called with first, by position or by any keyword, as forward hooks see it."""
+    """Return what a module was called with first, by position or by any keyword, as forward hooks see it."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+@contextmanager
+def observing_inputs(observers: Iterable[tuple[nn.Module, Callable[[Any], object]]]) -> Iterator[None]:
+    """Call functions with the first input of modules, before each of their forward passes inside the ``with`` block.
+
+    observers: (module, function) pairs; the first input is the first positional argument, or the first keyword's.
+    """
+
+    def hook_for(observe: Callable[[Any], object]) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            observe(first_input(args, kwargs))
+
+        return hook
+
+    hooks = []
+    try:
+        for module, observe in observers:
+            hooks.append(module.register_forward_pre_hook(hook_for(observe), with_kwargs=True))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

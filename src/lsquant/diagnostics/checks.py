@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from lsquant._util.batches import Forward, evaluating, first_input, run_batch, take, unwrapped
+from lsquant._util.bypass import BypassDetector, address
 from lsquant._util.errors import UsageError
-from lsquant._util.products import Bypass, address
-from lsquant.convert import disabled, stays_float
+from lsquant.convert import disabled
 from lsquant.diagnostics import illnesses
 from lsquant.diagnostics.collect import Tally
 from lsquant.nn import QuantizedLayer, lone_quantizers, quantized_layers, quantized_type, quantizers
 from lsquant.quantizer import Quantizer
 from lsquant.reference import GUARD_FACTOR, initial_step
+from lsquant.tying import weights_with_several_quantizers
+from lsquant.unsupported import reason_for_module
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -183,12 +185,9 @@ def _steps(model: nn.Module) -> Iterator[Finding]:
 
 
 def _ties(model: nn.Module) -> Iterator[Finding]:
-    owners: dict[int, tuple[str, QuantizedLayer]] = {}
-    for name, layer in quantized_layers(model):
-        first, other = owners.setdefault(id(layer.weight), (name, layer))
-        if layer.weight_quantizer is not other.weight_quantizer:
-            text = f"it shares its weight with {first!r}, but not the quantizer"
-            yield _finding("tied_twice", name, text, tied=first)
+    for name, first in weights_with_several_quantizers(model):
+        text = f"it shares its weight with {first!r}, but not the quantizer"
+        yield _finding("tied_twice", name, text, tied=first)
 
 
 def _floats(model: nn.Module) -> Iterator[Finding]:
@@ -199,7 +198,7 @@ def _floats(model: nn.Module) -> Iterator[Finding]:
     layers = [m for _, m in quantized_layers(model)] + [m for m, kind in kinds.items() if not kind.unsupported(m)]
     known = {p for layer in layers for p in layer.parameters()}
     for name, module in model.named_modules():
-        reason = kinds[module].unsupported(module) if module in kinds else stays_float(module)
+        reason = kinds[module].unsupported(module) if module in kinds else reason_for_module(module)
         alone = reason.startswith("it holds")  # parameters of its own: its children are looked at by themselves
         size = sum(p.numel() for p in module.parameters(not alone) if p.dim() > 1 and p not in known)
         if reason and size and not any(name.startswith(o) for o in outer):
@@ -328,7 +327,7 @@ def _batches(
             one.module.register_forward_pre_hook(lambda _, args, one=one: None if in_float else one.add(args[0]))
         )
     ill = [q for q in names if q.enabled and q not in tallies]  # they would stop the run, or make it all NaN
-    bypass = Bypass({address(m.weight): n for n, m in layers.items() if m.weight_quantizer is not None}, inside)
+    bypass = BypassDetector({address(m.weight): n for n, m in layers.items() if m.weight_quantizer is not None}, inside)
     try:
         for q in ill:
             q.enabled = False
