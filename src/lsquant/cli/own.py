@@ -20,7 +20,7 @@ from lsquant._util.files import read_json, write_json
 from lsquant._util.tensors import header_size
 from lsquant.convert import prepare
 from lsquant.diagnostics import Finding
-from lsquant.diagnostics.checks import SEVERITIES
+from lsquant.diagnostics.findings import SEVERITIES
 from lsquant.export import export_onnx, export_packed
 from lsquant.export.capture import map_tensors
 from lsquant.export.packed import PROFILE as PACKED
