@@ -341,9 +341,12 @@ def _rows(
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Give back the float model, in place: classes, state-dict keys and Parameter objects as before ``prepare``.
+    """Turn a prepared model back into the float model, in place.
 
-    The weights are the trained float weights, not their quantized values.  Returns the model.
+    Classes, state-dict keys and Parameter objects are those before ``prepare``.  The weights are the trained float
+    weights, not their quantized values.
+
+    Returns: the model.
     """
     for module in list(model.modules()):
         _revert_layer(module)
@@ -360,15 +363,16 @@ def _revert_layer(module: nn.Module) -> None:
 
 @contextmanager
 def disabled(model: nn.Module, *patterns: str) -> Iterator[None]:
-    """Switch quantizers off inside the ``with`` block: all, or those whose name or layer's name matches a glob.
+    """Switch quantizers off inside the ``with`` block.
 
+    patterns: globs on the name of a quantizer or of its layer; none: all quantizers.
     Raises: UsageError for a pattern that matches no quantizer.
     """
-    everyone = list(quantizers(model))
-    chosen = [q for name, q in everyone if not patterns or any(_named(name, p) for p in patterns)]
+    known = list(quantizers(model))
+    chosen = [q for name, q in known if not patterns or any(_matches(name, pattern) for pattern in patterns)]
     for pattern in patterns:
-        if not any(_named(name, pattern) for name, _ in everyone):
-            near = difflib.get_close_matches(pattern, [n for n, _ in everyone], 3, 0.3)
+        if not any(_matches(name, pattern) for name, _ in known):
+            near = difflib.get_close_matches(pattern, [name for name, _ in known], 3, 0.3)
             raise UsageError(f"disabled: {pattern!r} matches no quantizer; near names: {', '.join(near) or 'none'}")
     before = [q.enabled for q in chosen]
     for quantizer in chosen:
@@ -380,23 +384,19 @@ def disabled(model: nn.Module, *patterns: str) -> Iterator[None]:
             quantizer.enabled = state
 
 
-def _named(quantizer: str, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in (quantizer, quantizer.rpartition(".")[0]))
+def _matches(quantizer: str, pattern: str) -> bool:
+    layer = quantizer.rpartition(".")[0]
+    return fnmatch.fnmatchcase(quantizer, pattern) or fnmatch.fnmatchcase(layer, pattern)
 
 
 def resolved_recipe(model: nn.Module) -> Recipe:
-    """The recipe of a prepared model, one rule per layer by exact name: what a checkpoint keeps.
+    """Return the recipe of a prepared model, one rule per layer by exact name: what a checkpoint keeps.
 
     Signs decided by calibration stay undecided in it; they are in the state dict.
     """
     rules = []
     for name, layer in quantized_layers(model):
-        weight, activation = layer.weight_quantizer, layer.input_quantizer
-        rules.append(
-            Rule(
-                "re:" + re.escape(name),
-                None if weight is None else weight.requested,
-                None if activation is None else activation.requested,
-            )
-        )
+        weight = None if layer.weight_quantizer is None else layer.weight_quantizer.requested
+        activation = None if layer.input_quantizer is None else layer.input_quantizer.requested
+        rules.append(Rule("re:" + re.escape(name), weight, activation))
     return Recipe(None, None, rules)
