@@ -66,7 +66,7 @@ class QuantizerFacts:
         return self.layer if self.kind == "alone" else f"{self.layer}.{self.kind}_quantizer".lstrip(".")
 
 
-class CodeStatistics:
+class ValueStatistics:
     """Sums over the values of one quantizer and their codes, batch by batch.
 
     codes: (levels,) int64, how often each code occurs.
@@ -131,7 +131,7 @@ class CodeStatistics:
         )
 
 
-Statistics = TypeVar("Statistics", bound=CodeStatistics)
+Statistics = TypeVar("Statistics", bound=ValueStatistics)
 
 
 def balance(layer: QuantizedLayer, kind: str) -> float | None:
@@ -165,11 +165,11 @@ def collect(
     forward: ``forward(model, batch)`` runs the model on one batch.
     Raises: UsageError for a step that is not set.
     """
-    found = code_statistics(model, batches, CodeStatistics, max_batches=max_batches, forward=forward)
+    found = value_statistics(model, batches, ValueStatistics, max_batches=max_batches, forward=forward)
     return [statistics.facts(name, kind, layer) for (name, kind), (statistics, layer) in found.items()]
 
 
-def code_statistics(
+def value_statistics(
     model: nn.Module,
     batches: Iterable[Any] | None,
     make: Callable[[Quantizer], Statistics],

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lsquant.diagnostics.collect import CodeStatistics
+from lsquant.diagnostics.collect import ValueStatistics
 from lsquant.mse import ValueSummary, best_step, squared_errors
 from lsquant.quantizer import Quantizer
 from lsquant.reference import GUARD_FACTOR
@@ -106,7 +106,7 @@ def of_weight(q: Quantizer, rows: Tensor) -> Iterator[Symptom]:
         yield "oscillating", text, {"share": share, "expected": 2 * CLOSE}
 
 
-def of_levels(q: Quantizer, values: CodeStatistics) -> Iterator[Symptom]:
+def of_levels(q: Quantizer, values: ValueStatistics) -> Iterator[Symptom]:
     """Find holes: of the levels from the lowest to the highest that occurs, at most half are used."""
     used = torch.nonzero(values.codes).flatten()
     reach = int(used[-1] - used[0]) + 1 if len(used) else 0
@@ -116,7 +116,7 @@ def of_levels(q: Quantizer, values: CodeStatistics) -> Iterator[Symptom]:
         yield "few_levels", text, {"used": len(used), "reach": reach, "bits": bits}
 
 
-def of_sign(q: Quantizer, values: CodeStatistics, lowest: float) -> Iterator[Symptom]:
+def of_sign(q: Quantizer, values: ValueStatistics, lowest: float) -> Iterator[Symptom]:
     """Find values below 0 that an unsigned quantizer cuts off.  lowest: of the values."""
     if q.q_min < 0 or q.offset is not None:
         return

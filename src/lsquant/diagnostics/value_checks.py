@@ -13,7 +13,7 @@ from lsquant._util.batches import Forward, evaluating, first_input, run_batch, t
 from lsquant._util.bypass import BypassDetector, address
 from lsquant.convert import disabled
 from lsquant.diagnostics import symptoms
-from lsquant.diagnostics.collect import CodeStatistics
+from lsquant.diagnostics.collect import ValueStatistics
 from lsquant.diagnostics.findings import Finding, finding, findings
 from lsquant.nn import QuantizedLayer, lone_quantizers, quantized_layers, quantizers
 from lsquant.quantizer import Quantizer
@@ -49,8 +49,8 @@ def check_values(
         yield from findings(name, statistics.symptoms())
 
 
-class _Values(CodeStatistics):
-    """Statistics of codes that also know the lowest value, and how many are exactly 0."""
+class _Values(ValueStatistics):
+    """Statistics that also know the lowest value, and how many are exactly 0."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__(quantizer)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lsquant._util.batches import Forward, take
 from lsquant.convert import resolved_recipe
 from lsquant.diagnostics import check
-from lsquant.diagnostics.collect import code_statistics
+from lsquant.diagnostics.collect import value_statistics
 from lsquant.nn import QuantizedLayer, quantized_layers, quantizers
 from lsquant.quantizer import Quantizer
 from lsquant.report.values import Values
@@ -40,7 +40,7 @@ def model_facts(
             yield batch
 
     data = None if batches is None else watched()
-    found = code_statistics(model, data, Values, max_batches=None, forward=forward)
+    found = value_statistics(model, data, Values, max_batches=None, forward=forward)
     facts = [quantizer_row(name, kind, tally, layer) for (name, kind), (tally, layer) in found.items()]
     layers, sizes = _sizes(model)
     findings = check(model, batches=kept or None, forward=forward)
