@@ -1,4 +1,4 @@
-"""`check`: every finding has a planted illness; healthy models have none."""
+"""`check`: every finding is provoked by a planted fault; healthy models have none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import lsquant
 from checked import Cnn, Encoder, codes, images, sgd, tokens, trained, trained_cnn
 from lsquant import Quantizer, Recipe, check
 from lsquant._util.errors import UsageError
-from lsquant.diagnostics.checks import CODES, SEVERITIES
+from lsquant.diagnostics.findings import CODES, SEVERITIES
 
 
 @pytest.fixture
@@ -163,8 +163,8 @@ class Own(nn.Linear):
 @pytest.mark.parametrize(
     "layer, reason",
     [
-        (nn.MultiheadAttention(16, 2, batch_first=True), "uses its weights"),
-        (nn.LSTM(16, 16, batch_first=True), "uses its weights"),
+        (nn.MultiheadAttention(16, 2, batch_first=True), "computes with its weights directly"),
+        (nn.LSTM(16, 16, batch_first=True), "computes with its weights directly"),
         (Own(16, 16), "subclass of Linear"),
         (nn.Bilinear(16, 16, 16), "not supported"),
     ],

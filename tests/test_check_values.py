@@ -1,4 +1,4 @@
-"""`check`: what batches show, clipped values, unused levels, layers that are gone round."""
+"""`check`: what batches show, clipped values, unused levels, bypassed layers."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def test_a_tied_weight_counts_once():
     changes = lsquant.prepare(model, Recipe(4, 4, [Rule("1", None, None)]))
     assert [c.shares for c in changes] == [None, "0.one", None]
     assert changes.weight_share == 16 / (16 + 32)
-    assert "one weight with '0.one'" in str(changes).splitlines()[2]
+    assert "shares its weight with '0.one'" in str(changes).splitlines()[2]
     assert str(changes).endswith("2 layers quantized, 33.3% of the weights")
 
 
@@ -246,8 +246,8 @@ def test_changes_say_what_stays_float_and_why():
         "words": "Embedding", "pool": "AvgPool2d",
     }  # fmt: skip
     reasons = {
-        "quantized": "", "skipped": "the recipe leaves it", "attention": "without calling a layer",
-        "attention.out_proj": "subclass of Linear", "lstm": "without calling a layer",
+        "quantized": "", "skipped": "the recipe leaves it", "attention": "computes with its weights directly",
+        "attention.out_proj": "subclass of Linear", "lstm": "computes with its weights directly",
         "mine": "a subclass of Linear may compute otherwise", "words": "", "pool": "ceil_mode",
     }  # fmt: skip
     for name, reason in reasons.items():

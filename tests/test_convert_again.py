@@ -279,5 +279,5 @@ def test_the_share_of_multiplications():
     # 4x3x3 outputs of 2x3x3 terms; 4x3x3 inputs spread over 2x2x2; 72x5; 5x3
     assert [c.multiplications for c in changes] == [36 * 18, 36 * 8, 360, 15]
     assert changes.multiplication_share == pytest.approx((648 + 360) / (648 + 288 + 360 + 15))
-    assert str(changes).endswith("76.9% of the multiplications with both sides")
+    assert str(changes).endswith("76.9% of the multiplications (weight and input quantized)")
     assert lsquant.prepare(model, recipe).multiplication_share is None

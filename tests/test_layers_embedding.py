@@ -184,7 +184,7 @@ def test_the_share_of_weights_counts_a_tied_one_once():
     changes = lsquant.prepare(Words(), Recipe(4, 4, [Rule("middle", None, None)]))
     assert changes.weight_share == WORDS * SIZE / (WORDS * SIZE + SIZE * SIZE)
     assert [c.shares for c in changes] == [None, None, "embedding"]
-    assert "one weight with 'embedding'" in str(changes)
+    assert "shares its weight with 'embedding'" in str(changes)
 
 
 def test_the_last_layers_bits_go_to_the_tied_embedding_too():

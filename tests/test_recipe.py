@@ -182,7 +182,7 @@ def test_skip_takes_names_globs_and_classes():
         (lambda: Recipe(4, 4, preset_rules=[4]), r"preset_rules holds 4"),
     ],
 )
-def test_wrong_arguments_are_refused_at_birth(make, says):
+def test_wrong_arguments_are_refused_on_construction(make, says):
     with pytest.raises(UsageError, match=says):
         make()
 
@@ -210,7 +210,7 @@ SPECS = [
     QuantSpec(5, narrow=True),
     QuantSpec(6, offset=True),
     QuantSpec(7, signed=True, offset=True),
-    QuantSpec(8, dynamic=False, step_dtype="float32"),
+    QuantSpec(8),
 ]
 WEIGHT_SPECS = [
     QuantSpec(2, narrow=True),

@@ -1,4 +1,4 @@
-"""What `prepare` cannot quantize is named: weights used without a layer, and layers that are gone round."""
+"""What `prepare` cannot quantize is named: weights used without a layer, and bypassed layers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Experts(nn.Module):
         return torch.einsum("bi,eio->bo", x, self.up) * self.scale[0]
 
 
-class GoneRound(nn.Module):
+class Bypassed(nn.Module):
     """One layer is called, of the others only the weights are used; `table` and `head` share one."""
 
     def __init__(self) -> None:
@@ -70,8 +70,8 @@ def test_a_parametrized_layer_is_named_with_its_weights():
     assert row.weights == 4 + 4 + 48  # bias, norms, directions
 
 
-def test_layers_that_are_gone_round_stay_float():
-    model, index = GoneRound(), torch.tensor([1, 5, 3])
+def test_bypassed_layers_stay_float():
+    model, index = Bypassed(), torch.tensor([1, 5, 3])
     rows = {c.name: c for c in lsquant.prepare(model, W4A8, example_inputs=index)}
     assert {name: "without calling the layer" in c.reason for name, c in rows.items()} == {
         "called": False, "table": False, "conv": True, "joined": True, "head": True,
@@ -102,7 +102,7 @@ def test_an_embedding_whose_rows_are_read_without_calling_it_stays_float():
 
 
 def test_a_layer_that_nothing_uses_is_still_refused_by_calibrate():
-    model, index = GoneRound(), torch.tensor([1, 5, 3])
+    model, index = Bypassed(), torch.tensor([1, 5, 3])
     model.spare = nn.Linear(4, 4)
     lsquant.prepare(model, W4A8, example_inputs=index)
     with pytest.raises(UsageError, match="'spare' was not"):

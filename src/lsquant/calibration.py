@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from lsquant._util.batches import Forward, evaluating, first_input, run_batch, take, unwrapped
+from lsquant._util.batches import Forward, evaluating, observing_inputs, run_batch, take, unwrapped
 from lsquant._util.errors import UsageError
 from lsquant.convert import disabled, multiplies
 from lsquant.mse import ValueSummary
-from lsquant.nn import QuantizedLayer, lone_quantizers, quantized_layers, quantizers
+from lsquant.nn import QuantizedLayer, input_elements, lone_quantizers, quantized_layers, quantizers
 from lsquant.quantizer import Method, Quantizer
+from lsquant.tying import weight_quantizers
 
 
 class _Observer:
     """What calibration keeps of one activation quantizer: a bounded summary of its values, and N."""
 
     def __init__(self, name: str, quantizer: Quantizer) -> None:
-        self.name, self.quantizer = name, quantizer
-        self.summaries, self.features = [ValueSummary() for _ in range(quantizer.step.numel())], 0
+        self.name = name
+        self.quantizer = quantizer
+        self.summaries = [ValueSummary() for _ in range(quantizer.step.numel())]
+        self.elements = 0  # N, from the first batch
 
-    def take(self, x: Tensor, features: int) -> None:
+    def of_layer(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
+        """The function that takes in an input of this layer, one of those that have the quantizer."""
+        return lambda x: self.observe(x, input_elements(layer, x))
+
+    def observe(self, x: Tensor, elements: int = 0) -> None:
+        """Take in one input.  elements: N of it, 0 for a stand-alone quantizer."""
         if not x.numel():
             raise UsageError(f"calibrate: {self.name!r} got an empty batch of shape {tuple(x.shape)}")
         try:
@@ -32,13 +40,30 @@ class _Observer:
             raise UsageError(
                 f"calibrate: at {self.name!r} {error}; clean the data, or look at the layer before"
             ) from error
-        self.features = self.features or features
+        self.elements = self.elements or elements
+
+    def check(self) -> None:
+        """Raise UsageError where no step can be set from what was observed."""
+        if not self.summaries[0].total:
+            raise UsageError(
+                f"calibrate: layer {self.name!r} was not reached by any batch, its step would be left unset; give "
+                "batches that reach it, or leave it in floating point (skip=)"
+            )
+        if all(s.low == s.high == 0.0 for s in self.summaries):
+            raise UsageError(
+                f"calibrate: all input values of layer {self.name!r} are zero, no step can be set; check the data and "
+                "the layers before, or leave it in floating point (skip=)"
+            )
+        if not (self.quantizer.samples_share or self.elements):
+            raise UsageError(
+                f"calibrate: {self.name!r} is a stand-alone Quantizer without N; give Quantizer(..., count=N)"
+            )
 
     def initialized(self, method: Method) -> Quantizer:
-        """A copy of the quantizer with N and step set.  Raises: UsageError where there is none."""
+        """Return a copy of the quantizer with N and step set.  Raises: UsageError where there is none."""
         ready = copy.deepcopy(self.quantizer)
         if not ready.samples_share:
-            ready.set_count(self.features)
+            ready.set_count(self.elements)
         ready.initialize_from(self.summaries, method)
         return ready
 
@@ -54,15 +79,48 @@ def calibrate(
 ) -> None:
     """Set the step of every activation quantizer from the float model's values on some batches.
 
-    batches: an iterable of batches (a tensor; a tuple or list, whose first element counts; a mapping,
-    ``model(**batch)``), or of anything with ``forward=lambda model, batch: ...``.  max_batches: read at most so many.
-    method: "mse", the step of least squared error (at most 1.001 times the best of 2,000 log-spaced steps), or "paper".
-    weights: a rule that sets the weight steps anew; None leaves them as ``prepare`` set them, by "paper", which suits
-    training, but spends 8 bits on a range that hardly any weight reaches: "mse" where nothing is trained afterwards.
     N is frozen from the first batch; a sign is decided True when any value is below 0.  The mode is restored.
+
+    model: prepared.
+    batches: an iterable of batches (a tensor; a tuple or list, whose first element counts; a mapping,
+        ``model(**batch)``), or of anything with ``forward=``.
+    max_batches: read at most so many; None: all.
+    forward: ``forward(model, batch)`` runs the model on one batch.
+    method: "mse", the step of least squared error (at most 1.001 times the best of 2,000 log-spaced steps), or "paper".
+    weights: a rule that sets the weight steps anew; None leaves them as ``prepare`` set them, by "paper".  That suits
+        training, but spends 8 bits on a range that hardly any weight reaches; use "mse" where nothing is trained
+        afterwards.
     Raises: UsageError naming the layer for NaN, infinite, all-zero or missing values, for a wrong guess of the first or
-    last layer, and when a quantizer would be left without a step; the model's steps are then unchanged.
+        last layer, and when a quantizer would be left without a step; the model's steps are then unchanged.
     """
+    _check_arguments(model, method, weights)
+    # everything is computed before anything is changed: (quantizer, a copy of it that is set)
+    found = [(q, _weight_step(layer, q, weights or "paper")) for q, layer in _weights_to_set(model, weights)]
+    observers: dict[Quantizer, _Observer] = {}
+    watched: list[tuple[nn.Module, Callable[[Any], object]]] = []
+    for name, layer in quantized_layers(model):
+        if layer.input_quantizer is not None:
+            observer = observers.setdefault(layer.input_quantizer, _Observer(name, layer.input_quantizer))
+            watched.append((layer, observer.of_layer(layer)))
+    for name, quantizer in lone_quantizers(model):
+        observers[quantizer] = _Observer(name, quantizer)
+        watched.append((quantizer, observers[quantizer].observe))
+    order: dict[nn.Module, None] = {}
+    for module in model.modules():
+        if multiplies(module):
+            watched.append((module, lambda _, module=module: order.setdefault(module)))
+    with observing_inputs(watched), disabled(model), evaluating(model):
+        for batch in take(batches, max_batches):
+            run_batch(model, batch, forward)
+    _check_order(model, list(order))
+    for observer in observers.values():
+        observer.check()
+    found += [(observer.quantizer, observer.initialized(method)) for observer in observers.values()]
+    for quantizer, ready in found:
+        quantizer.adopt(ready)
+
+
+def _check_arguments(model: nn.Module, method: Any, weights: Any) -> None:
     if unwrapped(model) is not model:
         raise UsageError(
             f"calibrate: calibrate the model before it is wrapped in {type(model).__name__}, with the same batches in "
@@ -73,51 +131,16 @@ def calibrate(
     for name, rule in (("method", method), ("weights", weights or "paper")):
         if rule not in ("mse", "paper"):
             raise UsageError(f"calibrate: {name}={rule!r}; use 'mse' or 'paper'")
-    observers: dict[Quantizer, _Observer] = {}
-    order: dict[nn.Module, None] = {}
-    hooks = []
-    # everything is computed before anything is changed: (quantizer, a copy of it that is set)
-    found = [(q, _weight_step(layer, q, weights or "paper")) for q, layer in _weights(model, weights).items()]
-    for name, layer in quantized_layers(model):
-        if layer.input_quantizer is not None:
-            seen = observers.setdefault(layer.input_quantizer, _Observer(name, layer.input_quantizer))
-            hooks.append(layer.register_forward_pre_hook(_watch(seen), with_kwargs=True))
-    for name, quantizer in lone_quantizers(model):
-        observers[quantizer] = seen = _Observer(name, quantizer)
-        hooks.append(quantizer.register_forward_pre_hook(_watch(seen), with_kwargs=True))
-    for module in model.modules():
-        if multiplies(module):
-            hooks.append(module.register_forward_pre_hook(lambda m, _: order.setdefault(m)))
-    try:
-        with disabled(model), evaluating(model):
-            for batch in take(batches, max_batches):
-                run_batch(model, batch, forward)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    _check_order(model, list(order))
-    _check_seen(model, observers)
-    found += [(seen.quantizer, seen.initialized(method)) for seen in observers.values()]
-    for quantizer, ready in found:
-        quantizer.adopt(ready)
 
 
-def _watch(seen: _Observer) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = first_input(args, kwargs)
-        seen.take(x, module.input_features(x) if isinstance(module, QuantizedLayer) else 0)
-
-    return hook
-
-
-def _weights(model: nn.Module, rule: Method | None) -> dict[Quantizer, QuantizedLayer]:
-    """Layers by weight quantizer: all if there is a rule for them, else where ``prepare`` could not set the step."""
-    layers = {layer.weight_quantizer: layer for _, layer in quantized_layers(model)}
-    return {q: layer for q, layer in layers.items() if q is not None and (rule is not None or not q.is_initialized)}
+def _weights_to_set(model: nn.Module, rule: Method | None) -> list[tuple[Quantizer, QuantizedLayer]]:
+    """List weight quantizers and layers: all if there is a rule for them, else where ``prepare`` could set no step."""
+    found = weight_quantizers(model).items()
+    return [(q, layer) for q, (_, layer) in found if rule is not None or not q.is_initialized]
 
 
 def _weight_step(layer: QuantizedLayer, quantizer: Quantizer, rule: Method) -> Quantizer:
-    """A copy of the weight's quantizer with its step set.  Raises: UsageError for weights that give none."""
+    """Return a copy of the weight's quantizer with its step set.  Raises: UsageError for weights that give none."""
     ready = copy.deepcopy(quantizer)
     try:
         ready.initialize(layer.rows(), rule)
@@ -127,7 +150,7 @@ def _weight_step(layer: QuantizedLayer, quantizer: Quantizer, rule: Method) -> Q
 
 
 def _check_order(model: nn.Module, order: list[nn.Module]) -> None:
-    """Where first and last were guessed from the order of definition, compare with what was executed."""
+    """Raise UsageError where the first or last layer, guessed from the order of definition, is not executed there."""
     names = {module: name for name, module in model.named_modules()}
     for index, which in ((0, "first"), (-1, "last")):
         assumed = [m for _, m in quantized_layers(model) if which in getattr(m, "assumed_position", ())]
@@ -136,22 +159,4 @@ def _check_order(model: nn.Module, order: list[nn.Module]) -> None:
                 f"calibrate: {names[assumed[0]]!r} was taken for the {which} layer (order of definition), but "
                 f"{names[order[index]]!r} is executed {which}; call prepare(model, recipe, example_inputs=batch) "
                 "with a batch, so that the order is known"
-            )
-
-
-def _check_seen(model: nn.Module, observers: dict[Quantizer, _Observer]) -> None:
-    for seen in observers.values():
-        if not seen.summaries[0].total:
-            raise UsageError(
-                f"calibrate: layer {seen.name!r} was not reached by any batch, its step would be left unset; give "
-                "batches that reach it, or leave it in floating point (skip=)"
-            )
-        if all(s.low == s.high == 0.0 for s in seen.summaries):
-            raise UsageError(
-                f"calibrate: all input values of layer {seen.name!r} are zero, no step can be set; check the data and "
-                "the layers before, or leave it in floating point (skip=)"
-            )
-        if not (seen.quantizer.samples_share or seen.features):
-            raise UsageError(
-                f"calibrate: {seen.name!r} is a stand-alone Quantizer without N; give Quantizer(..., count=N)"
             )

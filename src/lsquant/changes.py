@@ -12,10 +12,15 @@ from lsquant._util.errors import UsageError
 
 @dataclass(frozen=True)
 class Change:
-    """One layer: name, float type, weight and activation in words ("float": not quantized), weights, reason.
+    """One layer, or another module with weights that stays in floating point.
 
-    shares: the layer above whose weight it has as well; such a weight counts once.  multiplications: of input by weight
-    in the example batch; None without one, 0 for lookups.
+    name: in the model; "" for the root.
+    kind: its float type.
+    weight, activation: what they became, in words; "float" where not quantized.
+    weights: their number.
+    reason: why it stays float, and with which layer it shares its weight.
+    shares: the first layer that has the same weight; None where it is this one.  A shared weight counts once.
+    multiplications: of input by weight in the example batch; None without one, 0 for lookups.
     """
 
     name: str
@@ -29,27 +34,29 @@ class Change:
 
 
 class Changes(tuple[Change, ...]):
-    """What ``prepare`` did, a row per layer; prints as a table.  It is no model: prepare works in place.
+    """What ``prepare`` did: a tuple of ``Change``, a row per layer; prints as a table.
 
-    The fields of a row: name, kind (float type), weight and activation (in words, "float" where not quantized), weights
-    (their number), reason (why it stays float), shares (the layer whose weight it has as well), multiplications.
+    It is no model: prepare works in place.
     """
 
     @property
     def quantized(self) -> tuple[Change, ...]:
-        """The layers with at least one quantizer."""
+        """Return the layers with at least one quantizer."""
         return tuple(c for c in self if (c.weight, c.activation) != ("float", "float"))
 
     @property
     def weight_share(self) -> float:
-        """Quantized weights over all weights of these layers, 0 to 1; a shared weight counts once."""
+        """Return quantized weights / all weights of these layers, 0 to 1; a shared weight counts once."""
         counted = [c for c in self if c.shares is None]
         total = sum(c.weights for c in counted)
         return sum(c.weights for c in counted if c.weight != "float") / total if total else 0.0
 
     @property
     def multiplication_share(self) -> float | None:
-        """Multiplications with input and weight quantized over all in these layers, 0 to 1; None without an example."""
+        """Return multiplications with input and weight quantized / all in these layers, 0 to 1.
+
+        None where ``prepare`` had no example inputs.
+        """
         total = sum(c.multiplications or 0 for c in self)
         done = sum(c.multiplications or 0 for c in self if "float" not in (c.weight, c.activation))
         return done / total if total else None
@@ -59,10 +66,11 @@ class Changes(tuple[Change, ...]):
         rows += [(c.name or "(root)", c.kind, c.weight, c.activation, f"{c.weights:,}", c.reason) for c in self]
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        count = len(self.quantized)
+        summary = f"{len(self.quantized)} layers quantized, {self.weight_share:.1%} of the weights"
         share = self.multiplication_share
-        told = "" if share is None else f", {share:.1%} of the multiplications with both sides"
-        return "\n".join([*lines, f"{count} layers quantized, {self.weight_share:.1%} of the weights{told}"])
+        if share is not None:
+            summary += f", {share:.1%} of the multiplications (weight and input quantized)"
+        return "\n".join([*lines, summary])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise UsageError("prepare works in place: go on using the model you passed, not what prepare returned")

@@ -1,9 +1,13 @@
 """``save`` and ``load``: weights, steps and recipe of a quantized model in one safetensors file.
 
 Nothing in the file is executed.  The tensors are the state dict; tied tensors are stored once.  Metadata keys:
-``lsquant.format`` (1), ``lsquant.recipe`` (TOML, one rule per layer), ``lsquant.aliases`` (JSON, second name -> stored
-name), ``lsquant.versions`` (JSON), ``lsquant.checksum`` (of all names, tensors and metadata: no damage is loaded
-unnoticed), and whatever the caller adds.
+
+- ``lsquant.format``: 1
+- ``lsquant.recipe``: TOML, one rule per layer
+- ``lsquant.aliases``: JSON, second name -> stored name
+- ``lsquant.versions``: JSON
+- ``lsquant.checksum``: of all names, tensors and metadata; a file that does not fit it is refused
+- whatever the caller adds
 """
 
 from __future__ import annotations
@@ -22,15 +26,19 @@ from lsquant._version import __version__ as VERSION
 from lsquant.convert import prepare, resolved_recipe, revert
 from lsquant.nn import float_type, quantized_layers
 from lsquant.recipe import Recipe
+from lsquant.tying import stored_once
 
 FORMAT = "1"
-Path_ = str | os.PathLike[str]
 
 
-def save(model: nn.Module, path: Path_, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a prepared model's state dict and recipe, aside and renamed.
+def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a prepared model's weights, steps and recipe to one file.
 
-    metadata: more strings to keep in the file; keys beginning with "lsquant." are ours.
+    The file is written aside and renamed, so that it is whole or the old one.
+
+    model: prepared.
+    path: of the file, usually ``.safetensors``.
+    metadata: more strings to keep in the file; keys beginning with "lsquant." are lsquant's own.
     Raises: UsageError for a model without quantized layers; MissingFile, DiskFull (the old file is then unchanged).
     """
     model = unwrapped(model)
@@ -46,27 +54,15 @@ def save(model: nn.Module, path: Path_, metadata: Mapping[str, str] | None = Non
     write_tensors(path, stored, {**(metadata or {}), **ours})
 
 
-def stored_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict with tied tensors once and views whole, and the names left out -> the names stored."""
-    stored: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    owner: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
-    for name, tensor in model.state_dict().items():
-        key = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride())
-        if tensor.numel() and (first := owner.setdefault(key, name)) != name:
-            aliases[name] = first
-        else:  # a view of another tensor is stored whole, as safetensors wants it
-            part = tensor.untyped_storage().nbytes() != tensor.nbytes
-            stored[name] = tensor.detach().clone() if part else tensor.detach().contiguous()
-    return stored, aliases
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read the metadata of a file written by ``save``.
 
-
-def read_metadata(path: Path_) -> dict[str, str]:
-    """The metadata of a file written by ``save``.  Raises: MissingFile, DamagedFile, UsageError for a foreign file."""
+    Raises: MissingFile, DamagedFile; UsageError for a file of another kind.
+    """
     return _read(path, with_tensors=False)[0]
 
 
-def _read(path: Path_, with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(path: str | os.PathLike[str], with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
     metadata, tensors, sound = read_tensors(path, with_tensors=with_tensors)
     version = metadata.get("lsquant.format")
     if version is None:
@@ -83,11 +79,13 @@ def _read(path: Path_, with_tensors: bool) -> tuple[dict[str, str], dict[str, Te
     return metadata, tensors
 
 
-def load(model: nn.Module, path: Path_) -> nn.Module:
-    """Make a model what ``save`` wrote: prepare it by the file's recipe, load weights and steps; nothing to calibrate.
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Prepare a model by a file's recipe and load its weights and steps; nothing is left to calibrate.
 
-    model: the float architecture, or the prepared one.  Returns the model.
-    Raises: MissingFile, DamagedFile, UsageError for another architecture; the model is then unchanged.
+    model: the float architecture, or the prepared one.
+    path: of a file written by ``save``.
+    Returns: the model.
+    Raises: MissingFile, DamagedFile; UsageError for another architecture.  The model is then unchanged.
     """
     metadata, tensors = _read(path, with_tensors=True)
     try:
@@ -99,9 +97,12 @@ def load(model: nn.Module, path: Path_) -> nn.Module:
     return restore(model, recipe, tensors, path)
 
 
-def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: Path_) -> nn.Module:
-    """Prepare the model by the recipe and load the state dict ``tensors`` of the file ``path``, or leave it unchanged.
+def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> nn.Module:
+    """Prepare a model by a recipe and load a state dict, or leave the model unchanged.
 
+    tensors: name -> tensor, the state dict.
+    path: of the file they come from, for messages.
+    Returns: the model.
     Raises: UsageError for another architecture.
     """
     _check_architecture(model, tensors, path)
@@ -116,8 +117,8 @@ def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: 
     return model
 
 
-def _check_architecture(model: nn.Module, tensors: dict[str, Tensor], path: Path_) -> None:
-    """Compare the float part of both before anything is changed."""
+def _check_architecture(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Raise UsageError where the float parts of model and file differ; nothing is changed yet."""
 
     def is_float_key(name: str) -> bool:
         return not any(part in ("weight_quantizer", "input_quantizer") for part in name.split("."))

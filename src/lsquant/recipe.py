@@ -1,4 +1,4 @@
-"""Recipes: which layer gets how many bits.  Frozen; presets by name; TOML round trip."""
+"""Recipes: which layer gets how many bits.  Frozen; presets by name; written to TOML and read back."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from lsquant._util.toml import to_toml
 from lsquant.spec import MAX_BITS, MIN_BITS, QuantSpec
 
 INHERIT = "inherit"
-"""In a Rule: leave this half to the next rule that matches, at last to the recipe's default."""
+"""In a Rule: leave weight or activation to the next rule that matches, at last to the recipe's default."""
 
 Setting = QuantSpec | int | None | str
 FORMAT = 1
+HALVES = ("weight", "activation")
+POSITIONS = ("first", "last")
+PRESET = re.compile(r"w(\d+)(?:g(\d+))?(?:a(\d+))?")
 
 
-def _spec(value: Setting, what: str) -> QuantSpec | str | None:
-    """An int becomes a QuantSpec, weights are signed.  Raises UsageError naming ``what``."""
-    if value is None or value == INHERIT:
-        return None if value is None else INHERIT
+def _specification(value: Setting, what: str) -> QuantSpec | str | None:
+    """Make a QuantSpec of bits, and weights signed; None and INHERIT stay.  Raises: UsageError naming ``what``."""
+    if value is None:
+        return None
+    if value == INHERIT:
+        return INHERIT
     if isinstance(value, int) and not isinstance(value, bool) and MIN_BITS <= value <= MAX_BITS:
         value = QuantSpec(value)
     if not isinstance(value, QuantSpec):
@@ -41,11 +46,15 @@ def _spec(value: Setting, what: str) -> QuantSpec | str | None:
 
 @dataclass(frozen=True)
 class Rule:
-    """Which layers get which bits.
+    """Give some layers their bits.
 
     which: a glob on the layer's name ("stem.*"), "re:..." for a regular expression on the whole name, a layer class
-    (subclasses included), "first" or "last" (of the layers that multiply).
+        (subclasses included), "first" or "last" (of the layers that multiply).
     weight, activation: bits, a QuantSpec, None for floating point; left out, the next matching rule decides.
+    Raises: UsageError for a value that is not allowed.
+
+    >>> lsquant.Rule("head", weight=8).weight.bits
+    8
     """
 
     which: Any
@@ -65,13 +74,13 @@ class Rule:
                 re.compile(which[3:])
             except re.error as error:
                 raise UsageError(f"Rule: {which!r} is not a regular expression: {error}") from error
-        for what in ("weight", "activation"):
-            object.__setattr__(self, what, _spec(getattr(self, what), what))
+        for what in HALVES:
+            object.__setattr__(self, what, _specification(getattr(self, what), what))
 
     def matches(self, names: Sequence[str], layer: nn.Module, position: Iterable[str] = ()) -> bool:
-        """names: all names of the layer; position: "first" and/or "last"."""
+        """Tell whether the rule is for a layer.  names: all names of the layer; position: "first" and/or "last"."""
         which: str = self.which
-        if which in ("first", "last"):
+        if which in POSITIONS:
             return which in position
         if which.startswith("class:"):
             return any(f"class:{c.__module__}.{c.__qualname__}" == which for c in type(layer).__mro__)
@@ -82,10 +91,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Default bits of weights and layer inputs, and rules; for each half the first rule that matches and sets it wins.
+    """Default bits of weights and layer inputs, and rules for some layers.
 
-    weight, activation: bits, a QuantSpec, or None for floating point.  A rule that matches no layer is an error in
-    ``prepare``.  ``preset_rules`` come after ``rules`` and may match nothing.
+    For weight and activation each, the first rule that matches a layer and sets it wins.
+
+    weight, activation: bits, a QuantSpec, or None for floating point.
+    rules: one that matches no layer is an error in ``prepare``.
+    preset_rules: those of a preset; they come after ``rules`` and may match nothing.
+    Raises: UsageError for a value that is not allowed.
+
+    >>> recipe = lsquant.Recipe(4, 4, [lsquant.Rule("first", 8, 8)])
+    >>> recipe == lsquant.Recipe.from_toml(recipe.to_toml())
+    True
     """
 
     weight: Setting = None
@@ -94,10 +111,10 @@ class Recipe:
     preset_rules: Sequence[Rule] = field(default=())
 
     def __post_init__(self) -> None:
-        for what in ("weight", "activation"):
+        for what in HALVES:
             if getattr(self, what) == INHERIT:
                 raise UsageError(f"Recipe: {what}='inherit' has nothing to inherit from")
-            object.__setattr__(self, what, _spec(getattr(self, what), what))
+            object.__setattr__(self, what, _specification(getattr(self, what), what))
         for name in ("rules", "preset_rules"):
             rules = tuple(getattr(self, name))
             for rule in rules:
@@ -109,41 +126,51 @@ class Recipe:
     def preset(
         cls, name: str, *, first_last: int | None = 8, skip: Iterable[Any] = (), rules: Iterable[Rule] = ()
     ) -> Recipe:
-        """A recipe by name, any case: ``w4a4``, ``w2a2``, ``w4`` (= ``w4a16``: weights only), ``w4g32`` (groups of 32).
+        """Make a recipe from a name: ``w4a4``, ``w2a2``, ``w4`` (= ``w4a16``: weights only), ``w4g32`` (groups of 32).
 
-        first_last: bits of weight and input of the first and the last layer that multiplies, as in the paper; None:
-        like all others.  skip: names, globs or classes that stay float.  rules: more rules, looked at first.
-        Raises: UsageError for a name that is none.
+        name: ``w<bits>[g<group size>][a<bits>]``, any case.
+        first_last: bits of weight and input of the first and the last layer that multiplies, 8 as in the paper; None:
+            like all others.
+        skip: names, globs or classes that stay float.
+        rules: more rules, which go first.
+        Raises: UsageError for an unknown name.
+
+        >>> lsquant.Recipe.preset("w4a4").weight.bits
+        4
         """
-        match = re.fullmatch(r"w(\d+)(?:g(\d+))?(?:a(\d+))?", name.lower()) if isinstance(name, str) else None
+        match = PRESET.fullmatch(name.lower()) if isinstance(name, str) else None
         if match is None:
             raise UsageError(
                 f"Recipe.preset({name!r}): no such preset. Names are w<bits>[g<group size>][a<bits>]: "
                 "w2a2, w3a3, w4a4, w8a8, w4a8, w4 (weights only), w4g32"
             )
-        bits, group, act = (int(g) if g else None for g in match.groups())
+        bits, group_size, input_bits = (int(digits) if digits else None for digits in match.groups())
         assert bits is not None
-        activation = None if act in (None, 16, 32) else QuantSpec(act)  # type: ignore[arg-type]
+        activation = None if input_bits is None or input_bits in (16, 32) else QuantSpec(input_bits)
         weight = QuantSpec(bits, signed=True)
-        if group:
-            weight = replace(weight, granularity="group", group_size=group)
-        ends: tuple[Rule, ...] = ()
+        if group_size:
+            weight = replace(weight, granularity="group", group_size=group_size)
+        first_and_last: tuple[Rule, ...] = ()
         if first_last is not None:
-            edge = None if activation is None else first_last
-            ends = (Rule("first", first_last, edge), Rule("last", first_last, edge))
-        skips = tuple(Rule(which, None, None) for which in ([skip] if isinstance(skip, (str, type)) else skip))
-        return cls(weight, activation, (*rules, *skips), ends)
+            input_setting = None if activation is None else first_last
+            first_and_last = tuple(Rule(position, first_last, input_setting) for position in POSITIONS)
+        skipped = [skip] if isinstance(skip, (str, type)) else skip
+        skip_rules = tuple(Rule(which, None, None) for which in skipped)
+        return cls(weight, activation, (*rules, *skip_rules), first_and_last)
 
     def all_rules(self) -> tuple[Rule, ...]:
-        """User's rules, then the preset's."""
+        """Return the user's rules, then the preset's."""
         return (*self.rules, *self.preset_rules)
 
     def resolve(
         self, names: Sequence[str], layer: nn.Module, position: Iterable[str] = ()
     ) -> tuple[QuantSpec | None, QuantSpec | None, int]:
-        """(weight, activation, strength) of one layer; None is floating point.
+        """Return (weight, activation, strength) of one layer; None is floating point.
 
-        strength: who decided the weight: 2 a rule of the user's, 1 a rule of the preset, 0 the default.
+        names: all names of the layer.
+        layer: the module.
+        position: "first" and/or "last".
+        strength: what decided the weight: 2 a rule of the user's, 1 a rule of the preset, 0 the default.
         """
 
         def pick(get: Callable[[Rule | Recipe], Any]) -> tuple[QuantSpec | None, int]:
@@ -159,13 +186,13 @@ class Recipe:
     # ---- TOML ----
 
     def to_toml(self) -> str:
-        """The recipe as TOML; ``Recipe.from_toml`` gives an equal one."""
+        """Return the recipe as TOML; ``Recipe.from_toml`` gives an equal one."""
 
         def entry(value: Any) -> Any:
             return value.to_dict() if isinstance(value, QuantSpec) else "float" if value is None else value
 
         def table(rule: Rule) -> dict[str, Any]:
-            halves = {k: entry(getattr(rule, k)) for k in ("weight", "activation") if getattr(rule, k) != INHERIT}
+            halves = {half: entry(getattr(rule, half)) for half in HALVES if getattr(rule, half) != INHERIT}
             return {"which": rule.which, **halves}
 
         values: dict[str, Any] = {
@@ -179,7 +206,7 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, text: str) -> Recipe:
-        """Read a recipe.  Raises UsageError for broken TOML, unknown keys or a newer format."""
+        """Read a recipe.  Raises: UsageError for broken TOML, unknown keys or a newer format."""
         try:
             values = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:

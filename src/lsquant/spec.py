@@ -1,4 +1,4 @@
-"""What one quantizer is asked to do: bits, sign, granularity.  Frozen, checked at birth."""
+"""What one quantizer is asked to do: bits, sign, granularity.  Frozen, validated on construction."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ Granularity = Literal["tensor", "channel", "group"]
 class QuantSpec:
     """The specification of a quantizer.
 
-    bits: 2 to 8.  signed: True gives levels ``-2^(b-1) .. 2^(b-1)-1``, False gives ``0 .. 2^b-1``, None leaves the
-    decision to calibration (True when any value is below 0).  narrow: drop the lowest signed level (2 bits narrow =
-    ternary); implies signed.  granularity: one step per "tensor", per output "channel", or per "group" of
-    ``group_size`` neighbours along the flattened input dimension of a weight.  offset: LSQ+'s learned offset; implies
-    unsigned unless ``signed=True``.
+    signed b bits: codes ``-2^(b-1) .. 2^(b-1)-1``; unsigned: ``0 .. 2^b-1``.
 
+    bits: 2 to 8.
+    signed: True, False, or None: calibration decides, True when any value is below 0.
+    narrow: drop the lowest signed code (2 bits narrow = ternary); implies signed.
+    granularity: one step per "tensor", per output "channel", or per "group".
+    group_size: neighbours along the flattened input dimension of a weight that share a step, for "group".
+    offset: LSQ+'s learned offset; implies unsigned unless ``signed=True``.
     Raises: UsageError naming the field, its value and what is allowed.
+
+    >>> QuantSpec(4, signed=True).q_min, QuantSpec(4, signed=True).q_max
+    (-8, 7)
     """
 
     bits: int
@@ -31,8 +36,6 @@ class QuantSpec:
     granularity: Granularity = "tensor"
     group_size: int | None = None
     offset: bool = False
-    step_dtype: str = "float32"
-    dynamic: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
@@ -53,23 +56,19 @@ class QuantSpec:
             )
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise UsageError(f"QuantSpec: group_size={self.group_size!r}; it must be a positive integer")
-        if self.step_dtype != "float32":
-            raise UsageError(f"QuantSpec: step_dtype={self.step_dtype!r} is not built yet; use 'float32'")
-        if self.dynamic:
-            raise UsageError("QuantSpec: dynamic=True is not built yet")
         if self.signed is None and (self.narrow or self.offset):
             object.__setattr__(self, "signed", bool(self.narrow))
 
     @property
     def q_min(self) -> int:
-        """Lowest code.  Raises UsageError while the sign is undecided."""
+        """Return the lowest code.  Raises: UsageError while the sign is undecided."""
         if not self._decided():
             return 0
         return -(2 ** (self.bits - 1)) + int(self.narrow)
 
     @property
     def q_max(self) -> int:
-        """Highest code.  Raises UsageError while the sign is undecided."""
+        """Return the highest code.  Raises: UsageError while the sign is undecided."""
         return 2 ** (self.bits - 1) - 1 if self._decided() else 2**self.bits - 1
 
     def _decided(self) -> bool:
@@ -81,17 +80,17 @@ class QuantSpec:
         return self.signed
 
     def decide(self, signed: bool) -> QuantSpec:
-        """The same specification with the sign decided; a sign that was asked for stays."""
+        """Return the same specification with the sign decided; a sign that was asked for stays."""
         return self if self.signed is not None else replace(self, signed=signed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Only what differs from the defaults, and always ``bits``."""
+        """Return the fields that differ from the defaults, and always ``bits``."""
         defaults = {f.name: f.default for f in fields(self)}
         return {k: v for k, v in asdict(self).items() if k == "bits" or v != defaults[k]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantSpec:
-        """The inverse of ``to_dict``.  Raises UsageError for an unknown field."""
+        """Return the specification that ``to_dict`` gave.  Raises: UsageError for an unknown field."""
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UsageError(f"QuantSpec: unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")

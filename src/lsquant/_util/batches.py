@@ -1,4 +1,4 @@
-"""How a batch becomes the inputs of a model, the same everywhere: calibrate, verify, report, evaluate."""
+"""How a batch becomes the inputs of a model: the same in calibrate, check, verify, report and evaluate."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ Forward = Callable[[nn.Module, Any], Any]
 
 
 def model_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) for the model: a mapping gives keywords, a tuple or list its first element, a tensor itself.
+    """Return (args, kwargs) for the model: a mapping gives keywords, a tuple or list its first element.
 
     Raises: UsageError for an empty tuple or list and for any other type.
+
+    >>> model_inputs({"ids": 1})
+    ((), {'ids': 1})
     """
     if isinstance(batch, torch.Tensor):
         return (batch,), {}
@@ -36,17 +39,40 @@ def model_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a module was called with first, by position or by any keyword, as forward hooks see it."""
+    """Return what a module was called with first, by position or by any keyword, as forward hooks see it."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
+@contextmanager
+def observing_inputs(observers: Iterable[tuple[nn.Module, Callable[[Any], object]]]) -> Iterator[None]:
+    """Call functions with the first input of modules, before each of their forward passes inside the ``with`` block.
+
+    observers: (module, function) pairs; the first input is the first positional argument, or the first keyword's.
+    """
+
+    def hook_for(observe: Callable[[Any], object]) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            observe(first_input(args, kwargs))
+
+        return hook
+
+    hooks = []
+    try:
+        for module, observe in observers:
+            hooks.append(module.register_forward_pre_hook(hook_for(observe), with_kwargs=True))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel or DistributedDataParallel; any other model itself."""
+    """Return the model inside DataParallel or DistributedDataParallel; any other model itself."""
     return model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
 
 
 def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
-    """The model's output for one batch; `forward(model, batch)`, if given, replaces the rule of `model_inputs`."""
+    """Run the model on one batch; ``forward(model, batch)``, if given, replaces the rule of ``model_inputs``."""
     if forward is not None:
         return forward(model, batch)
     args, kwargs = model_inputs(batch)
@@ -54,9 +80,9 @@ def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None) -> A
 
 
 def take(batches: Iterable[T], max_batches: int | None) -> Iterator[T]:
-    """The first `max_batches` batches (None: all), without asking for one more than that.
+    """Yield the first ``max_batches`` batches (None: all), without asking for one more than that.
 
-    Raises: UsageError if `batches` is a bare tensor or has no batch at all.
+    Raises: UsageError if ``batches`` is a bare tensor or mapping, or has no batch at all.
     """
     if isinstance(batches, (torch.Tensor, Mapping)):
         raise UsageError(f"batches is a {type(batches).__name__}, not an iterable of batches: pass [batch]")
@@ -72,7 +98,7 @@ def take(batches: Iterable[T], max_batches: int | None) -> Iterator[T]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Eval mode without gradients; the mode of every module is restored at the end."""
+    """Set eval mode without gradients inside the ``with`` block; the mode of every module is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

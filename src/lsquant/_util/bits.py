@@ -1,17 +1,22 @@
-"""Codes of 2 to 8 bits, densely in bytes: eight neighbours make ``bits`` bytes, lowest bits first."""
+"""Packing of codes of 2 to 8 bits: eight neighbours make ``bits`` bytes, lowest bits first."""
 
 from __future__ import annotations
 
 import numpy as np
 
 CHUNK = 1 << 20
-"""Codes handled at a time, a multiple of 8: bounds the memory that packing takes beside its result."""
+"""Codes packed at a time, a multiple of 8: bounds the memory that packing takes beside its result."""
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """A stream of bits, least significant first: code i is at bits ``i * bits`` and above, in two's complement.
+    """Pack codes into a stream of bits, least significant first: code i is at bits ``i * bits`` and above.
 
-    codes: integers, any shape, row by row.  Returns uint8, ``ceil(size * bits / 8)`` bytes; bits left over are 0.
+    codes: (...) integer, in two's complement; taken row by row.
+    bits: 2 to 8.
+    Returns: (ceil(size * bits / 8),) uint8; bits left over are 0.
+
+    >>> pack(np.array([1, -1]), 4)
+    array([241], dtype=uint8)
     """
     flat = codes.reshape(-1)
     out = np.empty((-(-flat.size // 8), bits), np.uint8)
@@ -25,7 +30,14 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(data: np.ndarray, bits: int, count: int, signed: bool) -> np.ndarray:
-    """The inverse of ``pack``: int8 (signed) or uint8, (count,).  Raises: ValueError for another number of bytes."""
+    """Unpack what ``pack`` gave.
+
+    data: (ceil(count * bits / 8),) uint8.
+    count: codes in it.
+    signed: whether the codes are in two's complement.
+    Returns: (count,) int8 where signed, else uint8.
+    Raises: ValueError for another number of bytes.
+    """
     if data.size != _bytes(count, bits):
         raise ValueError(f"{count} codes of {bits} bits take {_bytes(count, bits)} bytes, not {data.size}")
     out = np.empty(count, np.int8 if signed else np.uint8)

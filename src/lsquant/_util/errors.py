@@ -1,39 +1,39 @@
-"""The errors lsquant raises on purpose. Each has the exit code that the command line ends with."""
+"""The errors that lsquant raises on purpose; each has the exit code that the command line ends with."""
 
 from __future__ import annotations
 
 
 class LsquantError(Exception):
-    """Base of all errors raised on purpose. `exit_code`: int, what the command line returns for it."""
+    """Base of all errors raised on purpose.  ``exit_code``: what the command line returns for it."""
 
     exit_code = 1
 
 
 class UsageError(LsquantError, ValueError):
-    """Something was asked for that cannot be done as asked: a wrong argument, an existing output, a wrong recipe."""
+    """A request that cannot be met as it stands: an invalid argument or recipe, an output that exists already."""
 
     exit_code = 2
 
 
 class MissingExtra(LsquantError, ImportError):
-    """An optional package is not installed; the message names the extra that installs it."""
+    """A missing optional package; the message names the extra that installs it."""
 
     exit_code = 3
 
 
 class MissingFile(LsquantError, FileNotFoundError):
-    """A file or folder that was named does not exist."""
+    """A file or folder that does not exist."""
 
     exit_code = 3
 
 
 class DamagedFile(LsquantError, ValueError):
-    """A file exists but is truncated, corrupted or not of the kind that is read."""
+    """A file that is truncated, corrupted or of another kind."""
 
     exit_code = 3
 
 
 class DiskFull(LsquantError, OSError):
-    """No space is left for a file being written; the file that was there before is unchanged."""
+    """A full disk; the file that was there before is unchanged."""
 
     exit_code = 3

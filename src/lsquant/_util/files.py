@@ -1,4 +1,4 @@
-"""Files that are either the old ones or complete new ones, never half written."""
+"""Atomic writing: a file is the old one or a complete new one, never half written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether `error` says that no space is left. safetensors raises no OSError: it quotes the number in its text."""
+    """Tell whether an error says that no space is left; safetensors raises no OSError, but quotes its number."""
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
     return any(f"(os error {number})" in str(error) for number in _FULL)
@@ -25,11 +25,11 @@ def disk_is_full(error: BaseException) -> bool:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path in the folder of `path`; on success it is flushed to disk and renamed to `path`.
+    """Yield a temporary path in the folder of ``path``; on success it is flushed to disk and renamed to ``path``.
 
-    On any error the temporary file is removed and the file that was at `path` is unchanged.
+    On any error the temporary file is removed and the file that was at ``path`` is unchanged.
 
-    Raises: MissingFile if the folder does not exist; DiskFull if no space is left.
+    Raises: UsageError for a folder; MissingFile if the folder of ``path`` does not exist; DiskFull.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -55,28 +55,28 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replace the file at `path` by `data`, or leave it as it is and raise."""
+    """Replace the file at ``path`` by ``data``, or leave it as it is and raise."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
 
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Replace the file at `path` by `text` in UTF-8, or leave it as it is and raise."""
+    """Replace the file at ``path`` by ``text`` in UTF-8, or leave it as it is and raise."""
     atomic_write_bytes(path, text.encode())
 
 
 def json_text(value: Any, *, indent: int | None = None) -> str:
-    """Standard JSON of `value`: NaN and infinities, which JSON has not, become null; other objects their str()."""
+    """Return standard JSON; NaN and infinities, which JSON has not, become null, other objects their str()."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Replace the file at `path` by indented JSON."""
+    """Replace the file at ``path`` by indented JSON."""
     atomic_write_text(path, json_text(value, indent=2) + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read JSON. Raises: MissingFile, DamagedFile naming the file."""
+    """Read JSON.  Raises: MissingFile, DamagedFile naming the file."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -86,7 +86,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> int:
-    """Remove the temporary files that a killed process left in `folder` and below; returns how many."""
+    """Remove the temporary files that a killed process left in ``folder`` and below; return how many."""
     leftovers = [path for path in Path(folder).rglob(".*.tmp") if path.is_file()]
     for path in leftovers:
         path.unlink(missing_ok=True)
@@ -104,7 +104,7 @@ def _finite(value: Any) -> Any:
 
 
 def _mode(path: Path) -> int:
-    """The permissions of the file that is replaced, or those a new file gets (safetensors gives the owner only)."""
+    """Return the permissions of the file that is replaced, or of a new file (safetensors gives the owner's only)."""
     if path.exists():
         return path.stat().st_mode & 0o777
     mask = os.umask(0o077)

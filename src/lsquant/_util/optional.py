@@ -9,10 +9,12 @@ from lsquant._util.errors import MissingExtra
 
 
 def require(name: str, *, extra: str) -> ModuleType:
-    """Import the optional package `name`; `extra` is the extra of lsquant that installs it.
+    """Import an optional package where it is used.
 
-    Raises: MissingExtra naming `pip install lsquant[extra]`. An ImportError from inside an installed package
-    (a broken installation) is passed on as it is.
+    name: of the package or module.
+    extra: the extra of lsquant that installs it.
+    Raises: MissingExtra naming ``pip install lsquant[extra]``.  An ImportError from inside an installed package (a
+        broken installation) is passed on as it is.
     """
     try:
         return importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""safetensors files that are either the old ones or complete new ones, with a checksum over everything in them."""
+"""safetensors files, written atomically, with a checksum over everything in them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ CHECKSUM = "lsquant.checksum"
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file aside and rename it; equal content gives equal bytes.  tensors: contiguous, sharing no memory.
+    """Write a safetensors file aside and rename it; equal content gives equal bytes.
 
+    tensors: name -> tensor, contiguous, sharing no memory.
+    metadata: strings by name; the checksum is added.
     Raises: MissingFile (the folder), DiskFull; the old file is then unchanged.
     """
     with atomic_write(path) as temporary:
@@ -32,9 +34,11 @@ def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta
 def read_tensors(
     path: str | os.PathLike[str], *, with_tensors: bool = True
 ) -> tuple[dict[str, str], dict[str, Tensor], bool]:
-    """(metadata, tensors, whether the checksum is there and fits); without tensors the checksum is not tried.
+    """Read a safetensors file.
 
-    Raises: MissingFile; DamagedFile naming the file for what is truncated or no safetensors file.
+    with_tensors: False reads the metadata alone; the checksum is then not compared.
+    Returns: (metadata, tensors, whether there is a checksum that fits).
+    Raises: MissingFile; DamagedFile naming the file where it is truncated or no safetensors file.
     """
     if not Path(path).is_file():
         raise MissingFile(f"{path} does not exist")
@@ -52,7 +56,7 @@ def read_tensors(
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """BLAKE2b over metadata (but the checksum), names, types, shapes and contents, in order of names."""
+    """Return BLAKE2b over metadata (but the checksum), names, types, shapes and contents, in order of names."""
     digest = hashlib.blake2b(digest_size=16)
     known = sorted(item for item in metadata.items() if item[0] != CHECKSUM)
     listed = [(name, str(t.dtype), tuple(t.shape)) for name, t in sorted(tensors.items())]
@@ -63,13 +67,13 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
 
 
 def header_size(path: str | os.PathLike[str]) -> int:
-    """Bytes before the data of the tensors."""
+    """Return the number of bytes before the data of the tensors."""
     with open(path, "rb") as file:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
 def _sort_header(path: Path) -> None:
-    """Order the header's keys, which the library writes in an order of its own."""
+    """Sort the header's keys in place: the library's own order varies, and equal content is to give equal bytes."""
     with open(path, "rb+") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.dumps(json.loads(file.read(size)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Writing TOML: strings, numbers, booleans, lists and tables. Reading is the standard library's tomllib."""
+"""Writing of TOML: strings, numbers, booleans, lists and tables.  Reading is the standard library's tomllib."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from typing import Any
 
 
 def to_toml(table: Mapping[str, Any]) -> str:
-    """TOML of `table`: its values may be tables or lists of tables; an entry that is None is left out.
+    """Write a table as TOML; its values may be tables or lists of tables, an entry that is None is left out.
 
     Raises: TypeError for a value that TOML has not.
+
+    >>> print(to_toml({"bits": 4, "rule": {"which": "first"}}), end="")
+    bits = 4
+    <BLANKLINE>
+    [rule]
+    which = "first"
     """
     return "\n".join(_lines(table, ())).strip("\n") + "\n"
 

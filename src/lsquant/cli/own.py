@@ -20,7 +20,7 @@ from lsquant._util.files import read_json, write_json
 from lsquant._util.tensors import header_size
 from lsquant.convert import prepare
 from lsquant.diagnostics import Finding
-from lsquant.diagnostics.checks import SEVERITIES
+from lsquant.diagnostics.findings import SEVERITIES
 from lsquant.export import export_onnx, export_packed
 from lsquant.export.capture import map_tensors
 from lsquant.export.packed import PROFILE as PACKED
@@ -31,6 +31,7 @@ from lsquant.tasks import is_run, load_float
 from lsquant.tasks.loading import call, load_object
 from lsquant.training.progress import message
 from lsquant.training.seeds import seed_everything
+from lsquant.tying import weight_quantizers
 from lsquant.verification import RUNTIMES, export_vectors, verify
 from lsquant.verification.judge import profile_of
 from lsquant.verification.vectors import CHECKER
@@ -90,8 +91,7 @@ def calibrate(a: Namespace, recipe: Recipe) -> Outcome:
     limit = 32 if a.max_batches is None else a.max_batches
     rule, inputs = a.weight_init or "mse", a.activation_init or "mse"
     message(f"calibrating on at most {limit} batches of {a.data}", a.quiet)
-    found = {layer.weight_quantizer for _, layer in quantized_layers(model)}
-    count = sum(quantizer.step.numel() for quantizer in found if quantizer is not None)
+    count = sum(quantizer.step.numel() for quantizer in weight_quantizers(model))
     if rule == "mse" and count > MANY:
         about = "--weight-init paper is instant, and poor at 8 bits without training"
         message(f"{count:,} weight steps by least squared error, about 10 ms each; {about}", a.quiet)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lsquant._util.batches import Forward, evaluating, first_input, run_batch, take
+from lsquant._util.batches import Forward, evaluating, observing_inputs, run_batch, take
 from lsquant.nn import QuantizedLayer, lone_quantizers, quantized_layers
 from lsquant.quantizer import Quantizer
 from lsquant.reference import code_of_quotient, quotient, step_balance, step_view
@@ -18,16 +18,25 @@ from lsquant.reference import code_of_quotient, quotient, step_balance, step_vie
 
 @dataclass(frozen=True)
 class QuantizerFacts:
-    """One quantizer.
+    """What one quantizer does to its values.
 
-    layer: name; kind: "weight" or "input" of a layer, or "alone" for a quantizer of that name that belongs to none.
-    spec: in words; bits; levels: how many codes there are.
-    steps: their number; step, step_min, step_max: median, smallest, largest guarded step; initial_step: median s0.
-    count: N.  elements: values looked at.  clip_low, clip_high: share of them with v/s below ``q_min - z``, above
-    ``q_max - z``.  levels_used: codes that occur; entropy: of the codes, in bits.  sqnr: signal to quantization noise,
-    ``10 log10(sum v^2 / sum (v - v_hat)^2)``, in dB, infinite without noise.  balance: R, the median; None without
-    gradients, and for one that stands alone.  guarded: guarded steps met in training passes.  size: bytes of the packed
-    codes and steps of a layer's weight, else None.
+    layer: name of the layer, or of a quantizer that stands alone.
+    kind: "weight" or "input" of a layer, or "alone".
+    spec: in words.
+    bits: 2 to 8.
+    levels: how many codes there are.
+    steps: their number.
+    step, step_min, step_max: median, smallest and largest guarded step.
+    initial_step: median of s0.
+    count: N, the elements that share a step.
+    elements: values looked at.
+    clip_low, clip_high: share of the values with v/s below ``q_min - z``, above ``q_max - z``.
+    levels_used: codes that occur.
+    entropy: of the codes, in bits.
+    sqnr: signal to quantization noise, ``10 log10(sum v^2 / sum (v - v_hat)^2)``, in dB; infinite without noise.
+    balance: R, the median over the steps; None without gradients, and for a quantizer that stands alone.
+    guarded: guarded steps met in training passes.
+    size: bytes of the packed codes and steps of a layer's weight, else None.
     """
 
     layer: str
@@ -57,8 +66,14 @@ class QuantizerFacts:
         return self.layer if self.kind == "alone" else f"{self.layer}.{self.kind}_quantizer".lstrip(".")
 
 
-class Tally:
-    """Sums over the values of one quantizer, batch by batch."""
+class ValueStatistics:
+    """Sums over the values of one quantizer and their codes, batch by batch.
+
+    codes: (levels,) int64, how often each code occurs.
+    low, high: values with v/s below ``q_min - z``, above ``q_max - z``.
+    elements: values.
+    signal, noise: ``sum v^2``, ``sum (v - v_hat)^2``.
+    """
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
@@ -69,6 +84,7 @@ class Tally:
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
+        """Take in values, in a shape that fits the step."""
         q = self.quantizer
         v, s = step_view(x.detach(), q.effective_step().detach(), q.axis, q.spec.group_size)
         zero = q.zero_point()
@@ -84,6 +100,7 @@ class Tally:
         self.noise += float((v.double() - (codes.double() - z) * s).square().sum())
 
     def facts(self, name: str, kind: str, layer: QuantizedLayer | None) -> QuantizerFacts:
+        """Return what the sums say.  name, kind: as in ``QuantizerFacts``; layer: None for one that stands alone."""
         q, total = self.quantizer, max(self.elements, 1)
         share = self.codes[self.codes > 0].double() / max(int(self.codes.sum()), 1)
         step = q.effective_step().detach()
@@ -114,11 +131,14 @@ class Tally:
         )
 
 
-T = TypeVar("T", bound=Tally)
+Statistics = TypeVar("Statistics", bound=ValueStatistics)
 
 
 def balance(layer: QuantizedLayer, kind: str) -> float | None:
-    """The median of R over the steps, from the gradients that are there now; None without."""
+    """Return the median of R over the steps, from the gradients that are there now; None without gradients.
+
+    kind: "weight" or "input".
+    """
     quantizer = layer.weight_quantizer if kind == "weight" else layer.input_quantizer
     if quantizer is None or layer.weight.grad is None or quantizer.step.grad is None:
         return None
@@ -136,49 +156,49 @@ def collect(
     max_batches: int | None = 32,
     forward: Forward | None = None,
 ) -> list[QuantizerFacts]:
-    """Facts of every quantizer, layer by layer weight and input in order of definition, then those that stand alone.
+    """Collect facts of every quantizer: layer by layer weight and input, then those that stand alone.
 
-    batches: as for ``calibrate``; without them only the layers' weights are looked at.  The model runs in eval mode
-    with its quantizers on, and is left as it was.  Raises: UsageError for a step that is not set.
+    The model runs in eval mode with its quantizers on, and is left as it was.
+
+    batches: as for ``calibrate``; without them only the layers' weights are looked at.
+    max_batches: read at most so many; None: all.
+    forward: ``forward(model, batch)`` runs the model on one batch.
+    Raises: UsageError for a step that is not set.
     """
-    found = tallied(model, batches, Tally, max_batches=max_batches, forward=forward)
-    return [tally.facts(name, kind, layer) for (name, kind), (tally, layer) in found.items()]
+    found = value_statistics(model, batches, ValueStatistics, max_batches=max_batches, forward=forward)
+    return [statistics.facts(name, kind, layer) for (name, kind), (statistics, layer) in found.items()]
 
 
-def tallied(
+def value_statistics(
     model: nn.Module,
     batches: Iterable[Any] | None,
-    make: Callable[[Quantizer], T],
+    make: Callable[[Quantizer], Statistics],
     *,
     max_batches: int | None = 32,
     forward: Forward | None = None,
-) -> dict[tuple[str, str], tuple[T, QuantizedLayer | None]]:
-    """As ``collect``, the tallies themselves, made by ``make(quantizer)``: (layer, kind) -> tally and layer."""
-    tallies: dict[tuple[str, str], tuple[T, QuantizedLayer | None]] = {}
-    hooks = []
+) -> dict[tuple[str, str], tuple[Statistics, QuantizedLayer | None]]:
+    """As ``collect``, but return the statistics themselves, made by ``make(quantizer)``.
+
+    Returns: (layer, kind) -> statistics, and the layer, None for a quantizer that stands alone.
+    """
+    found: dict[tuple[str, str], tuple[Statistics, QuantizedLayer | None]] = {}
+    watched: list[tuple[nn.Module, Callable[[Any], object]]] = []
     for name, layer in quantized_layers(model):
         if layer.weight_quantizer is not None:
-            tally = make(layer.weight_quantizer.require_initialized())
-            tally.add(layer.rows())
-            tallies[name, "weight"] = tally, layer
+            statistics = make(layer.weight_quantizer.require_initialized())
+            statistics.add(layer.rows())
+            found[name, "weight"] = statistics, layer
         if layer.input_quantizer is not None and batches is not None:
-            tally = make(layer.input_quantizer.require_initialized())
-            tallies[name, "input"] = tally, layer
-            hooks.append(layer.register_forward_pre_hook(_watch(tally), with_kwargs=True))
-    for name, quantizer in lone_quantizers(model) if batches is not None else ():
-        tally = make(quantizer.require_initialized())
-        tallies[name, "alone"] = tally, None
-        hooks.append(quantizer.register_forward_pre_hook(_watch(tally), with_kwargs=True))
-    try:
-        if batches is not None:
-            with evaluating(model):
-                for batch in take(batches, max_batches):
-                    run_batch(model, batch, forward)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return tallies
-
-
-def _watch(tally: Tally) -> Any:
-    return lambda module, args, kwargs: tally.add(first_input(args, kwargs))
+            statistics = make(layer.input_quantizer.require_initialized())
+            found[name, "input"] = statistics, layer
+            watched.append((layer, statistics.add))
+    if batches is None:
+        return found
+    for name, quantizer in lone_quantizers(model):
+        statistics = make(quantizer.require_initialized())
+        found[name, "alone"] = statistics, None
+        watched.append((quantizer, statistics.add))
+    with observing_inputs(watched), evaluating(model):
+        for batch in take(batches, max_batches):
+            run_batch(model, batch, forward)
+    return found

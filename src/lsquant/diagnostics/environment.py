@@ -1,4 +1,4 @@
-"""What a bug report and a run's env.json need: versions, processor, threads. No names of machines or folders."""
+"""Versions, processor and threads, for bug reports and a run's env.json.  No names of machines or folders."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Versions of python and the packages (absent ones are left out; none is imported), the hardware, and each engine:
-    "on", or why it is off (one that has to be built is built)."""
+    """Describe the environment: versions of Python and of the packages, the hardware, and each engine.
+
+    Packages that are absent are left out, and none is imported.  An engine is "on", or says why it is off; one that has
+    to be built is built.
+    """
     packages = {}
     for name in _PACKAGES:
         try:

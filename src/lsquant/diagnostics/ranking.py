@@ -19,8 +19,14 @@ Metric = Callable[[Any, Any], Any]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """One quantizer.  spec: in words.  base: the metric with all on; without: with this one off; gain: the change for
-    the better."""
+    """What one quantizer costs.
+
+    name: of the quantizer.
+    spec: in words.
+    base: the metric with all quantizers on.
+    without: the metric with this one off.
+    gain: the change for the better.
+    """
 
     name: str
     spec: str
@@ -41,12 +47,18 @@ def sensitivity(
     forward: Forward | None = None,
     higher_is_better: bool = True,
 ) -> list[Sensitivity]:
-    """What each quantizer costs: the metric with it alone switched off, against all on; the largest gain first.
+    """Measure what each quantizer costs: the metric with it alone switched off, against all on.
 
-    batches: as for ``calibrate``; the first max_batches are kept in memory and run once per quantizer and once more.
+    The model runs in eval mode without gradients, and is left as it was.  Quantizers that are off already stay off and
+    are left out.
+
+    batches: as for ``calibrate``; they are kept in memory and run once per quantizer and once more.
     metric: ``metric(output, batch)`` gives a number; the mean over batches counts, every batch alike, so give batches
-    of equal size.  higher_is_better=False: for a loss.  Quantizers that are off already stay off and are left out.
-    The model runs in eval mode without gradients, and is left as it was.
+        of equal size.
+    max_batches: read at most so many; None: all.
+    forward: ``forward(model, batch)`` runs the model on one batch.
+    higher_is_better: False for a loss.
+    Returns: one Sensitivity a quantizer, the largest gain first.
     Raises: UsageError without quantizers or batches, and for a metric that gives no number, or NaN with all on.
     """
     on = [(name, q) for name, q in quantizers(model) if q.enabled]

@@ -25,11 +25,12 @@ from lsquant._util.bits import pack, unpack
 from lsquant._util.errors import DamagedFile, UsageError
 from lsquant._util.tensors import CHECKSUM, read_tensors, write_tensors
 from lsquant._version import __version__
-from lsquant.checkpoint import restore, stored_once
+from lsquant.checkpoint import restore
 from lsquant.nn import QuantizedLayer, weight_steps
 from lsquant.quantizer import Quantizer
 from lsquant.recipe import Recipe, Rule
 from lsquant.spec import QuantSpec
+from lsquant.tying import stored_once, weights_used_in_float
 
 FORMAT = 1
 PROFILE = "packed"
@@ -140,7 +141,7 @@ def export_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         if zero_point is not None:
             tensors[f"{name}.zero_point"] = zero_point
     listed: dict[str, dict[str, str]] = {}
-    kept = _used_in_float(model)
+    kept = weights_used_in_float(model)
     for name, layer in layers.items():
         kind = layer.float_type.__name__
         own = {"weight": layer.weight_quantizer, "input": layer.input_quantizer}
@@ -178,26 +179,6 @@ def _entry(quantizer: Quantizer) -> dict[str, Any]:
     if quantizer.requested.signed is None:
         entry["decided"] = True
     return entry if quantizer.axis is None else {**entry, "axis": quantizer.axis}
-
-
-def _used_in_float(model: nn.Module) -> set[str]:
-    """Names of weights that lie in the memory of something without their quantizer: these are kept in float as well."""
-    owners: dict[str, Quantizer | None] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantizedLayer):
-            owners[f"{name}.weight".lstrip(".")] = module.weight_quantizer
-    spans = []
-    for name, t in model.state_dict().items():
-        reach = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-        spans.append((str(t.device), t.data_ptr(), t.data_ptr() + reach * t.element_size(), name))
-    overlapping: list[list[str]] = []
-    end = ("", 0)
-    for device, low, high, name in sorted(spans):
-        if (device, low) >= end:
-            overlapping.append([])
-        overlapping[-1].append(name)
-        end = max(end, (device, high))
-    return {name for names in overlapping if len({owners.get(n) for n in names}) > 1 for name in names}
 
 
 def _crc32(t: Tensor) -> int:

@@ -13,7 +13,8 @@ from torch import nn as _nn
 from lsquant.nn import norm as _norm
 from lsquant.nn import pool as _pool
 from lsquant.nn.base import QuantizedLayer as QuantizedLayer
-from lsquant.nn.base import weight_steps as weight_steps
+from lsquant.nn.elements_per_step import input_elements as input_elements
+from lsquant.nn.elements_per_step import weight_steps as weight_steps
 from lsquant.nn.embedding import QuantEmbedding as QuantEmbedding
 from lsquant.nn.encoder import SteppedEncoder, SteppedEncoderLayer
 from lsquant.nn.matmul import QuantConv1d as QuantConv1d

@@ -87,10 +87,6 @@ class QuantizedLayer(nn.Module):
         values, steps = reference.step_view(rows, step, quantizer.axis, quantizer.spec.group_size)
         return self.rearranged((values * steps).reshape(rows.shape))
 
-    def input_features(self, x: Tensor) -> int:
-        """N of an activation step: features of one sample; here the last dimension."""
-        return x.shape[-1]
-
     def require_size(self, found: int, wanted: int) -> None:
         """Raises UsageError naming the layer where the input has another number of features or channels."""
         if found != wanted:
@@ -113,21 +109,3 @@ class QuantizedLayer(nn.Module):
         else:  # not a float checkpoint: the whole layer is missing, as files have tied layers only once
             missing_keys = args[2]
             missing_keys += [place + key for key in quantizer.state_dict()]
-
-
-def weight_steps(shape: torch.Size, granularity: str, group_size: int | None, name: str) -> tuple[int, int]:
-    """(number of steps, elements that share one) of a weight of this shape, output channels first.
-
-    Raises: UsageError naming the layer when groups do not fit.
-    """
-    total, row = shape.numel(), shape.numel() // shape[0]
-    if granularity == "tensor":
-        return 1, total
-    if granularity == "channel":
-        return shape[0], row
-    if not group_size or row % group_size:
-        raise UsageError(
-            f"layer {name!r}: group_size={group_size} does not divide its {row} weights per output channel "
-            f"(weight {tuple(shape)}); choose a divisor, or give this layer another rule"
-        )
-    return total // group_size, group_size

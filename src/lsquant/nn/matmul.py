@@ -71,10 +71,6 @@ class _QuantConv(QuantizedLayer):
             return torch.convolution(*self.float_operands(x), self.bias, *conv)
         return ops.convolution(x, self.rows(), self.bias, *grids, *conv)
 
-    def input_features(self, x: Tensor) -> int:
-        shape = x.shape[1:] if x.dim() == self.weight.dim() else x.shape
-        return shape.numel()
-
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
     """``nn.Conv1d`` with learned steps; see QuantConv2d.  x: (batch, in_channels, length) or without batch."""

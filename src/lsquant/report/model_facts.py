@@ -9,15 +9,16 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lsquant._util.batches import Forward, take
 from lsquant.convert import resolved_recipe
 from lsquant.diagnostics import check
-from lsquant.diagnostics.collect import tallied
+from lsquant.diagnostics.collect import value_statistics
 from lsquant.nn import QuantizedLayer, quantized_layers, quantizers
 from lsquant.quantizer import Quantizer
 from lsquant.report.values import Values
+from lsquant.tying import weight_quantizers
 
 CHECKED = 8  # batches that ``check`` sees again
 
@@ -39,7 +40,7 @@ def model_facts(
             yield batch
 
     data = None if batches is None else watched()
-    found = tallied(model, data, Values, max_batches=None, forward=forward)
+    found = value_statistics(model, data, Values, max_batches=None, forward=forward)
     facts = [quantizer_row(name, kind, tally, layer) for (name, kind), (tally, layer) in found.items()]
     layers, sizes = _sizes(model)
     findings = check(model, batches=kept or None, forward=forward)
@@ -76,18 +77,16 @@ def bits_in_words(model: nn.Module) -> list[list[Any]]:
 def _sizes(model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Per layer with a quantized weight, and in all, in bytes: as float32, as packed codes and steps.  rest: all other
     tensors in float32.  A shared weight counts once."""
-    layers, seen = [], set[int]()
-    for name, layer in quantized_layers(model):
-        q, elements = layer.weight_quantizer, layer.weight.numel()
-        if q is None or id(layer.weight) in seen:
-            continue
-        seen.add(id(layer.weight))
+    layers, seen = [], set[Tensor]()
+    for q, (name, layer) in weight_quantizers(model).items():
+        elements = layer.weight.numel()
+        seen.add(layer.weight)
         packed = -(-elements * q.spec.bits // 8) + 4 * q.step.numel() * (1 if q.offset is None else 2)
         layers.append(
             {"layer": name, "weights": elements, "bits": q.spec.bits, "float": 4 * elements, "packed": packed}
         )
-    seen |= {id(t) for _, q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if torch.is_floating_point(t) and id(t) not in seen]
+    seen |= {t for _, q in quantizers(model) for t in (*q.parameters(), *q.buffers())}
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if torch.is_floating_point(t) and t not in seen]
     rest = sum(4 * t.numel() for t in tensors)
     float_, packed = (sum(row[key] for row in layers) for key in ("float", "packed"))
     return layers, {"float": float_, "packed": packed, "rest": rest}

@@ -10,8 +10,9 @@ from torch import nn
 
 from lsquant._util.batches import Forward
 from lsquant.diagnostics import balance, collect
-from lsquant.nn import QuantizedLayer, quantized_layers, quantizers
+from lsquant.nn import QuantizedLayer, quantizers
 from lsquant.quantizer import Quantizer
+from lsquant.tying import quantizer_owners
 
 
 def quantizer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -24,17 +25,8 @@ def quantizer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
 
     Values are read from the device here: call it once an epoch, not in every iteration.
     """
-    owners = _owners(model)
-    return {name: _facts(quantizer, owners.get(quantizer)) for name, quantizer in quantizers(model)}
-
-
-def _owners(model: nn.Module) -> dict[Quantizer, QuantizedLayer]:
-    """The layer whose weight R is taken against; for a shared weight the first one."""
-    owners: dict[Quantizer, QuantizedLayer] = {}
-    for _, layer in quantized_layers(model):
-        for quantizer in layer.own_quantizers():
-            owners.setdefault(quantizer, layer)
-    return owners
+    owners = quantizer_owners(model)  # R is taken against the weight of the first layer that has the quantizer
+    return {name: _facts(q, owners[q][1] if q in owners else None) for name, q in quantizers(model)}
 
 
 @torch.no_grad()

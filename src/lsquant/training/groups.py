@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from lsquant._util.errors import UsageError
-from lsquant.nn import quantized_layers
 from lsquant.quantizer import Quantizer
+from lsquant.tying import weight_quantizers
 
 # The factor on the decay by the bits of the weight; 1 for 4 bits and more. LSQ (arXiv:1902.08153), section 3:
 # 1e-4 at 4 and 8 bits, 0.5e-4 at 3, 0.25e-4 at 2.
@@ -56,12 +56,12 @@ def param_groups(
     """
     if step_lr is not None and relative_step_lr is not None:
         raise UsageError("param_groups: give step_lr, the same for all steps, or relative_step_lr, not both")
-    bits: dict[int, int] = {}
-    low: set[int] = set()
-    for _, layer in quantized_layers(model):
-        if layer.weight_quantizer is not None:
-            bits[id(layer.weight)] = layer.weight_quantizer.spec.bits
-            low |= {id(layer.weight)} if low_bit and is_low_bit(layer) else set()
+    bits: dict[nn.Parameter, int] = {}
+    low: set[nn.Parameter] = set()
+    for quantizer, (_, layer) in weight_quantizers(model).items():
+        bits[layer.weight] = quantizer.spec.bits
+        if low_bit and is_low_bit(layer):
+            low.add(layer.weight)
 
     groups: dict[str, dict[str, Any]] = {
         "weights": {"params": [], "lr": lr, "weight_decay": weight_decay},
@@ -70,23 +70,23 @@ def param_groups(
     }
     if relative_step_lr is not None:
         del groups["steps"]
-    kinds: dict[int, str] = {}  # a parameter that is shared is a step or a norm's if it is so anywhere
+    kinds: dict[nn.Parameter, str] = {}  # a parameter that is shared is a step or a norm's if it is so anywhere
     for where, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, Quantizer) and relative_step_lr is None:
-                kinds[id(parameter)] = "steps"
+                kinds[parameter] = "steps"
             elif isinstance(module, Quantizer):
                 kind, rate = f"steps/{where}", relative_step_lr * float(module.initial_step.median())
-                kinds[id(parameter)] = kind
+                kinds[parameter] = kind
                 groups[kind] = {"params": [], "lr": rate, "weight_decay": 0.0}
             elif isinstance(module, _NORMS) or name.endswith("bias") or parameter.ndim < 2:
-                kinds.setdefault(id(parameter), "no_decay")
+                kinds.setdefault(parameter, "no_decay")
     for parameter in model.parameters():
-        kind = kinds.get(id(parameter), LOW_BIT if id(parameter) in low else "weights")
+        kind = kinds.get(parameter, LOW_BIT if parameter in low else "weights")
         group = {"params": [], "lr": lr, "weight_decay": weight_decay}
-        factor = DECAY_FACTORS.get(bits.get(id(parameter), 8)) if weight_decay_by_bits else None
+        factor = DECAY_FACTORS.get(bits.get(parameter, 8)) if weight_decay_by_bits else None
         if kind in ("weights", LOW_BIT) and factor is not None:
-            kind = f"{kind}/{bits[id(parameter)]}bit"
+            kind = f"{kind}/{bits[parameter]}bit"
             group["weight_decay"] *= factor
         groups.setdefault(kind, group)["params"].append(parameter)
     return [{"name": name, **group} for name, group in groups.items()]

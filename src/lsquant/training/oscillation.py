@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lsquant import reference
 from lsquant._util.errors import UsageError
-from lsquant.nn import quantized_layers
 from lsquant.quantizer import Quantizer
+from lsquant.tying import weight_quantizers
 
 EVERY = 11  # iterations between two looks: a prime, so that a short period is not mistaken for rest
 WINDOW = 16  # looks
@@ -37,11 +37,8 @@ class Oscillation:
         self.seen: dict[str, Tensor] = {}  # (3, n) int16: codes, looks since they went up, since they went down
         self.places: dict[str, tuple[tuple[Tensor, ...], Tensor]] = {}
         self.layers: dict[str, tuple[Any, Quantizer]] = {}
-        known: set[Quantizer] = set()
-        for name, layer in quantized_layers(model):
-            q = layer.weight_quantizer
-            if q is not None and q.is_initialized and q not in known:
-                known.add(q)
+        for q, (name, layer) in weight_quantizers(model).items():
+            if q.is_initialized:
                 self.layers[f"{name}.weight_quantizer".lstrip(".")] = layer, q
 
     @torch.no_grad()

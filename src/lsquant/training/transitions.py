@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from lsquant import ops, reference
 from lsquant._util.errors import UsageError
-from lsquant.nn import quantized_layers
 from lsquant.quantizer import Quantizer
 from lsquant.training.groups import LOW_BIT, is_low_bit
+from lsquant.tying import weight_quantizers
 
 PAPER_STEPS = 80_000
 """Optimizer steps of the source's CIFAR schedules, for which its gain and its smoothing were chosen."""
@@ -237,25 +237,24 @@ def _low_bit_layers(model: nn.Module, groups: list[dict[str, Any]]) -> list[tupl
 
     Raises: UsageError where `groups` do not hold the low-bit weights of `model` and nothing else.
     """
-    held = {id(p) for group in groups for p in group["params"] if p.requires_grad}
-    if not any(is_low_bit(layer) for _, layer in quantized_layers(model)):
+    held: set[Tensor] = {p for group in groups for p in group["params"] if p.requires_grad}
+    if not any(is_low_bit(layer) for _, layer in weight_quantizers(model).values()):
         raise UsageError("TransitionRate: no weight here has fewer than 8 bits, so there is nothing to schedule")
     if not held:
         raise UsageError(
             f"TransitionRate: the optimizer has no group {LOW_BIT!r} with weights; build it over "
             "lsquant.param_groups(model, lr, low_bit=True), after prepare"
         )
-    layers: dict[int, tuple[Any, Quantizer]] = {}
-    for name, layer in quantized_layers(model):
-        quantizer = layer.weight_quantizer
-        if quantizer is None or not is_low_bit(layer) or not layer.weight.requires_grad:
+    layers: dict[Tensor, tuple[Any, Quantizer]] = {}
+    for quantizer, (name, layer) in weight_quantizers(model).items():
+        if not is_low_bit(layer) or not layer.weight.requires_grad:
             continue
-        if id(layer.weight) not in held:
+        if layer.weight not in held:
             raise UsageError(
                 f"TransitionRate: the weight of layer {name!r} is not in the optimizer's group {LOW_BIT!r}; build the "
                 "optimizer over lsquant.param_groups(model, lr, low_bit=True), after prepare"
             )
-        layers.setdefault(id(layer.weight), (layer, quantizer.require_initialized()))
+        layers.setdefault(layer.weight, (layer, quantizer.require_initialized()))
     if len(layers) != len(held):
         raise UsageError(
             f"TransitionRate: {len(held - layers.keys())} of the {len(held)} weights in the optimizer's group "

@@ -1,4 +1,4 @@
-"""`check`: illnesses of steps, weights, activations and BatchNorm, one planted for each; healthy runs have none."""
+"""`check`: symptoms of steps, weights, activations and BatchNorm, one planted for each; healthy runs have none."""
 
 from __future__ import annotations
 
