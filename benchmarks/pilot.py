@@ -28,9 +28,9 @@ from lsquant import QuantSpec, Recipe, reference
 from lsquant._util.files import write_json
 from lsquant.diagnostics.environment import environment
 from lsquant.quantizer import Quantizer
+from lsquant.runs.directory import Run
+from lsquant.runs.training import run_training
 from lsquant.tasks.cifar10 import Cifar10
-from lsquant.tasks.directory import Run
-from lsquant.tasks.run import run_training
 
 # name: (what is changed, settings, other changes)
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

@@ -21,7 +21,7 @@ import lsquant
 from cifar_files import joined, six_parts, write_binary
 from lsquant import reference
 from lsquant._util.errors import UsageError
-from lsquant.tasks import run
+from lsquant.runs import training
 from lsquant.tasks.resnet import cifar_resnet
 from lsquant.training import Log
 
@@ -89,7 +89,7 @@ def test_long_runs_are_stopped_and_go_on(bench, words, signals, tmp_path, monkey
     long_runs.main(["--collect", *folders])  # as after a kill
     assert results(tmp_path) == stopped
 
-    load_teacher = run.load_teacher
+    load_teacher = training.load_teacher
 
     def load_and_signal(*a: Any) -> torch.nn.Module:
         signals[:] = [signal.SIGINT]
@@ -97,7 +97,7 @@ def test_long_runs_are_stopped_and_go_on(bench, words, signals, tmp_path, monkey
 
     capfd.readouterr()
     with monkeypatch.context() as patch:  # a signal in the second run only
-        patch.setattr(run, "load_teacher", load_and_signal)
+        patch.setattr(training, "load_teacher", load_and_signal)
         with pytest.raises(SystemExit, match="130"):
             long_runs.main(command)
     said = capfd.readouterr().err
@@ -235,12 +235,15 @@ def test_another_processor_is_said_and_a_large_state_refused(bench, words, signa
 
 
 def test_pause_and_continue(bench, tmp_path):
-    long_runs, sleeper = bench("long_runs"), [sys.executable, "-c", "import time; time.sleep(60)", "long_runs"]
+    long_runs = bench("long_runs")
+    sleeper = [sys.executable, "-c", "print(flush=True); import time; time.sleep(60)", "long_runs"]
     folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     with pytest.raises(UsageError, match="no run is going on"):
         long_runs.main(["--pause", *folders])
-    with subprocess.Popen(sleeper) as process:
+    with subprocess.Popen(sleeper, stdout=subprocess.PIPE) as process:
         try:
+            assert process.stdout is not None
+            process.stdout.readline()  # its command line is known now
             (tmp_path / "runs" / "process").write_text(str(process.pid))
             for option, wanted in (("--pause", os.CLD_STOPPED), ("--continue", os.CLD_CONTINUED)):
                 long_runs.main([option, *folders])

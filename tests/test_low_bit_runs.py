@@ -20,8 +20,8 @@ from logs import untimed
 from lsquant._util.errors import UsageError
 from lsquant.cli import commands, main
 from lsquant.cli.reporting import train_command
+from lsquant.runs.directory import start_run
 from lsquant.tasks import Run, Settings, open_run, resume_training, run_training
-from lsquant.tasks.directory import start_run
 from lsquant.training import load_state
 from small_digits import RECIPE, SmallDigits, float_files, model_file, network, rounded, small, stopped, task
 
@@ -37,14 +37,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What every call of `fit` was given, with the bits of the quantizers; the calls go through."""
     calls: list[dict[str, Any]] = []
-    fit = lsquant.tasks.run.fit
+    fit = lsquant.runs.training.fit
 
     def watched(model: nn.Module, batches: Any, optimizer: Any, **options: Any) -> Any:
         bits = {name: q.spec.bits for name, q in lsquant.quantizers(model)}
         calls.append({"bits": bits, "groups": [dict(g) for g in optimizer.param_groups], **options})
         return fit(model, batches, optimizer, **options)
 
-    monkeypatch.setattr(lsquant.tasks.run, "fit", watched)
+    monkeypatch.setattr(lsquant.runs.training, "fit", watched)
     return calls
 
 

@@ -19,9 +19,9 @@ from lsquant.diagnostics import check
 from lsquant.diagnostics.environment import environment
 from lsquant.recipe import Recipe
 from lsquant.report.figure import draw_figures
+from lsquant.runs.directory import sha256
+from lsquant.runs.network_files import loader_of
 from lsquant.tasks import Run, Settings, get_task, is_run, open_run, run_training
-from lsquant.tasks.directory import sha256
-from lsquant.tasks.run import reader
 
 Outcome = tuple[dict[str, Any], str, bool]
 Command = Callable[[Namespace], Outcome]
@@ -137,7 +137,7 @@ def evaluate(a: Namespace) -> Outcome:
         task, model = run.task, run.model()
     else:
         task = get_task(a.task, **_options(a, "data", "model"))
-        model = reader(a.path)(task.model(), a.path)
+        model = loader_of(a.path)(task.model(), a.path)
     metrics = task.metric(model)
     return metrics, measured(metrics), True
 

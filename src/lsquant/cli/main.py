@@ -16,8 +16,8 @@ from lsquant._version import __version__
 from lsquant.cli import commands
 from lsquant.export.onnx import PROFILES
 from lsquant.export.packed import PROFILE as PACKED
+from lsquant.runs.settings import Optimizer
 from lsquant.tasks import TASKS
-from lsquant.tasks.protocol import Optimizer
 from lsquant.verification import LEVELS, RUNTIMES
 
 GOOD, NOT_AS_REQUIRED, USAGE, INTERRUPTED = 0, 1, 2, 130

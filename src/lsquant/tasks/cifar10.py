@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsquant._util.errors import UsageError
+from lsquant.runs.settings import Settings
+from lsquant.runs.task import Split
 from lsquant.tasks.cifar_data import read_cifar10
 from lsquant.tasks.metrics import classification_metric
-from lsquant.tasks.protocol import Settings, Split
 from lsquant.tasks.resnet import DEPTHS, cifar_resnet
 from lsquant.training.seeds import generator
 

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lsquant._util.optional import require
+from lsquant.runs.settings import Settings
+from lsquant.runs.task import Split
 from lsquant.tasks.metrics import classification_metric
-from lsquant.tasks.protocol import Settings, Split
 from lsquant.training.seeds import generator
 
 TEST_SIZE = 500

@@ -8,10 +8,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from lsquant._util.errors import UsageError
+from lsquant.runs.task import Task
 from lsquant.tasks.cifar10 import Cifar10
 from lsquant.tasks.digits import Digits
 from lsquant.tasks.loading import call, load_object
-from lsquant.tasks.protocol import Task
 
 TASKS: dict[str, Callable[..., Task]] = {"digits": Digits, "cifar10": Cifar10}
 

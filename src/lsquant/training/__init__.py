@@ -8,7 +8,7 @@ from lsquant.training.facts import clip_rates as clip_rates
 from lsquant.training.facts import quantizer_facts as quantizer_facts
 from lsquant.training.groups import param_groups as param_groups
 from lsquant.training.log import Log as Log
-from lsquant.training.loop import Fitted as Fitted
+from lsquant.training.loop import TrainProgress as TrainProgress
 from lsquant.training.loop import fit as fit
 from lsquant.training.oscillation import Oscillation as Oscillation
 from lsquant.training.schedule import CosineSchedule as CosineSchedule

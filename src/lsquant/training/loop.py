@@ -38,7 +38,7 @@ class Stateful(Protocol):
 
 
 @dataclass
-class Fitted:
+class TrainProgress:
     """Where a run is, and what `fit` returns.
 
     `epoch`, `step`: epochs done and iterations done in the present one; `log_position`: bytes of the log;
@@ -83,7 +83,7 @@ def fit(
     resume: bool = False,
     label: str = "train",
     quiet: bool = False,
-) -> Fitted:
+) -> TrainProgress:
     """Train `model` in place for `epochs` epochs of `steps_per_epoch` iterations.
 
     `batches(epoch)`: the batches of an epoch counted from 0; the same ones whenever it is called with that number
@@ -112,7 +112,7 @@ def fit(
         extras["transition"] = transition
     oscillation = Oscillation(model, oscillation_every)
     run = {"label": label, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
-    epoch_rng, at = rng_state(), Fitted(log_position=rows.position)
+    epoch_rng, at = rng_state(), TrainProgress(log_position=rows.position)
     if resume and checkpoint is not None and Path(checkpoint).exists():
         state = load_state(checkpoint)
         at = _restore(state, run, model, optimizer, extras, str(checkpoint), quiet)
@@ -184,7 +184,7 @@ def fit(
             facts[name] = facts.get(name, {}) | {"oscillation": share}
         row |= {} if transition is None else transition.numbers()
         row = _joined(row, facts, evaluate and evaluate(model))
-        at = Fitted(epoch=at.epoch + 1, row=row)
+        at = TrainProgress(epoch=at.epoch + 1, row=row)
         rows.append(row)
         epoch_rng = rng_state()
         write_checkpoint()
@@ -192,7 +192,7 @@ def fit(
     return at
 
 
-def _rest(batches: Callable[[int], Iterable[Any]], at: Fitted, epoch_rng: dict[str, Any]) -> Iterable[Any]:
+def _rest(batches: Callable[[int], Iterable[Any]], at: TrainProgress, epoch_rng: dict[str, Any]) -> Iterable[Any]:
     """The batches of the present epoch that are still to come.
 
     After a restart within an epoch its first batches are drawn again from the generators' state at its beginning, and
@@ -209,7 +209,7 @@ def _rest(batches: Callable[[int], Iterable[Any]], at: Fitted, epoch_rng: dict[s
     return rest
 
 
-def _note(sums: torch.Tensor, at: Fitted, lr: float, transition: TransitionRate | None) -> str:
+def _note(sums: torch.Tensor, at: TrainProgress, lr: float, transition: TransitionRate | None) -> str:
     """What the bar shows: means over the epoch so far, the learning rates, and the accuracy after the epoch before."""
     loss, right, _ = sums.tolist()
     parts = [f"loss {loss / at.step:.4f}"]
@@ -222,7 +222,7 @@ def _note(sums: torch.Tensor, at: Fitted, lr: float, transition: TransitionRate 
     return "  ".join(parts)
 
 
-def _read(sums: torch.Tensor, clock: float, label: str, at: Fitted) -> None:
+def _read(sums: torch.Tensor, clock: float, label: str, at: TrainProgress) -> None:
     """Bring the sums of the epoch from the device. Raises: LsquantError if the loss is not finite."""
     at.loss_sum, at.right, at.norm_sum = sums.tolist()
     at.epoch_seconds = time.monotonic() - clock
@@ -233,7 +233,7 @@ def _read(sums: torch.Tensor, clock: float, label: str, at: Fitted) -> None:
         )
 
 
-def _row(label: str, at: Fitted, steps: int, optimizer: torch.optim.Optimizer, clipped: bool) -> dict[str, Any]:
+def _row(label: str, at: TrainProgress, steps: int, optimizer: torch.optim.Optimizer, clipped: bool) -> dict[str, Any]:
     """A row of the log without metrics: of the training in the epoch that ends."""
     groups, epoch = optimizer.param_groups, at.epoch + 1
     row: dict[str, Any] = {"phase": label, "epoch": epoch, "iteration": epoch * steps, "loss": at.loss_sum / steps}
@@ -267,7 +267,7 @@ def _restore(
     extras: dict[str, Stateful],
     path: str,
     quiet: bool,
-) -> Fitted:
+) -> TrainProgress:
     old = state["run"]
     different = [f"{key} {old.get(key)!r}, not {value!r}" for key, value in run.items() if old.get(key) != value]
     if different or set(state["extras"]) != set(extras):
@@ -286,4 +286,4 @@ def _restore(
             "the run goes on, but not with the same bits",
             quiet,
         )
-    return Fitted(**state["at"])
+    return TrainProgress(**state["at"])
