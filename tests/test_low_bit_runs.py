@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import lsquant
 from logs import untimed
 from lsquant._util.errors import UsageError
-from lsquant.cli import commands, main
+from lsquant.cli import main, training
 from lsquant.cli.reporting import train_command
 from lsquant.runs.directory import start_run
 from lsquant.tasks import Run, Settings, open_run, resume_training, run_training
@@ -101,7 +101,7 @@ def test_adam_brings_its_learning_rate_on_the_command_line(tmp_path, monkeypatch
         seen.append(run.settings)
         raise UsageError("enough")
 
-    monkeypatch.setattr(commands, "run_training", stop)
+    monkeypatch.setattr(training, "run_training", stop)
     for words in ("", "--optimizer adam", "--optimizer adamw --lr 0.5", "--optimizer sgd"):
         main(["train", "digits", "--bits", "2", "--out", str(tmp_path / "x"), *words.split()])
     assert [(s.optimizer, s.lr) for s in seen] == [("sgd", 0.03), ("adam", 0.001), ("adamw", 0.5), ("sgd", 0.03)]
@@ -312,7 +312,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Run]]:
         runs.append(run)
         return {}
 
-    monkeypatch.setattr(commands, "run_training", record)
+    monkeypatch.setattr(training, "run_training", record)
     return runs
 
 

@@ -14,6 +14,8 @@ from lsquant._util.errors import LsquantError
 from lsquant._util.files import json_text
 from lsquant._version import __version__
 from lsquant.cli import commands
+from lsquant.cli.reporting import report
+from lsquant.cli.training import train
 from lsquant.export.onnx import PROFILES
 from lsquant.export.packed import PROFILE as PACKED
 from lsquant.runs.settings import Optimizer
@@ -29,7 +31,6 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="print the result as one JSON object")
     common.add_argument("--quiet", action="store_true", help="no progress on stderr")
     common.add_argument("--threads", type=int, metavar="N", help="torch's threads")
-    common.add_argument("--device", default="cpu", help="cpu (others are not built yet)")
     common.add_argument("--seed", type=int, metavar="N", help="seed of every random choice (train; default 0)")
     top = argparse.ArgumentParser(prog="lsquant", description="Learned Step Size Quantization: train, export, verify.")
     top.add_argument("--version", action="version", version=f"lsquant {__version__}")
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    _train(add("train", commands.train, "train a task's float network, then at low bits with learned steps"))
+    _train(add("train", train, "train a task's float network, then at low bits with learned steps"))
 
     sub = add("eval", commands.evaluate, "measure the trained model of a run, or with --task of FILE, on the test data")
     sub.add_argument("path", metavar="RUN", help="run directory, or a FILE: float, of lsquant.save, or packed")
@@ -77,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     sub = add("check", commands.check_, "say what is wrong with a trained model; exit code 1 if it is an error")
     _subject(sub)
 
-    sub = add("report", commands.report, "write an HTML page about a run, several runs or FILE")
+    sub = add("report", report, "write an HTML page about a run, several runs or FILE")
     sub.add_argument("path", nargs="+", metavar="RUN", help="run directories, or with --model a FILE of lsquant.save")
     _own(sub)
     sub.add_argument("--out", metavar="FILE", help="default: RUN/report.html, or beside FILE")
@@ -205,14 +206,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         with _terminated_like_interrupted():
-            commands.set_up(arguments)
-            result, text, good = arguments.run(arguments)
+            commands.set_threads(arguments)
+            outcome = arguments.run(arguments)
     except LsquantError as error:
         print(f"lsquant: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        hint = f"; go on with: lsquant train --resume --out {arguments.out}" if arguments.run is commands.train else ""
+        hint = f"; go on with: lsquant train --resume --out {arguments.out}" if arguments.run is train else ""
         print(f"lsquant: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
-    print(json_text(result, indent=2) if arguments.json else text)
-    return GOOD if good else NOT_AS_REQUIRED
+    print(json_text(outcome.result, indent=2) if arguments.json else outcome.text)
+    return GOOD if outcome.good else NOT_AS_REQUIRED

@@ -11,7 +11,7 @@ from lsquant._util.errors import UsageError
 from lsquant.runs.task import Task
 from lsquant.tasks.cifar10 import Cifar10
 from lsquant.tasks.digits import Digits
-from lsquant.tasks.loading import call, load_object
+from lsquant.tasks.user_objects import call, load_object
 
 TASKS: dict[str, Callable[..., Task]] = {"digits": Digits, "cifar10": Cifar10}
 
