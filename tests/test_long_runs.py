@@ -25,13 +25,14 @@ from lsquant.runs import training
 from lsquant.tasks.resnet import cifar_resnet
 from lsquant.training import Log
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of benchmarks/ as a script does."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    """Imports a module of benchmarks/ or studies/ as a script does."""
+    for folder in ("benchmarks", "studies"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
     return importlib.import_module
 
 
@@ -119,7 +120,7 @@ def test_long_runs_are_stopped_and_go_on(bench, words, signals, tmp_path, monkey
     assert model.stat().st_mtime_ns == before
     assert results(tmp_path) == found
     shutil.rmtree(tmp_path / "results")
-    subprocess.run([sys.executable, str(BENCHMARKS / "long_runs.py"), "--collect", *folders], check=True)
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "long_runs.py"), "--collect", *folders], check=True)
     assert results(tmp_path) == found
 
 
