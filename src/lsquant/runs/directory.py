@@ -112,7 +112,9 @@ class Run:
         Raises: MissingFile if the run is not finished.
         """
         if not self.file("model.safetensors").is_file():
-            raise MissingFile(f"{self.path} has no model.safetensors: the run is not finished; --resume goes on with it")
+            raise MissingFile(
+                f"{self.path} has no model.safetensors: the run is not finished; --resume goes on with it"
+            )
         model = checkpoint.load(self.task.model(), self.file("model.safetensors"))
         logged = latest(log_rows(self.file("log.jsonl"), []))
         for name, quantizer in quantizers(model):

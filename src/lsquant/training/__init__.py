@@ -1,4 +1,4 @@
-"""Training: parameter groups, schedule, distillation, averages, checkpoint and resume, one small loop."""
+"""Training: parameter groups, schedules, distillation, averages of weights, checkpoints, the loop."""
 
 from lsquant.training.batchnorm import reestimate_batchnorm as reestimate_batchnorm
 from lsquant.training.distillation import classification_loss as classification_loss
