@@ -1,4 +1,4 @@
-"""What the files of a run directory say, whatever is missing or damaged."""
+"""Read the files of a run directory for the report, whatever is missing or damaged."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ _FILES = ("config.toml", "recipe.toml", "env.json", "log.jsonl", "metrics.json",
 
 
 def run_files(folder: Path) -> dict[str, Any]:
-    """config, recipe (text), environment, metrics, verdicts, files (name, bytes), log and history of a run directory.
+    """Return what the files of a run directory hold.
 
-    missing: in words, every file that is not there or cannot be read.  Raises: MissingFile where nothing is a run's.
+    name, path, config, recipe (text), environment, metrics, verdicts
+    files: (name, bytes) of the model and of what was exported
+    log, history, last: `curves`, `histories` and `latest` of the log
+    missing: in words, every file that does not exist or cannot be read
+
+    Raises: MissingFile where nothing is a run's.
     """
     if not any((folder / name).exists() for name in _FILES):
         raise MissingFile(f"{folder} is no run directory: it has no config.toml")
@@ -61,7 +66,7 @@ def run_files(folder: Path) -> dict[str, Any]:
 
 
 def _json(path: Path, missing: list[str]) -> dict[str, Any]:
-    """The object in a file; a missing or damaged one is noted."""
+    """Return the JSON object in a file; append to `missing` that it does not exist or is damaged."""
     try:
         value = read_json(path)
     except MissingFile:
@@ -116,7 +121,7 @@ def _line(rows: Sequence[Mapping[str, Any]], key: str, **how: int) -> list[float
 
 
 def from_log(last: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows for a page without the model: the quantizers that the log knows."""
+    """Return the rows of a page without the model: the quantizers that the log has."""
     rows = []
     for name in last:
         layer, _, end = name.rpartition(".")
@@ -128,7 +133,7 @@ def from_log(last: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def complete(rows: list[dict[str, Any]], last: Mapping[str, Mapping[str, float]]) -> None:
-    """Fill in from the log what is not known otherwise: R, oscillation, guards (a loaded model has none) and step."""
+    """Fill in from the log what the model does not hold: R, oscillation, guards and, without a model, the step."""
     for row in rows:
         mine = last.get(row["name"], {})
         for key, logged in (("balance", "R"), ("oscillation", "oscillation"), ("step", "step")):

@@ -225,7 +225,7 @@ def _read_recipe(folder: Path) -> Recipe:
 
 
 def _found(path: str, started: Path) -> str:
-    """Return `path` as it is from here, or in the folder that the run was started from if that is another and has it."""
+    """Return `path` in the folder that the run was started from if that is another and has it, else as from here."""
     return str(started / path) if started.resolve() != Path.cwd() and (started / path).exists() else path
 
 

@@ -67,7 +67,7 @@ def load_start(model: nn.Module, path: str | os.PathLike[str]) -> bool:
 
 
 def load_teacher(task: Task, path: str | os.PathLike[str]) -> nn.Module:
-    """Build the float network in `path`, in eval mode, without gradients: of the task's architectures the one that fits.
+    """Build the float network in `path`, of the task's architectures the one that fits; in eval mode, not trained.
 
     Raises: MissingFile; DamagedFile; UsageError naming the file and the architectures if none fits.
     """

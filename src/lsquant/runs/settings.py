@@ -52,7 +52,7 @@ class Settings:
         clip_norm: largest norm of the gradient; None does not clip
         optimizer: "sgd"; "adam" or "adamw", which want `lr` near 0.001
         transition_rate: share of the low-bit weights that change code in a step at the beginning, e.g. 0.002; it falls
-            to 0 along a cosine and decides the learning rate of these weights (`TransitionRate`); None leaves it at `lr`
+            to 0 along a cosine and decides the learning rate of these weights (`TransitionRate`); None: `lr` does
         distill: distill from the run's own float network
         distill_weight, distill_temperature: as for `distillation_loss`; they count for another teacher too
         progressive: more bits first, e.g. (8, 4)
@@ -141,7 +141,7 @@ class Settings:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """Read the settings of a config.toml, which leaves out what is None. Raises: UsageError naming an unknown one."""
+        """Read the settings of a config.toml, which leaves out None. Raises: UsageError naming an unknown one."""
         known = {item.name for item in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UsageError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
