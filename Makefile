@@ -79,7 +79,7 @@ package: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "" tests/test_packaging.py
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff check src tests benchmarks studies examples
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: $(STAMP)

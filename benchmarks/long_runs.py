@@ -40,8 +40,8 @@ from lsquant._util.errors import UsageError
 from lsquant._util.files import atomic_write_bytes, atomic_write_text, json_text, read_json, write_json
 from lsquant._util.toml import to_toml
 from lsquant.diagnostics.environment import environment
+from lsquant.runs.directory import START, TEACHER, sha256
 from lsquant.tasks import Run, get_task, is_run, open_run, run_training
-from lsquant.tasks.directory import START, TEACHER, sha256
 from lsquant.training import Log, load_state
 
 ROOT = Path(__file__).resolve().parents[1]

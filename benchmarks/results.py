@@ -26,7 +26,7 @@ from tables import ROOT, replaced, table
 
 from lsquant import Verdict, export_onnx, export_packed, load_packed, to_integer, verify
 from lsquant._util.files import atomic_write, atomic_write_text, read_json, write_json
-from lsquant.cli.own import file_name
+from lsquant.cli.words import file_name
 from lsquant.tasks import get_task, is_run, open_run
 
 PILOT = "pilot: "  # how a run of the pilot of equal budgets begins in the table of runs

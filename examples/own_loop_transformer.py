@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lsquant
-from lsquant.tasks.protocol import Settings
+from lsquant.tasks import Settings
 
 SYMBOLS, LENGTH, WIDTH = 6, 12, 32
 

@@ -82,6 +82,6 @@ def stopped(run: Run) -> None:
         raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lsquant.tasks.run, "fit", stop)
+        patch.setattr(lsquant.runs.training, "fit", stop)
         with pytest.raises(Stop):
             run_training(run, quiet=True)

@@ -43,7 +43,8 @@ LAYERS = {
     "verification": 14,
     "integrations": 15,
     "importers": 15,
-    "report": 16,
+    "runs": 16,
+    "report": 17,
     "tasks": 17,
     "cli": 18,
 }

@@ -220,7 +220,7 @@ def test_every_command_has_help():
         assert re.search(rf"^ +{name} ", top.out, re.MULTILINE)
         sub = run(name, "--help")
         assert sub.code == 0
-        for option in ("--json", "--quiet", "--threads", "--device", "--seed"):
+        for option in ("--json", "--quiet", "--threads", "--seed"):
             assert option in sub.out
 
 
@@ -228,7 +228,7 @@ def test_every_command_has_help():
 def test_commands_on_a_run_take_its_path(command):
     arguments = parser().parse_args([command, "RUN"])
     assert arguments.path == (["RUN"] if command == "report" else "RUN")
-    assert (arguments.json, arguments.quiet, arguments.device) == (False, False, "cpu")
+    assert (arguments.json, arguments.quiet) == (False, False)
     assert run(command).code == 2
 
 

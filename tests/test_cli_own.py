@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import lsquant
 from lsquant.cli import main
-from lsquant.tasks.loading import call, load_object
+from lsquant.tasks.user_objects import call, load_object
 from report_pages import page_data
 
 MODULE = """

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from command_line import line, refused, run  # noqa: F401  (line is a fixture)
-from lsquant.cli import commands
+from lsquant.cli import commands, training
 
 for package in ("sklearn", "onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package)
@@ -29,7 +29,6 @@ USAGE: dict[str, tuple[str, ...]] = {
     "batch_size=0": ("train", "digits", "--bits", "2", "--batch-size", "0", "--out", "OUT"),
     "invalid int value: 'two'": ("train", "digits", "--bits", "two", "--out", "OUT"),
     "--threads 0": ("env", "--threads", "0"),
-    "--device cuda": ("env", "--device", "cuda"),
     "invalid choice: 'nonsense'": ("nonsense",),
     "COMMAND": (),
     "unrecognized arguments: --fast": ("env", "--fast"),
@@ -107,7 +106,7 @@ def test_an_interrupt(monkeypatch):
 
 
 def test_sigterm_is_an_interrupt_that_says_how_to_go_on(monkeypatch, in_tmp):
-    monkeypatch.setattr(commands, "run_training", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(training, "run_training", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     refused(130, "go on with: lsquant train --resume --out x", "train", "digits", "--bits", "2", "--out", "x")
     assert signal.getsignal(signal.SIGTERM) is before

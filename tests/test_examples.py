@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lsquant
-from lsquant.tasks.protocol import Task
+from lsquant.tasks import Task
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples"
 

@@ -22,17 +22,18 @@ import lsquant
 from cifar_files import joined, six_parts, write_binary
 from lsquant import reference
 from lsquant._util.errors import UsageError
-from lsquant.tasks import run
+from lsquant.runs import training
 from lsquant.tasks.resnet import cifar_resnet
 from lsquant.training import Log, load_state, save_state
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of benchmarks/ as a script does."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    """Imports a module of benchmarks/ or studies/ as a script does."""
+    for folder in ("benchmarks", "studies"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
     return importlib.import_module
 
 
@@ -90,7 +91,7 @@ def test_long_runs_are_stopped_and_go_on(bench, words, signals, tmp_path, monkey
     long_runs.main(["--collect", *folders])  # as after a kill
     assert results(tmp_path) == stopped
 
-    load_teacher = run.load_teacher
+    load_teacher = training.load_teacher
 
     def load_and_signal(*a: Any) -> torch.nn.Module:
         signals[:] = [signal.SIGINT]
@@ -98,7 +99,7 @@ def test_long_runs_are_stopped_and_go_on(bench, words, signals, tmp_path, monkey
 
     capfd.readouterr()
     with monkeypatch.context() as patch:  # a signal in the second run only
-        patch.setattr(run, "load_teacher", load_and_signal)
+        patch.setattr(training, "load_teacher", load_and_signal)
         with pytest.raises(SystemExit, match="130"):
             long_runs.main(command)
     said = capfd.readouterr().err
@@ -120,7 +121,7 @@ def test_long_runs_are_stopped_and_go_on(bench, words, signals, tmp_path, monkey
     assert model.stat().st_mtime_ns == before
     assert results(tmp_path) == found
     shutil.rmtree(tmp_path / "results")
-    subprocess.run([sys.executable, str(BENCHMARKS / "long_runs.py"), "--collect", *folders], check=True)
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "long_runs.py"), "--collect", *folders], check=True)
     assert results(tmp_path) == found
 
 
@@ -295,7 +296,7 @@ def test_pause_and_continue(bench, tmp_path):
     folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     with pytest.raises(UsageError, match="no run is going on"):
         long_runs.main(["--pause", *folders])
-    hold = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import long_runs, pathlib, time\n"
+    hold = f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import long_runs, pathlib, time\n"
     hold += f"with long_runs.alone(pathlib.Path({str(tmp_path / 'runs')!r})): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True) as process:
         try:

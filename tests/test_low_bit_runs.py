@@ -18,10 +18,10 @@ from torch.nn import functional as F
 import lsquant
 from logs import untimed
 from lsquant._util.errors import UsageError
-from lsquant.cli import commands, main
+from lsquant.cli import main, training
 from lsquant.cli.reporting import train_command
+from lsquant.runs.directory import start_run
 from lsquant.tasks import Run, Settings, open_run, resume_training, run_training
-from lsquant.tasks.directory import start_run
 from lsquant.training import load_state
 from small_digits import RECIPE, SmallDigits, float_files, model_file, network, rounded, small, stopped, task
 
@@ -37,14 +37,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What every call of `fit` was given, with the bits of the quantizers; the calls go through."""
     calls: list[dict[str, Any]] = []
-    fit = lsquant.tasks.run.fit
+    fit = lsquant.runs.training.fit
 
     def watched(model: nn.Module, batches: Any, optimizer: Any, **options: Any) -> Any:
         bits = {name: q.spec.bits for name, q in lsquant.quantizers(model)}
         calls.append({"bits": bits, "groups": [dict(g) for g in optimizer.param_groups], **options})
         return fit(model, batches, optimizer, **options)
 
-    monkeypatch.setattr(lsquant.tasks.run, "fit", watched)
+    monkeypatch.setattr(lsquant.runs.training, "fit", watched)
     return calls
 
 
@@ -102,7 +102,7 @@ def test_adam_brings_its_learning_rate_on_the_command_line(tmp_path, monkeypatch
         seen.append(run.settings)
         raise UsageError("enough")
 
-    monkeypatch.setattr(commands, "run_training", stop)
+    monkeypatch.setattr(training, "run_training", stop)
     for words in ("", "--optimizer adam", "--optimizer adamw --lr 0.5", "--optimizer sgd"):
         main(["train", "digits", "--bits", "2", "--out", str(tmp_path / "x"), *words.split()])
     assert [(s.optimizer, s.lr) for s in seen] == [("sgd", 0.03), ("adam", 0.001), ("adamw", 0.5), ("sgd", 0.03)]
@@ -313,7 +313,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Run]]:
         runs.append(run)
         return {}
 
-    monkeypatch.setattr(commands, "run_training", record)
+    monkeypatch.setattr(training, "run_training", record)
     return runs
 
 

@@ -16,7 +16,8 @@ import lsquant
 import oracle
 from lsquant import Recipe
 from lsquant.cli import main
-from lsquant.report import run_files, values
+from lsquant.report import values
+from lsquant.runs import log_reader
 from report_pages import array, calibrated, judged, page_data, values_of, zero_points
 from test_diagnostics import by_hand
 
@@ -285,7 +286,7 @@ def test_a_long_log_is_thinned(run_copy, capsys):
     (run_copy / "log.jsonl").write_text("".join(
         json.dumps(json.loads(line) | {"epoch": i + 1, "loss": i / 7}) + "\n" for i in range(5000)))  # fmt: skip
     run = report(run_copy, capsys)
-    assert len(run["log"]["x"]) == run_files.ROWS
+    assert len(run["log"]["x"]) == log_reader.ROWS
     assert (run["log"]["x"][0], run["log"]["x"][-1]) == (1, 5000)
     assert run["log"]["series"]["loss"][-1] == pytest.approx(4999 / 7, rel=1e-6)
 

@@ -13,7 +13,7 @@ import torch
 import lsquant
 from logs import untimed
 from lsquant._util.errors import DamagedFile, MissingFile, UsageError
-from lsquant.cli import commands, main
+from lsquant.cli import main, training
 from lsquant.cli.reporting import train_command
 from lsquant.tasks import Run, open_run, resume_training, run_training
 from small_digits import RECIPE, float_files, model_file, network, small, stopped, task
@@ -172,7 +172,7 @@ def test_the_command_line(first, tmp_path, capsys, monkeypatch):
     assert main(["train", "--resume", "--out", str(run.path), "--start", files[4]]) == 2
     assert re.search(r"start is '.*packed\.safetensors', not '.*width4", capsys.readouterr().err)
     started = []
-    monkeypatch.setattr(commands, "run_training", lambda run, **_: started.append(run) or {"seconds": {}})
+    monkeypatch.setattr(training, "run_training", lambda run, **_: started.append(run) or {"seconds": {}})
     words = ["digits", "--bits", "2", "--init", files[4], "--start", packed, "--out", str(tmp_path / "b"), "--quiet"]
     assert main(["train", *words]) == 0
     assert (started[0].init, started[0].start, started[0].recipe) == (files[4], packed, RECIPE)

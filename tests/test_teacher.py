@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import lsquant
 from logs import untimed
 from lsquant._util.errors import DamagedFile, MissingFile, UsageError
+from lsquant.runs.network_files import load_teacher
 from lsquant.tasks import resume_training, run_training
-from lsquant.tasks.run import load_teacher
 from small_digits import float_files, network, rounded, small, stopped, task
 
 pytest.importorskip("sklearn")

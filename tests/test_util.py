@@ -15,7 +15,7 @@ from lsquant._util.batches import evaluating, model_inputs, run_batch, take
 from lsquant._util.errors import DamagedFile, DiskFull, LsquantError, MissingExtra, MissingFile, UsageError
 from lsquant._util.files import atomic_write, atomic_write_text, json_text, read_json, remove_leftovers, write_json
 from lsquant._util.optional import require
-from lsquant.training.progress import Progress
+from lsquant.training.progress import ProgressBar
 
 
 def test_exit_codes():
@@ -130,7 +130,7 @@ def test_require(tmp_path, monkeypatch):
 
 def test_progress_off_a_terminal():
     stream = io.StringIO()
-    bar = Progress(range(3), label="epoch 1", stream=stream)
+    bar = ProgressBar(range(3), label="epoch 1", stream=stream)
     bar.note("loss 0.5")
     assert list(bar) == [0, 1, 2]
     text = stream.getvalue()
@@ -144,7 +144,7 @@ def test_progress_off_a_terminal():
 
 def test_progress_quiet():
     stream = io.StringIO()
-    assert list(Progress(iter("ab"), quiet=True, stream=stream)) == ["a", "b"]
+    assert list(ProgressBar(iter("ab"), quiet=True, stream=stream)) == ["a", "b"]
     assert stream.getvalue() == ""
 
 

@@ -1,3 +1,3 @@
-"""The command line: each command parses and calls the library."""
+"""The command line: each command parses its arguments and calls the library."""
 
 from lsquant.cli.main import main as main

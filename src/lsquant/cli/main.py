@@ -1,4 +1,4 @@
-"""``lsquant``: parse, call, print; the exit code says how it went."""
+"""``lsquant``: parse the arguments, call the command, print its outcome, return the exit code."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from lsquant._util.errors import LsquantError
 from lsquant._util.files import json_text
 from lsquant._version import __version__
 from lsquant.cli import commands
+from lsquant.cli.reporting import report
+from lsquant.cli.training import train
 from lsquant.export.onnx import PROFILES
 from lsquant.export.packed import PROFILE as PACKED
+from lsquant.runs.settings import Optimizer
 from lsquant.tasks import TASKS
-from lsquant.tasks.protocol import Optimizer
 from lsquant.verification import LEVELS, RUNTIMES
 
 GOOD, NOT_AS_REQUIRED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets ``run``, a function of the parsed arguments."""
+    """Build the parser of all commands; each sets ``run``, a function of the parsed arguments."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print the result as one JSON object")
     common.add_argument("--quiet", action="store_true", help="no progress on stderr")
     common.add_argument("--threads", type=int, metavar="N", help="torch's threads")
-    common.add_argument("--device", default="cpu", help="cpu (others are not built yet)")
     common.add_argument("--seed", type=int, metavar="N", help="seed of every random choice (train; default 0)")
     top = argparse.ArgumentParser(prog="lsquant", description="Learned Step Size Quantization: train, export, verify.")
     top.add_argument("--version", action="version", version=f"lsquant {__version__}")
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    _train(add("train", commands.train, "train a task's float network, then at low bits with learned steps"))
+    _train(add("train", train, "train a task's float network, then at low bits with learned steps"))
 
     sub = add("eval", commands.evaluate, "measure the trained model of a run, or with --task of FILE, on the test data")
     sub.add_argument("path", metavar="RUN", help="run directory, or a FILE: float, of lsquant.save, or packed")
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--overwrite", action="store_true", help="replace a file that exists")
     _bits(sub)
     sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) for the model")
-    _rules(sub, "rule of these steps (default mse)")
+    _rules(sub, "rule of the initial steps (default mse)")
 
     sub = add("export", commands.export, "write the trained integers of a run or FILE as ONNX or packed")
     _subject(sub)
@@ -69,15 +70,15 @@ def parser() -> argparse.ArgumentParser:
     _profile(sub)
     sub.add_argument("--file", metavar="FILE", help="the exported file (default: where export writes it)")
     sub.add_argument("--require", choices=LEVELS[1:], default=LEVELS[-1], help="level needed for exit code 0")
-    about = f"what runs an ONNX file: {', '.join(RUNTIMES)}; one other than {RUNTIMES[0]} has a verdict file of its own"
+    about = f"what runs an ONNX file: {', '.join(RUNTIMES)}; others than {RUNTIMES[0]} have a verdict file each"
     sub.add_argument("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=about)
     about = "folder with onnxruntime-web from npm (default: LSQUANT_NODE_MODULES)"
     sub.add_argument("--node-modules", metavar="DIR", help=about)
 
-    sub = add("check", commands.check_, "say what is wrong with a trained model; exit code 1 if it is an error")
+    sub = add("check", commands.check_, "find what is wrong with a trained model; exit code 1 if it is an error")
     _subject(sub)
 
-    sub = add("report", commands.report, "write an HTML page about a run, several runs or FILE")
+    sub = add("report", report, "write an HTML page about a run, several runs or FILE")
     sub.add_argument("path", nargs="+", metavar="RUN", help="run directories, or with --model a FILE of lsquant.save")
     _own(sub)
     sub.add_argument("--out", metavar="FILE", help="default: RUN/report.html, or beside FILE")
@@ -132,7 +133,7 @@ def _train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) instead of float training")
     about = "train the network of this packed or saved file further, instead of a float one"
     sub.add_argument("--start", metavar="FILE", help=about)
-    sub.add_argument("--checkpoint-every", type=int, metavar="N", help="also write a checkpoint every N iterations")
+    sub.add_argument("--checkpoint-every", type=int, metavar="N", help="write a checkpoint every N iterations as well")
     sub.add_argument("--tensorboard", action="store_true", help="also write the log's numbers to DIR/tensorboard")
     sub.add_argument("--teacher", metavar="FILE", help="distill from this float checkpoint (.safetensors)")
     boolean = argparse.BooleanOptionalAction
@@ -146,7 +147,7 @@ def _train(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(f"--{name}", type=int, metavar="N", help=about)
     for name, about in _REAL.items():
         sub.add_argument(f"--{name}", type=float, metavar="X", help=about)
-    _rules(sub, "rule of these initial steps")
+    _rules(sub, "rule of the initial steps")
 
 
 def _rules(sub: argparse.ArgumentParser, about: str) -> None:
@@ -171,7 +172,7 @@ _REAL = {
     "weight-decay": "at low bits",
     "float-weight-decay": "of the float network",
     "clip-norm": "largest norm of the gradient at low bits",
-    "transition-rate": "share of the low-bit weights that change code in a step, at first, e.g. 0.002 (falls to 0)",
+    "transition-rate": "initial share of the low-bit weights that change code in a step, e.g. 0.002 (falls to 0)",
     "distill-weight": "weight of the teacher's part of the loss",
     "distill-temperature": "temperature of the teacher's part of the loss",
     "ema": "decay of an average of the weights, which is evaluated and kept, e.g. 0.999",
@@ -179,13 +180,13 @@ _REAL = {
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """The numbers of "8,4"; a ValueError is argparse's to report."""
+    """Parse "8,4"; argparse reports a ValueError."""
     return tuple(int(part) for part in text.split(","))
 
 
 @contextmanager
 def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, which schedulers and containers send, ends a command as Ctrl-C does: with words and code 130."""
+    """Handle SIGTERM, which schedulers and containers send, like Ctrl-C: with a message and exit code 130."""
 
     def interrupt(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
@@ -201,18 +202,18 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command.  Returns 0 good, 1 result not as required, 2 usage, 3 missing or damaged, 130 interrupted."""
+    """Run one command. Returns 0 good, 1 result not as required, 2 usage, 3 missing or damaged, 130 interrupted."""
     arguments = parser().parse_args(argv)
     try:
         with _terminated_like_interrupted():
-            commands.set_up(arguments)
-            result, text, good = arguments.run(arguments)
+            commands.set_threads(arguments)
+            outcome = arguments.run(arguments)
     except LsquantError as error:
         print(f"lsquant: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        hint = f"; go on with: lsquant train --resume --out {arguments.out}" if arguments.run is commands.train else ""
+        hint = f"; go on with: lsquant train --resume --out {arguments.out}" if arguments.run is train else ""
         print(f"lsquant: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
-    print(json_text(result, indent=2) if arguments.json else text)
-    return GOOD if good else NOT_AS_REQUIRED
+    print(json_text(outcome.result, indent=2) if arguments.json else outcome.text)
+    return GOOD if outcome.good else NOT_AS_REQUIRED

@@ -1,8 +1,9 @@
-"""``lsquant report``: the page of one run or several, of what is there, saying what is missing."""
+"""``lsquant report``: the page of one run or several, of what is there, saying what is missing; or of FILE."""
 
 from __future__ import annotations
 
 from argparse import Namespace
+from glob import escape
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -10,31 +11,52 @@ from typing import Any
 from torch import nn
 
 from lsquant._util.errors import LsquantError, UsageError
+from lsquant._util.files import read_json
 from lsquant._util.tensors import header_size
-from lsquant.cli import own
+from lsquant.cli.outcome import Outcome
+from lsquant.cli.subject import BATCH
+from lsquant.cli.user_model import UserModel
 from lsquant.cli.words import measured, results, table
 from lsquant.convert import prepare
 from lsquant.export.packed import PROFILE as PACKED
 from lsquant.report.model_facts import model_facts
-from lsquant.report.page import write_page
+from lsquant.report.page import write_page, write_report
 from lsquant.report.run_files import complete, from_log, run_files
-from lsquant.tasks import Run, open_run
+from lsquant.runs import Run
+from lsquant.tasks import open_run
 from lsquant.training.progress import message
 from lsquant.training.state import load_model_state, load_state
 
-BATCH, BATCHES = 250, 2  # of the calibration data that the page looks at, unless --max-batches says otherwise
+BATCHES = 2  # of the calibration data that the page of a run looks at, unless --max-batches says otherwise
 _FLOATS, _PACKED = "quantized weights in float32", "the same packed, with steps"
 
 
-def report(a: Namespace) -> own.Outcome:
+def report(a: Namespace) -> Outcome:
     """Write the page of the runs, or of FILE."""
     if any(Path(path).is_file() for path in a.path) or a.model is not None or (a.data and not is_folder(a.data)):
-        if len(a.path) > 1:
-            raise UsageError("report: a FILE with --model has a page of its own; several RUN are run directories")
-        a.path = a.path[0]
-        if a.model is None:
-            raise UsageError(f"{a.path} is a file, not a run directory, and needs --model package.module:build")
-        return own.report(a)
+        return _report_of_file(a)
+    return _report_of_runs(a)
+
+
+def _report_of_file(a: Namespace) -> Outcome:
+    """Write the page about FILE's quantizers, and the verdicts that `verify` left beside it."""
+    if len(a.path) > 1:
+        raise UsageError("report: a FILE with --model has a page of its own; several RUN are run directories")
+    (name,) = a.path
+    if a.model is None:
+        raise UsageError(f"{name} is a file, not a run directory, and needs --model package.module:build")
+    subject, file = UserModel.of(a, name), Path(name)
+    model = subject.model()
+    path = Path(a.out) if a.out else file.with_suffix(".html")
+    found = [read_json(one) for one in sorted(file.parent.glob(f"{escape(file.stem)}.*verdict.json"))]
+    limit = a.max_batches or 32
+    write_report(model, path, subject.check_batches(), max_batches=limit, title=file.name, verdicts=found)
+    levels = {v["profile"]: v["level"] for v in found if v["runtime"].startswith(("ONNX", "PyTorch"))}
+    return Outcome({"report": str(path), "verdicts": levels}, str(path))
+
+
+def _report_of_runs(a: Namespace) -> Outcome:
+    """Write one page of all runs."""
     if a.data is not None and not Path(a.data).is_dir():
         raise UsageError(f"--data {a.data}: there is no such folder; without --data the run's own is taken")
     if len(a.path) > 1 and a.out is None:
@@ -44,16 +66,16 @@ def report(a: Namespace) -> own.Outcome:
     names = ", ".join(run["name"] for run in runs)
     task = runs[0]["config"].get("task")
     write_page(f"lsquant: {task}, {names}" if task and len(runs) == 1 else f"lsquant: {names}", runs, path)
-    told, lines = zip(*(_told(run) for run in runs), strict=True)
+    summaries, lines = zip(*(_summary(run) for run in runs), strict=True)
     for run in runs:
         for text in run["missing"]:
             message(f"{run['name']}: {text}", a.quiet)
     where = [("report", str(path))]
     if len(runs) == 1:
-        return {"report": str(path), **told[0]}, table([*lines[0], *where]), True
-    named = {run["path"]: facts for run, facts in zip(runs, told, strict=True)}
+        return Outcome({"report": str(path), **summaries[0]}, table([*lines[0], *where]))
+    named = {run["path"]: facts for run, facts in zip(runs, summaries, strict=True)}
     text = "\n\n".join(f"{run['path']}\n{table(some)}" for run, some in zip(runs, lines, strict=True))
-    return {"report": str(path), "runs": named}, f"{text}\n\n{table(where)}", True
+    return Outcome({"report": str(path), "runs": named}, f"{text}\n\n{table(where)}")
 
 
 def is_folder(data: str) -> bool:
@@ -62,7 +84,7 @@ def is_folder(data: str) -> bool:
 
 
 def run_facts(folder: Path, a: Namespace) -> dict[str, Any]:
-    """Everything the page shows of a run: its files, and its model on the calibration data where these are there."""
+    """Return what the page shows of a run: its files, and its model on the calibration data as far as they exist."""
     run = run_files(folder)
     last, missing = run.pop("last"), run["missing"]
     try:
@@ -86,7 +108,7 @@ def run_facts(folder: Path, a: Namespace) -> dict[str, Any]:
 
 
 def trained(run: Run, missing: list[str]) -> nn.Module:
-    """The trained model, or of an unfinished run the model of its last checkpoint.  Raises: LsquantError."""
+    """Return the trained model, or of an unfinished run the model of its last checkpoint. Raises: LsquantError."""
     checkpoints = sorted(run.file("last").glob("lsq*.safetensors"), key=lambda f: f.stat().st_mtime)
     try:
         return run.model()
@@ -101,8 +123,8 @@ def trained(run: Run, missing: list[str]) -> nn.Module:
     return model.eval()
 
 
-def _told(run: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """What goes to stdout: the result for --json, and lines."""
+def _summary(run: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Return the result for --json, and the lines of the text, of one run."""
     sizes = run.get("sizes", {})
     files = {_FLOATS: sizes["float"], _PACKED: sizes["packed"]} if sizes else {}
     for name, size in run["files"]:
@@ -112,22 +134,22 @@ def _told(run: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     verdicts = [v for v in run["verdicts"] if {"profile", "runtime", "level"} <= v.keys()]
     lines = [(name, measured(run["metrics"][key])) for key, name in results(run["metrics"])]
     lines += [(name, f"{size:,} bytes") for name, size in files.items()]
-    lines += [(f"profile {v['profile']}, {v['runtime']}", _said(v["level"])) for v in verdicts]
+    lines += [(f"profile {v['profile']}, {v['runtime']}", _level_in_words(v["level"])) for v in verdicts]
     facts = {"metrics": run["metrics"], "verdicts": {v["profile"]: v["level"] for v in verdicts}, "files": files}
     return facts | {"missing": run["missing"]}, lines
 
 
-def _said(level: str) -> str:
+def _level_in_words(level: str) -> str:
     return "exact, level outputs" if level == "outputs" else f"level {level}"
 
 
 def commands_of(run: Run) -> list[str]:
-    """The commands that repeat the run, its files and this page."""
+    """Return the commands that repeat the run, its files and this page."""
     return [train_command(run)] + [f"lsquant {c} {quote(str(run.path))}" for c in ("export", "verify", "report")]
 
 
 def train_command(run: Run) -> str:
-    """The command that repeats a run."""
+    """Return the command that repeats a run."""
     changed = {k: v for k, v in run.settings.to_dict().items() if v != getattr(run.task.settings, k)}
     if not run.trains_float:  # train refuses options that have no effect
         changed = {k: v for k, v in changed.items() if not k.startswith("float_")}
@@ -139,11 +161,11 @@ def train_command(run: Run) -> str:
     given = {**{k: run.task.options.get(k) for k in ("data", "model")}, **files}
     options += [f"--{k} {quote(str(v))}" for k, v in given.items() if v is not None]
     recipe = quote(str(run.file("recipe.toml")))
-    return " ".join(["lsquant train", quote(run.config()["task"]), "--recipe", recipe, "--out DIR", *options])
+    return " ".join(["lsquant train", quote(run.task_name), "--recipe", recipe, "--out DIR", *options])
 
 
 def _option(name: str, value: Any) -> str:
-    """A setting as on the command line."""
+    """Format a setting as on the command line."""
     flag = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
     if isinstance(value, bool):
         return flag

@@ -1,4 +1,4 @@
-"""Bridges to training frameworks.  Each module imports its framework; import the one you use:
+"""Callbacks and optimizers for training frameworks. Each module imports its framework; import the one you use:
 
 from lsquant.integrations import huggingface      # Trainer
 from lsquant.integrations import lightning

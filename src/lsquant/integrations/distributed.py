@@ -1,4 +1,4 @@
-"""Processes that train one model together (DistributedDataParallel)."""
+"""Synchronization of processes that train one model together (DistributedDataParallel)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lsquant.nn import quantizers
 
 @torch.no_grad()
 def synchronize(model: nn.Module, source: int = 0) -> None:
-    """Give every process the steps, signs and N of process `source`; call it in all of them.
+    """Broadcast steps, signs and N from process `source`; call it in every process.
 
-    For processes that calibrated on different batches, or where only `source` calibrated.  DistributedDataParallel
-    copies parameters and buffers of process 0 by itself, but not what was decided from them in Python (the sign, hence
-    the bounds).  Without a process group only that is read back.
+    It is for processes that calibrated on different batches, or where only `source` calibrated. DistributedDataParallel
+    broadcasts parameters and buffers of process 0, but not what Python derives from them (the sign, hence the bounds).
+    Without a process group only that is read back.
     """
     together = distributed.is_available() and distributed.is_initialized()
     for _, quantizer in quantizers(model):

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: an optimizer that leaves steps undecayed, a callback that looks after them."""
+"""Hugging Face Trainer: an optimizer that never decays steps, callbacks that check and log the quantizers."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ def optimizer(
     weight_decay_by_bits: bool = False,
     low_bit: bool = False,
 ) -> torch.optim.Optimizer:
-    """The optimizer that ``TrainingArguments`` ask for, over ``lsquant.param_groups``: steps are never decayed.
+    """Build the optimizer that ``TrainingArguments`` ask for, over ``lsquant.param_groups``: steps are never decayed.
 
     ``Trainer(model, args, optimizers=(optimizer(model, args), None), ...)``; None lets Trainer make its schedule.
-    Call it after ``prepare``.  The other arguments are those of ``lsquant.param_groups``.
+
+    model: prepared
+    args: Trainer's
+    step_lr, relative_step_lr, weight_decay_by_bits, low_bit: as for ``lsquant.param_groups``
+
     Raises: UsageError for optimizers of Trainer that choose their own parameters (GaLore, LOMO, layer-wise ones).
     """
     cls, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -54,14 +58,18 @@ def optimizer(
 
 
 class QuantizerCallback(transformers.TrainerCallback):
-    """Before training: an error where Trainer's optimizer decays or misses steps.  During it: facts every so often.
+    """Refuse an optimizer that decays or misses steps before training, and log facts about quantizers during it.
 
-    every: optimizer steps between two looks.  log: a JSON-lines file.  report: called with a flat dictionary of
-    numbers, for instance ``trainer.log`` (set it after the trainer is made).  problems: "raise", "warn" or "ignore".
-    oscillation_every: optimizer steps between two looks of ``lsquant.training.Oscillation``; what it has seen lies in
-    Trainer's checkpoints (``oscillation.safetensors``) and is taken up where the folder of the present run has the one
-    that is resumed; its window begins anew elsewhere.  ``last`` is the latest row, {"iteration", "quantizers":
-    ``lsquant.training.quantizer_facts(model)``}, with ``oscillation`` among them.
+    every: optimizer steps between two rows
+    log: a JSON-lines file
+    report: called with a flat dictionary of numbers, for instance ``trainer.log`` (set it after the trainer is made)
+    problems: "raise", "warn" or "ignore"
+    oscillation_every: optimizer steps between two looks of ``lsquant.training.Oscillation``. Its state is in Trainer's
+        checkpoints (``oscillation.safetensors``). It is restored where the folder of the present run has the checkpoint
+        that is resumed; elsewhere its window begins anew
+
+    ``last``: the latest row, {"iteration", "quantizers": ``lsquant.training.quantizer_facts(model)``}, with
+        ``oscillation`` among them
     """
 
     def __init__(
@@ -96,12 +104,17 @@ class QuantizerCallback(transformers.TrainerCallback):
 
 
 class TransitionCallback(transformers.TrainerCallback):
-    """``lsquant.training.TransitionRate`` over the whole training of Trainer, whose checkpoints then hold its state.
+    """Apply ``lsquant.training.TransitionRate`` over the whole training; Trainer's checkpoints hold its state.
 
-    Give Trainer ``optimizer(model, args, low_bit=True)``.  first, options: as for ``TransitionRate``; steps are
-    Trainer's ``max_steps``.  report: called every `every` optimizer steps with K, R and U (``transition_rate``,
-    ``transition_target``, ``transition_lr``), for instance ``trainer.log`` (set it after the trainer is made).
-    ``control``: the ``TransitionRate``, once training has begun.
+    Give Trainer ``optimizer(model, args, low_bit=True)``. The schedule has Trainer's ``max_steps``.
+
+    first, options: as for ``TransitionRate``
+    report: called with K, R and U (``transition_rate``, ``transition_target``, ``transition_lr``), for instance
+        ``trainer.log`` (set it after the trainer is made)
+    every: optimizer steps between two calls of `report`
+
+    ``control``: the ``TransitionRate``, once training has begun
+
     Raises: UsageError where training resumes from a checkpoint without its state (``transition.safetensors``).
     """
 
@@ -147,5 +160,5 @@ class TransitionCallback(transformers.TrainerCallback):
 
 
 def _beside(args: Any, state: Any, name: str) -> Path:
-    """A file of ours in Trainer's checkpoint of the present step."""
+    """Return a file in Trainer's checkpoint of the present step."""
     return Path(args.output_dir) / f"checkpoint-{state.global_step}" / name

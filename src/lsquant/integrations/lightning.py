@@ -1,4 +1,4 @@
-"""Lightning: a callback that looks after the steps."""
+"""Lightning: callbacks that check and log the quantizers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ pytorch = require("lightning.pytorch", extra="integrations")
 
 
 class QuantizerCallback(pytorch.Callback):
-    """Before training: an error where an optimizer decays or misses steps.  During it: facts every so often.
+    """Refuse an optimizer that decays or misses steps before training, and log facts about quantizers during it.
 
-    every: optimizer steps between two looks.  log: a JSON-lines file.  problems: "raise", "warn" or "ignore".
+    The facts go to the trainer's loggers (TensorBoard and others) as well.
+
+    every: optimizer steps between two rows
+    log: a JSON-lines file
+    problems: "raise", "warn" or "ignore"
     oscillation_every: optimizer steps between two looks of ``lsquant.training.Oscillation``, whose state is in
-    Lightning's checkpoints.  The facts go to the trainer's loggers (TensorBoard and others) as well.
-    ``last`` is the latest row, {"iteration", "quantizers": ``lsquant.training.quantizer_facts(module)``}, with
-    ``oscillation`` among them.
+        Lightning's checkpoints
+
+    ``last``: the latest row, {"iteration", "quantizers": ``lsquant.training.quantizer_facts(module)``}, with
+        ``oscillation`` among them
     """
 
     def __init__(
@@ -54,11 +59,16 @@ class QuantizerCallback(pytorch.Callback):
 
 
 class TransitionCallback(pytorch.Callback):
-    """``lsquant.training.TransitionRate`` over the whole training; its state is in Lightning's checkpoints.
+    """Apply ``lsquant.training.TransitionRate`` over the whole training; Lightning's checkpoints hold its state.
 
-    The module has one optimizer, built over ``lsquant.param_groups(..., low_bit=True)``.  first, options: as for
-    ``TransitionRate``; steps: of the optimizer, by default Trainer's ``estimated_stepping_batches``.  K, R and U go to
-    its loggers every ``log_every_n_steps``.  ``control``: the ``TransitionRate``, once training has begun.
+    The module has one optimizer, built over ``lsquant.param_groups(..., low_bit=True)``. K, R and U go
+    to Trainer's loggers every ``log_every_n_steps``.
+
+    first, options: as for ``TransitionRate``
+    steps: of the optimizer, in the whole training; by default Trainer's ``estimated_stepping_batches``
+
+    ``control``: the ``TransitionRate``, once training has begun
+
     Raises: UsageError for several optimizers; for a training of unknown length or with manual optimization, without
     steps; for a checkpoint to resume from that has no state of this callback.
     """

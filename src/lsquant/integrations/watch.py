@@ -1,4 +1,4 @@
-"""What the callbacks of all frameworks do: look at model and optimizer before training, write facts during it."""
+"""What the callbacks of all frameworks share: check model and optimizer before training, log facts during it."""
 
 from __future__ import annotations
 
@@ -19,19 +19,24 @@ Problems = Literal["raise", "warn", "ignore"]
 
 SERIOUS = {"not_prepared", "step_unset", "step_not_finite", "tied_twice", "step_missing", "stale_parameters",
            "step_decayed"}  # fmt: skip
-"""Findings of ``lsquant.check`` with which training gives another model than was meant."""
+"""Findings of ``lsquant.check`` that make training give another model than intended."""
 MINOR = {"weight_missing", "step_frozen", "switched_off"}
-"""Findings that may be meant: always a warning."""
+"""Findings that may be intended: always a warning."""
 
 
 class Watch:
-    """every: optimizer steps between two looks.  log: a JSON-lines file, one row a look, or None.
-    problems: "raise" an error, "warn" or "ignore" when the optimizer decays, misses or replaces steps.
+    """Check model and optimizer before training, and log facts about the quantizers during it.
 
-    oscillation_every: optimizer steps between two looks of ``lsquant.training.Oscillation``.
+    every: optimizer steps between two rows
+    log: a JSON-lines file; None writes none
+    problems: "raise" an error, "warn" or "ignore" when the optimizer decays, misses or replaces steps
+    oscillation_every: optimizer steps between two looks of ``lsquant.training.Oscillation``
 
     ``last``: the latest row, {"iteration": ..., "quantizers": ``lsquant.training.quantizer_facts(model)``}, and in it
-    ``oscillation`` once its window is full.  ``state``: of Oscillation, from a checkpoint, to go on with.
+        ``oscillation`` once its window is full
+    ``state``: of Oscillation, from a checkpoint, to go on with
+
+    Raises: UsageError for an argument out of range.
     """
 
     def __init__(
@@ -47,7 +52,7 @@ class Watch:
         self.oscillation = Oscillation(nn.Module(), oscillation_every)
 
     def begin(self, model: nn.Module, optimizers: Any) -> None:
-        """Before the first step.  Raises: UsageError listing what is wrong and what to do."""
+        """Check model and optimizers before the first step. Raises: UsageError listing what is wrong and what to do."""
         for _, quantizer in quantizers(model):
             quantizer.read_state()  # DDP has copied the first process's buffers
         self.oscillation = Oscillation(model, self.oscillation.every)
@@ -65,7 +70,11 @@ class Watch:
                 warnings.warn(str(finding), stacklevel=2)
 
     def look(self, model: nn.Module, iteration: int, write: bool = True) -> dict[str, Any] | None:
-        """Between backward and the optimizer's step `iteration`, counted from 1: the row, every so often; else None."""
+        """Return the row of every `every`-th iteration, else None; call it between backward and step.
+
+        iteration: of the optimizer, counted from 1
+        write: whether this process logs
+        """
         if write:
             self.oscillation.look()
         if iteration % self.every or not write:

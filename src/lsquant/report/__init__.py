@@ -1,1 +1,1 @@
-"""What is shown to people: the figure of the mathematics, and the report page. Rendering only."""
+"""Rendering for people: the figure of the mathematics, and the report page."""

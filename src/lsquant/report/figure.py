@@ -32,19 +32,19 @@ MOST_MARKED = 32  # transition points; beyond that their marks would run into ea
 
 
 def transition_points(step: float, q_min: int, q_max: int) -> list[float]:
-    """Where the code changes: `(q + 1/2) * step` for q from q_min to q_max - 1, in ascending order."""
+    """Return where the code changes: `(q + 1/2) * step` for q from q_min to q_max - 1, in ascending order."""
     return [(q + 0.5) * step for q in range(q_min, q_max)]
 
 
 def staircase(v: Tensor, step: float, q_min: int, q_max: int) -> Tensor:
-    """`v_hat = clip(round(v/s), q_min, q_max) * s`. v: (n,) float32. Returns (n,) float32."""
+    """Compute `v_hat = clip(round(v/s), q_min, q_max) * s`. v: (n,) float32. Returns (n,) float32."""
     return reference.fake_quantize(v, torch.tensor([step]), q_min, q_max, 1.0)
 
 
 def lsq_step_gradient(v: Tensor, step: float, q_min: int, q_max: int) -> Tensor:
-    """`d v_hat / d s` of LSQ, g left out: `round(v/s) - v/s` inside, q_min below, q_max above.
+    """Compute `d v_hat / d s` of LSQ without g: `round(v/s) - v/s` inside, q_min below, q_max above.
 
-    Taken from autograd of `reference.fake_quantize`, each element with its own step. v: (n,) float32. Returns (n,).
+    By autograd of `reference.fake_quantize`, each element with its own step. v: (n,) float32. Returns (n,).
     """
     steps = torch.full_like(v, step, requires_grad=True)
     reference.fake_quantize(v, steps, q_min, q_max, 1.0, axis=0).sum().backward()
@@ -53,7 +53,7 @@ def lsq_step_gradient(v: Tensor, step: float, q_min: int, q_max: int) -> Tensor:
 
 
 def lsq_plus_gradients(v: Tensor, step: float, q_min: int, q_max: int, offset: float) -> tuple[Tensor, Tensor]:
-    """`d v_hat / d s` and `d v_hat / d b` of LSQ+, g left out, from autograd of `reference.fake_quantize`.
+    """Compute `d v_hat / d s` and `d v_hat / d b` of LSQ+ without g, by autograd of `reference.fake_quantize`.
 
     By the step: `round(v/s) - v/s` inside, q_min below, q_max above. By the offset b: 0 inside, 1 outside.
     v: (n,) float32. Returns (n,) and (n,).
@@ -66,7 +66,7 @@ def lsq_plus_gradients(v: Tensor, step: float, q_min: int, q_max: int, offset: f
 
 
 def pact_step_gradient(v: Tensor, step: float, q_min: int, q_max: int) -> Tensor:
-    """PACT per step: 0 inside, q_min below, q_max above.
+    """Compute the step gradient of PACT: 0 inside, q_min below, q_max above.
 
     PACT learns the clip point `alpha = q_max * s` with `d v_hat / d alpha = 1 where v >= alpha, else 0`, and
     `d alpha / d s = q_max`. The lower side (signed values) is the mirror image, as the LSQ paper writes it.
@@ -76,7 +76,7 @@ def pact_step_gradient(v: Tensor, step: float, q_min: int, q_max: int) -> Tensor
 
 
 def qil_step_gradient(v: Tensor, step: float, q_min: int, q_max: int) -> Tensor:
-    """QIL per step: `(c - v) / s` between the clip points, 0 beyond; c is the middle of the two.
+    """Compute the step gradient of QIL: `(c - v) / s` between the clip points, 0 beyond; c is the middle of the two.
 
     QIL maps the interval of centre c and width W to 0 .. 1 before it rounds: `t = (v - c) / W + 1/2`. In the units of
     v_hat, W times that, `d v_hat / d W = (c - v) / W`; with `W = (q_max - q_min) * s`, `d W / d s = q_max - q_min`.
@@ -86,9 +86,11 @@ def qil_step_gradient(v: Tensor, step: float, q_min: int, q_max: int) -> Tensor:
 
 
 def pieces(cuts: Sequence[float], step: float) -> list[Tensor]:
-    """The range of v from the first cut to the last, one piece between each two: no line is drawn across a jump.
+    """Split the range of v at the cuts, so that no line is drawn across a jump.
 
-    cuts: in steps, ascending. Each piece: (9,) float32, its ends 1e-4 steps inside the cuts.
+    cuts: in steps, ascending
+
+    Returns a piece between each two cuts: (9,) float32, its ends 1e-4 steps inside the cuts.
     """
     return [torch.linspace(low + 1e-4, high - 1e-4, 9) * step for low, high in pairwise(cuts)]
 
@@ -98,7 +100,8 @@ def draw_figure(
 ) -> Path:
     """Draw the figure to `path`, as SVG or PNG by its suffix; the same arguments give the same SVG bytes.
 
-    offset: LSQ+'s b, in the units of v; with it LSQ+'s gradients are drawn as well.
+    offset: LSQ+'s b, in the units of v; with it LSQ+'s gradients are drawn as well
+
     Raises: UsageError for another suffix, bits outside 2 .. 8, a step that is not positive or an offset that is not
     finite; MissingExtra without matplotlib; MissingFile if the folder does not exist.
     """
@@ -137,7 +140,7 @@ def draw_figures(
     step: float = 1.0,
     offset: float | None = None,
 ) -> list[Path]:
-    """Draw `staircase.svg` and `staircase.png` into `folder`, which is made if it does not exist; returns their paths.
+    """Draw `staircase.svg` and `staircase.png` into `folder`, which is made if it does not exist; return the paths.
 
     Raises: as `draw_figure`; a wrong argument leaves no folder behind.
     """
@@ -158,7 +161,7 @@ def _check(bits: int, signed: bool, offset: float | None) -> None:
 
 
 def _figure(q_min: int, q_max: int, step: float, offset: float | None) -> Any:
-    """The panels as a matplotlib Figure: two, and a third for the gradient of an offset."""
+    """Draw the panels as a matplotlib Figure: two, and a third for the gradient of an offset."""
     codes, z = (q_min, q_max), 0
     if offset is not None:
         z = int(reference.zero_point(torch.tensor([step]), torch.tensor([offset]), *codes))
@@ -196,7 +199,10 @@ def _figure(q_min: int, q_max: int, step: float, offset: float | None) -> Any:
 
 
 def _draw_staircase(axes: Any, parts: list[Tensor], marks: bool, step: float, q_min: int, q_max: int, z: int) -> None:
-    """Top: v_hat over v. A value on a transition point goes to the filled end, of even v_hat/s, not to the open one."""
+    """Draw the top panel: v_hat over v.
+
+    A value on a transition point goes to the filled end, of even v_hat/s, not to the open one.
+    """
     ends = [float(parts[0][0]), float(parts[-1][-1])]
     axes.plot(ends, ends, color=GREY, linewidth=1.2, linestyle=(0, (6, 3)), label="$v$ itself")
     inner = "clip( round($v/s$) + z ) $-$ z" if z else "clip( round($v/s$) )"
@@ -215,7 +221,10 @@ def _draw_staircase(axes: Any, parts: list[Tensor], marks: bool, step: float, q_
 
 
 def _draw_gradients(axes: Any, steps: list[Tensor], clips: list[Tensor], step: float, q_min: int, q_max: int) -> None:
-    """Bottom: the three step gradients; LSQ's is cut at transition and clip points, the others at the clip points."""
+    """Draw the bottom panel: three step gradients.
+
+    LSQ's is cut at transition and clip points, the others at the clip points.
+    """
     qil = {"color": GREEN, "linewidth": 1.9, "zorder": 2, "linestyle": (0, (6, 1.5, 1, 1.5))}
     pact = {"color": ORANGE, "linewidth": 1.9, "zorder": 4, "linestyle": (0, (3.5, 2))}
     curves = [
@@ -229,14 +238,14 @@ def _draw_gradients(axes: Any, steps: list[Tensor], clips: list[Tensor], step: f
 
 
 def _plot(axes: Any, parts: list[Tensor], values: list[Tensor], label: str, **style: Any) -> None:
-    """One line, broken between the pieces: NaN is not drawn."""
+    """Draw a line that is broken between the pieces: NaN is not drawn."""
     gap = torch.tensor([torch.nan])
     x, y = (torch.cat([t for piece in pieces for t in (piece, gap)]).numpy() for pieces in (parts, values))
     axes.plot(x, y, label=label, solid_capstyle="butt", **style)
 
 
 def _title(axes: Any, title: str, ylabel: str) -> None:
-    """A bold title with the legend in rows of three beneath it, above the axes, where no curve can run into them."""
+    """Draw a bold title and beneath it the legend in rows of three, above the axes, clear of all curves."""
     pad = 28 if len(axes.get_legend_handles_labels()[0]) < 4 else 49
     axes.set_ylabel(ylabel)
     axes.set_title(title, loc="left", fontsize=11.5, fontweight="bold", pad=pad)

@@ -1,4 +1,4 @@
-"""From facts to one self-contained HTML page: the template, styles and scripts of ``assets/`` with the data in it."""
+"""Render facts as one self-contained HTML page: the template, styles and scripts of ``assets/`` with the data."""
 
 from __future__ import annotations
 
@@ -34,9 +34,14 @@ def write_report(
     """Write a self-contained HTML page about a model's quantizers: bits, step, R, clip rates, levels used, SQNR, size,
     the staircase of each over the histogram of its values, and what ``check`` finds.
 
-    batches: as for ``calibrate``; without them the page has the weights only.  title: of the page; the model's class
-    without one.  verdicts: ``Verdict.to_dict()`` of files that were compared with the model.  R is shown where the
-    parameters hold gradients (call it after ``backward``).  Raises: UsageError for a step that is not set.
+    R is shown where the parameters hold gradients (call it after ``backward``).
+
+    batches, forward: as for ``calibrate``; without batches the page has the weights only
+    max_batches: use no more than these; None uses all
+    title: of the page; by default the model's class
+    verdicts: ``Verdict.to_dict()`` of files that were compared with the model
+
+    Raises: UsageError for a step that is not set.
     """
     facts = model_facts(model, batches, max_batches=max_batches, forward=forward)
     missing = [] if batches is not None else ["no data was given: the page has the weights' quantizers only"]
@@ -45,12 +50,12 @@ def write_report(
 
 
 def write_page(title: str, runs: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:
-    """Write the page of some runs aside and rename it."""
+    """Write the page of some runs to a temporary file and rename it."""
     atomic_write_text(path, render(title, runs))
 
 
 def render(title: str, runs: list[dict[str, Any]]) -> str:
-    """The page as text.  In the data "<" is written as an escape, so that no text in it can end the script element."""
+    """Return the page as text. In the data "<" is escaped, so that no text in it can end the script element."""
     data = {"version": __version__, "title": title, "runs": runs}
     parts: Mapping[str, str] = {
         "title": html.escape(title),

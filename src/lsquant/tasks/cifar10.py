@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsquant._util.errors import UsageError
+from lsquant.runs.settings import Settings
+from lsquant.runs.task import Split
 from lsquant.tasks.cifar_data import read_cifar10
 from lsquant.tasks.metrics import classification_metric
-from lsquant.tasks.protocol import Settings, Split
 from lsquant.tasks.resnet import DEPTHS, cifar_resnet
 from lsquant.training.seeds import generator
 
@@ -28,7 +29,13 @@ PAD = 4
 
 
 class Cifar10:
-    """The task; see the module.  data: the folder of the images, see `read_cifar10`; model: a key of `DEPTHS`."""
+    """The task `cifar10`; the module says more.
+
+    data: the folder of the images, see `read_cifar10`
+    model: a key of `DEPTHS`
+
+    Raises: UsageError without `data`, or for an unknown model.
+    """
 
     name = "cifar10"
     settings = Settings(batch_size=128, float_epochs=100, epochs=5, lr=0.01, calibration_batches=8)
@@ -46,17 +53,17 @@ class Cifar10:
         return _network(self.options["model"])
 
     def architectures(self) -> dict[str, Callable[[], nn.Module]]:
-        """The networks that a teacher may be."""
+        """Return the networks that a teacher may be."""
         return {name: partial(_network, name) for name in DEPTHS}
 
     def example_input(self) -> Tensor:
-        """Noise: the folder of the images is not needed for it."""
+        """Return noise: the folder of the images is not needed for it."""
         noise = torch.randn(1, 3, 32, 32, generator=generator("cifar10 example"))
         return noise.contiguous(memory_format=torch.channels_last)
 
     @cached_property
     def data(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """For "train" and "test": images (N, 3, 32, 32) uint8 and labels (N,) int64."""
+        """Load "train" and "test": images (N, 3, 32, 32) uint8 and labels (N,) int64."""
         return read_cifar10(self.options["data"])
 
     def batches(
@@ -85,9 +92,13 @@ def _network(name: str) -> nn.Module:
 
 
 def crop_and_flip(x: Tensor, crops: Tensor, flips: Tensor) -> Tensor:
-    """Every image padded by 4 zeros, cut to its size from (row, column) = crops[i], and mirrored where flips[i].
+    """Pad every image by 4 zeros, cut it to its size from (row, column) = crops[i], and mirror it where flips[i].
 
-    x: (N, 3, H, W) uint8; crops: (N, 2) int64, 0 .. 8; flips: (N,) bool.  Returns x's shape.
+    x: (N, 3, H, W) uint8
+    crops: (N, 2) int64, 0 .. 8
+    flips: (N,) bool
+
+    Returns x's shape and dtype.
     """
     n, channels, height, width = x.shape
     rows, across = crops[:, :1] + torch.arange(height), torch.arange(width)
@@ -98,6 +109,6 @@ def crop_and_flip(x: Tensor, crops: Tensor, flips: Tensor) -> Tensor:
 
 
 def normalized(x: Tensor) -> Tensor:
-    """(x / 255 - mean) / std, each operation rounded.  x: (N, 3, H, W) uint8.  Returns float32 in channels_last."""
+    """Compute (x / 255 - mean) / std, each operation rounded. x: (N, 3, H, W) uint8. Returns float32, channels_last."""
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (MEAN, STD))
     return x.to(torch.float32).div_(255.0).sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""CIFAR-10 from the files that users have.
+"""Read CIFAR-10 from the files that users have.
 
 Nothing in a file is executed.  Memory is bounded by the files' sizes, or for parquet by what CIFAR-10 can hold.
 """
@@ -28,10 +28,11 @@ data_batch_1 to data_batch_5, test_batch)"""
 
 
 def read_cifar10(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """For "train" and "test": images (N, 3, 32, 32) uint8, red, green, blue; and labels (N,) int64, 0 to 9.
+    """Load "train" and "test": images (N, 3, 32, 32) uint8, red, green, blue; and labels (N,) int64, 0 to 9.
 
     folder: holds the files of one of `LAYOUTS`, itself or in the sub-folder cifar-10-batches-bin, plain_text, data
-    (both parquet) or cifar-10-batches-py; the first that is found is read.
+    (both parquet) or cifar-10-batches-py; the first that is found is read
+
     Raises: MissingFile saying what was found; DamagedFile naming the file; MissingExtra for parquet.
     """
     root = Path(folder)
@@ -49,7 +50,7 @@ def read_cifar10(folder: str | Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _batches(place: Path, suffix: str) -> dict[str, list[Path]]:
-    """The six files of an official version; none if all are missing."""
+    """Return the six files of an official version; none if all are missing."""
     names = {"train": [f"data_batch_{i}{suffix}" for i in range(1, 6)], "test": [f"test_batch{suffix}"]}
     files = {split: [place / name for name in part] for split, part in names.items()}
     missing = [path.name for part in files.values() for path in part if not path.is_file()]
@@ -61,7 +62,7 @@ def _batches(place: Path, suffix: str) -> dict[str, list[Path]]:
 
 
 def _shards(place: Path) -> dict[str, list[Path]]:
-    """Parquet files; where they are numbered, as train-00000-of-00002.parquet, all must be there."""
+    """Return the parquet files; where they are numbered, as train-00000-of-00002.parquet, all must be there."""
     files = {split: sorted(place.glob(f"{split}-*.parquet")) for split in ("train", "test")}
     for split, paths in files.items():
         totals = {path.stem.rpartition("-of-")[2] for path in paths}
@@ -99,7 +100,7 @@ def _bytes(path: Path) -> bytes:
 
 
 def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Records of 3,073 bytes: the label, then 1,024 bytes each of red, green and blue."""
+    """Read records of 3,073 bytes: the label, then 1,024 bytes each of red, green and blue."""
     data = _bytes(path)
     if not data or len(data) % (PIXELS + 1):
         raise DamagedFile(f"{path} has {len(data):,} bytes, no multiple of 3,073: it is truncated or another file")
@@ -111,7 +112,7 @@ def _binary(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _parquet(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Columns img or image, a struct whose `bytes` are a PNG file, and label or labels."""
+    """Read the columns img or image, a struct whose `bytes` are a PNG file, and label or labels."""
     parquet, image = require("pyarrow.parquet", extra="cifar"), require("PIL.Image", extra="cifar")
     images, labels = [], []
     try:
@@ -139,12 +140,12 @@ def _column(names: list[str], *wanted: str) -> str:
 
 
 def _integers(labels: Iterable[Any]) -> np.ndarray:
-    """(N,) int64.  Raises: TypeError, OverflowError for anything else."""
+    """Convert labels to (N,) int64. Raises: TypeError, OverflowError for anything else."""
     return np.fromiter(map(index, labels), np.int64)
 
 
 def _pixels(image: Any, png: bytes) -> np.ndarray:
-    """(3, 32, 32) uint8.  Nothing is decoded unless it has the right size."""
+    """Decode an image to (3, 32, 32) uint8; nothing is decoded unless it has the right size."""
     with image.open(io.BytesIO(png), formats=("PNG",)) as picture:
         if picture.size != (32, 32):
             raise ValueError(f"an image of {picture.size[0]} x {picture.size[1]} pixels, not 32 x 32")
@@ -155,7 +156,7 @@ def _pixels(image: Any, png: bytes) -> np.ndarray:
 
 
 class _Inert:
-    """Stands for every function and class that a batch names: it keeps its arguments and state, and does nothing."""
+    """Stand for every function and class that a batch names: it keeps its arguments and state, and does nothing."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments, self.state = arguments, ()
@@ -165,7 +166,7 @@ class _Inert:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Dicts, lists, tuples, strings and numbers; the few names that an array brings along become `_Inert`."""
+    """Unpickle dicts, lists, tuples, strings and numbers; the few names that an array brings along become `_Inert`."""
 
     named = (
         "numpy.core.multiarray._reconstruct",
@@ -184,7 +185,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _python(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A pickled dict: `data`, an array (N, 3072) uint8, and `labels`, a list."""
+    """Read a pickled dict: `data`, an array (N, 3072) uint8, and `labels`, a list."""
     data = _bytes(path)
     try:
         for count, (operation, argument, _) in enumerate(pickletools.genops(data)):

@@ -15,15 +15,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from lsquant._util.optional import require
+from lsquant.runs.settings import Settings
+from lsquant.runs.task import Split
 from lsquant.tasks.metrics import classification_metric
-from lsquant.tasks.protocol import Settings, Split
 from lsquant.training.seeds import generator
 
 TEST_SIZE = 500
 
 
 class DigitsNet(nn.Module):
-    """conv 3x3, a residual block of two, a strided conv 3x3, average pooling, linear. Input: (N, 1, 8, 8) float32."""
+    """Classify digits: conv 3x3, a residual block of two, a strided conv 3x3, average pooling, linear.
+
+    Input: (N, 1, 8, 8) float32. Returns logits (N, classes) float32.
+    """
 
     def __init__(self, width: int = 24, classes: int = 10) -> None:
         super().__init__()
@@ -47,7 +51,10 @@ class DigitsNet(nn.Module):
 
 
 class Digits:
-    """The task; see the module."""
+    """The task `digits`; the module says more.
+
+    width: channels of the first convolution
+    """
 
     name = "digits"
     # one thread: the tensors are small, and the numbers are then the same whatever the number of cores
@@ -64,7 +71,7 @@ class Digits:
 
     @cached_property
     def data(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """For "train" and "test": images (N, 1, 8, 8) float32 in [0, 1], and labels (N,) int64."""
+        """Load "train" and "test": images (N, 1, 8, 8) float32 in [0, 1], and labels (N,) int64."""
         digits = require("sklearn.datasets", extra="digits").load_digits()
         x = torch.from_numpy(digits.images).to(torch.float32).unsqueeze(1) / 16.0
         y = torch.from_numpy(digits.target).to(torch.int64)
@@ -89,7 +96,7 @@ class Digits:
 
 
 def _stratified(labels: torch.Tensor, size: int) -> torch.Tensor:
-    """(N,) bool: `size` samples, every class in proportion (largest remainders first), drawn by seed 0."""
+    """Draw `size` samples by seed 0, every class in proportion (largest remainders first). Returns a mask (N,) bool."""
     counts = torch.bincount(labels)
     quota = counts * size / len(labels)
     take = quota.floor().long()

@@ -1,4 +1,4 @@
-"""Measures that tasks share."""
+"""Metrics that tasks share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from lsquant._util.batches import evaluating
 
 
 def classification_metric(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, float]:
-    """accuracy: percent of the samples whose largest logit is the label's; test_loss: mean cross-entropy."""
+    """Measure a classifier, in eval mode.
+
+    batches: of (input, target), the target class numbers (n,) int64
+
+    Returns accuracy: percent of the samples whose largest logit is the label's; test_loss: the mean cross-entropy.
+    """
     right, loss, count = 0, 0.0, 0
     with evaluating(model):
         for x, y in batches:

@@ -8,22 +8,22 @@ from difflib import get_close_matches
 from typing import Any
 
 from lsquant._util.errors import UsageError
+from lsquant.runs.task import Task
 from lsquant.tasks.cifar10 import Cifar10
 from lsquant.tasks.digits import Digits
-from lsquant.tasks.loading import call, load_object
-from lsquant.tasks.protocol import Task
+from lsquant.tasks.user_objects import call, load_object
 
 TASKS: dict[str, Callable[..., Task]] = {"digits": Digits, "cifar10": Cifar10}
 
 
 def get_task(name: str, **options: Any) -> Task:
-    """The task `name`, made with `options`; or a user's own, `FILE.py:task`, made by its file.
+    """Build the task `name` with `options`; or load a user's own, `FILE.py:task`, which takes none.
 
-    Raises: UsageError listing the names, or the task's options; or the task's own for the value of one.
+    Raises: UsageError listing the names, or the task's options; what the task raises for the value of one.
     """
     if ":" in name:
         _check_options(name, options, ())
-        return _own_task(name)
+        return _user_task(name)
     if name not in TASKS:
         near = get_close_matches(name, TASKS, 1)
         raise UsageError(
@@ -40,8 +40,8 @@ def _check_options(name: str, options: dict[str, Any], known: tuple[str, ...]) -
         raise UsageError(f"task {name!r} takes no {', '.join(unknown)}{takes}")
 
 
-def _own_task(where: str) -> Task:
-    """A task object, or what a class or function without arguments gives.  It remembers where it came from."""
+def _user_task(where: str) -> Task:
+    """Load a task object, or call a class or function that gives one; `source` is set to where it came from."""
     members = {*Task.__annotations__, *(name for name in vars(Task) if not name.startswith("_"))}
     found = load_object(where)
     if isinstance(found, type) or inspect.isroutine(found):

@@ -10,7 +10,7 @@ DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}  # blocks 
 
 
 class Shortcut(nn.Module):
-    """Option A: every second pixel, and channels of zeros on both sides; the identity where nothing changes."""
+    """Shortcut without parameters (option A): every second pixel, channels of zeros on both sides; or the identity."""
 
     def __init__(self, channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -43,7 +43,10 @@ class BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """`blocks` blocks in each of three stages of 16, 32 and 64 channels.  (N, 3, 32, 32) float32 to (N, classes)."""
+    """Classify images: `blocks` blocks in each of three stages of 16, 32 and 64 channels.
+
+    Input: (N, 3, 32, 32) float32. Returns logits (N, classes) float32.
+    """
 
     def __init__(self, blocks: int, classes: int = 10) -> None:
         super().__init__()
@@ -70,5 +73,5 @@ class CifarResNet(nn.Module):
 
 
 def cifar_resnet(name: str) -> CifarResNet:
-    """resnet20, resnet32, resnet44 or resnet56 with fresh weights."""
+    """Build resnet20, resnet32, resnet44 or resnet56 with fresh weights."""
     return CifarResNet(DEPTHS[name])

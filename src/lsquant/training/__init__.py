@@ -1,4 +1,4 @@
-"""Training: parameter groups, schedule, distillation, averages, checkpoint and resume, one small loop."""
+"""Training: parameter groups, schedules, distillation, averages of weights, checkpoints, the loop."""
 
 from lsquant.training.batchnorm import reestimate_batchnorm as reestimate_batchnorm
 from lsquant.training.distillation import classification_loss as classification_loss
@@ -8,7 +8,7 @@ from lsquant.training.facts import clip_rates as clip_rates
 from lsquant.training.facts import quantizer_facts as quantizer_facts
 from lsquant.training.groups import param_groups as param_groups
 from lsquant.training.log import Log as Log
-from lsquant.training.loop import Fitted as Fitted
+from lsquant.training.loop import TrainProgress as TrainProgress
 from lsquant.training.loop import fit as fit
 from lsquant.training.oscillation import Oscillation as Oscillation
 from lsquant.training.schedule import CosineSchedule as CosineSchedule

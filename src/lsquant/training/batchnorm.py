@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics estimated anew with the weights as they are.
+"""Re-estimation of BatchNorm's running statistics with the present weights.
 
 Source: Wu and Johnson, "Rethinking Batch in BatchNorm", arXiv:2105.07576, section 3 (there called PreciseBN).
 """
@@ -18,7 +18,7 @@ _TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def batchnorms(model: nn.Module) -> list[nn.Module]:
-    """The BatchNorm layers that keep running statistics."""
+    """Return the BatchNorm layers that keep running statistics."""
     return [m for m in model.modules() if isinstance(m, _TYPES) and m.running_mean is not None]
 
 
@@ -29,9 +29,12 @@ def reestimate_batchnorm(
 
     running_mean = (1/B) sum_b mean_b;   running_var = (1/B) sum_b var_b, unbiased as in training
 
+    batches: training batches of the size trained with; every batch counts the same
+    max_batches: use no more than these; None uses all
+    forward: as for `calibrate`
+
     BatchNorm layers run in train mode, all others (quantizers, dropout) in eval mode; parameters and steps do not
-    change. Take training batches, of the size trained with: every batch counts the same. Modes are restored; a layer
-    that no batch reaches keeps its statistics.
+    change. Modes are restored. A layer that no batch reaches keeps its statistics.
 
     Raises: UsageError without a BatchNorm that keeps statistics, or without batches. After any error the statistics
     are what they were.

@@ -1,4 +1,4 @@
-"""The loss: cross-entropy, and distillation from a float teacher.
+"""Losses: cross-entropy, and distillation from a float teacher.
 
 Source: Hinton et al., arXiv:1503.02531; LSQ (arXiv:1902.08153) uses temperature 1 and weights both parts 1:1.
 """
@@ -19,11 +19,17 @@ def distillation_loss(
     temperature: float = 1.0,
     weight: float = 1.0,
 ) -> torch.Tensor:
-    """CE(logits, target) + weight * T^2 * KL(softmax(teacher/T) || softmax(logits/T)), the mean over the samples.
+    """Compute cross-entropy plus distillation, the mean over the samples.
+
+    CE(logits, target) + weight * T^2 * KL(softmax(teacher_logits / T) || softmax(logits / T))
 
     KL and the cross-entropy with the teacher's probabilities differ by the teacher's entropy: equal gradients.
 
-    `logits`: (..., classes) float; `target`: (...) int64, class numbers; `teacher_logits`: like `logits`.
+    logits: (..., classes) float
+    target: (...) int64, class numbers
+    teacher_logits: like `logits`; no gradient flows into it
+    temperature: T
+    weight: of the second term
     """
     classes = logits.shape[-1]
     logits, teacher_logits = logits.reshape(-1, classes), teacher_logits.detach().reshape(-1, classes)
@@ -45,7 +51,7 @@ def classification_loss(
     temperature: float = 1.0,
     weight: float = 1.0,
 ) -> torch.Tensor:
-    """The loss of `fit` unless another is given: batch[1] is the target; with a teacher `distillation_loss`."""
+    """Compute cross-entropy with the class numbers batch[1], or `distillation_loss` with a teacher: `fit`'s default."""
     target = batch[1]
     if teacher_output is None:
         return F.cross_entropy(output.reshape(-1, output.shape[-1]), target.reshape(-1))
@@ -53,7 +59,7 @@ def classification_loss(
 
 
 def hits(output: Any, batch: Any) -> tuple[torch.Tensor | int, int]:
-    """(targets whose logit is the largest, as a tensor on the device; targets); (0, 0) if batch[1] is no classes."""
+    """Count (right answers, targets): the former as a tensor on the device; (0, 0) unless batch[1] is class numbers."""
     target = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
     if not isinstance(target, torch.Tensor) or target.is_floating_point() or not isinstance(output, torch.Tensor):
         return 0, 0

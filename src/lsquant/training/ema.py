@@ -16,16 +16,20 @@ from lsquant._util.errors import UsageError
 
 
 class WeightAverage:
-    """average = d_n * average + (1 - d_n) * value after the n-th update,   d_n = min(decay, (1 + n) / (10 + n))
+    """Average every parameter and every floating buffer of the state dict over training, in float32.
 
-    of every parameter (weights and steps) and of every floating buffer in the state dict (BatchNorm's statistics), in
-    float32. d_n keeps a short run from being an average of its beginning. Buffers of integers are not averaged: they
-    stay the model's. Make it after `prepare`, `calibrate` and the move to a device; call `update()` after every
-    optimizer step.
+    average = d_n * average + (1 - d_n) * value after the n-th update,   d_n = min(decay, (1 + n) / (10 + n))
+
+    d_n keeps a short run from being an average of its beginning. Integer buffers are not averaged: they stay the
+    model's. Construct it after `prepare`, `calibrate` and the move to a device; call `update()` after every step.
+
+    model: prepared and calibrated
+    decay: between 0 and 1
+
+    Raises: UsageError for a decay outside (0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999) -> None:
-        """Raises: UsageError for a decay outside (0, 1)."""
         if not 0.0 < decay < 1.0:
             raise UsageError(f"WeightAverage: decay={decay}; it must lie between 0 and 1, e.g. 0.999")
         self.model, self.decay, self.updates = model, decay, 0
@@ -36,18 +40,18 @@ class WeightAverage:
         self.average = {name: t.to(torch.float32, copy=True) for name, t in self.live.items()}
 
     def update(self) -> None:
-        """Take the present values in."""
+        """Update the averages with the present values."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self.average.values()), [t.float() for t in self.live.values()], 1.0 - decay)  # pyright: ignore
 
     def apply(self) -> None:
-        """Put the averages into the model for good."""
+        """Replace the model's values by the averages, for good."""
         torch._foreach_copy_(list(self.live.values()), list(self.average.values()))  # pyright: ignore
 
     @contextmanager
     def swapped(self) -> Iterator[nn.Module]:
-        """The model with the averages in it inside the `with` block, its own values afterwards."""
+        """Replace the model's values by the averages inside the `with` block."""
         own = [t.clone() for t in self.live.values()]
         self.apply()
         try:
@@ -56,11 +60,11 @@ class WeightAverage:
             torch._foreach_copy_(list(self.live.values()), own)  # pyright: ignore
 
     def state_dict(self) -> dict[str, Any]:
-        """For `fit(extras=...)` and other checkpoints."""
+        """Return the state for `fit(extras=...)` and other checkpoints."""
         return {"updates": self.updates, "average": self.average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave. Raises: UsageError if it is of another model."""
+        """Restore what `state_dict` returned. Raises: UsageError if it is of another model."""
         saved: dict[str, Tensor] = state_dict["average"]
         if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in self.average.items()}:
             raise UsageError("WeightAverage: the saved averages are of another model")

@@ -1,4 +1,4 @@
-"""What the loop writes about every quantizer, taken between backward and the optimizer step."""
+"""What is logged about every quantizer, taken between backward and the optimizer step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lsquant.tying import quantizer_owners
 
 
 def quantizer_facts(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """For every quantizer by name, e.g. "conv1.weight_quantizer":
+    """Return facts about every quantizer by name, e.g. "conv1.weight_quantizer".
 
     step:    the guarded step (the median if there are several; then step_min and step_max as well)
     R:       the median of (|dL/ds| / s) / (||dL/dw|| / ||w||) with the gradients that are there now; None without, and
@@ -44,9 +44,12 @@ def _facts(quantizer: Quantizer, layer: QuantizedLayer | None) -> dict[str, Any]
 def clip_rates(
     model: nn.Module, batches: Iterable[Any], *, max_batches: int | None = 1, forward: Forward | None = None
 ) -> dict[str, dict[str, float]]:
-    """{"clip_rate": share of the values beyond the outermost levels, v/s < q_min - z or v/s > q_max - z} by quantizer.
+    """Return {"clip_rate": ...} by quantizer: the share of the values beyond the outermost levels.
 
-    Weights are looked at as they are, inputs in eval mode over the first `max_batches` batches.
+    clipped: v/s < q_min - z or v/s > q_max - z
+
+    batches: of inputs, run in eval mode; no more than `max_batches`
+    forward: as for `calibrate`
     """
     if not any(True for _ in quantizers(model)):
         return {}

@@ -24,7 +24,7 @@ _NORMS = (
 
 
 def is_low_bit(layer: Any) -> bool:
-    """Whether a quantized layer's weight has fewer than 8 bits and its quantizer is switched on."""
+    """Return whether a quantized layer's weight has fewer than 8 bits and its quantizer is switched on."""
     quantizer = layer.weight_quantizer
     return quantizer is not None and quantizer.enabled and quantizer.spec.bits < 8
 
@@ -39,14 +39,14 @@ def param_groups(
     weight_decay_by_bits: bool = False,
     low_bit: bool = False,
 ) -> list[dict[str, Any]]:
-    """Groups "weights", "no_decay" and "steps" that hold every parameter of `model` exactly once.
+    """Return parameter groups "weights", "no_decay" and "steps" that hold every parameter of `model` exactly once.
 
     steps:    the steps and offsets of all quantizers: never decayed, learning rate `step_lr` (None: `lr`)
     no_decay: biases, the parameters of normalisation layers, and whatever has fewer than two dimensions
     weights:  everything else, decayed by `weight_decay` as given; with `weight_decay_by_bits` the weights of 2- and
               3-bit layers are groups of their own, "weights/2bit" and "weights/3bit", with 0.25 and 0.5 times that
-    low_bit:  there with `low_bit=True` only: the weights of layers below 8 bits, for ``training.TransitionRate``; by
-              bits "low_bit/2bit" and "low_bit/3bit"
+    low_bit:  with `low_bit=True` only: the weights of layers below 8 bits, for ``training.TransitionRate``; by bits
+              "low_bit/2bit" and "low_bit/3bit"
 
     For Adam-type optimizers the gradient scale g cancels: the learning rate then decides how far a step moves in an
     iteration, whatever its size. `relative_step_lr` suits them: every quantizer has a group of its own, "steps/NAME",

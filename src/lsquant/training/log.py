@@ -1,4 +1,4 @@
-"""log.jsonl: one JSON object a line, cut back to the checkpoint's position when a run is resumed; and TensorBoard."""
+"""Write log.jsonl: one JSON object a line, cut back to the checkpoint's position on resuming; and TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from lsquant._util.optional import require
 
 
 class Log:
-    """Appends rows to `path` (None: keeps nothing); with `board`, also to TensorBoard's event files in that folder."""
+    """Append rows to a file.
+
+    path: None keeps nothing
+    board: a folder for TensorBoard's event files, which get the numbers too
+
+    Raises: MissingExtra for a `board` without the package tensorboard.
+    """
 
     def __init__(self, path: str | os.PathLike[str] | None, board: str | os.PathLike[str] | None = None) -> None:
-        """Raises: MissingExtra for a `board` without the package tensorboard."""
         self.path = None if path is None else Path(path)
         self.board = None if board is None else Board(board)
 
@@ -59,23 +64,23 @@ class Log:
             self.board.close()
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows written so far."""
+        """Return all rows written so far."""
         if self.path is None or not self.path.exists():
             return []
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, float]:
-    """{"loss": 0.3, "quantizers/conv1.weight_quantizer/step": 0.1, ...}: the numbers of a row as trackers take them."""
+    """Return the numbers of a row by name, as trackers take them, e.g. "quantizers/conv1.weight_quantizer/step"."""
     facts = {f"quantizers/{n}/{k}": v for n, some in row.get("quantizers", {}).items() for k, v in some.items()}
     return {k: float(v) for k, v in ({**row, **facts}).items() if isinstance(v, (int, float)) and k != "iteration"}
 
 
 class Board:
-    """The numbers of the log as TensorBoard's scalars over `iteration`, each phase in a folder of its name.
+    """Write the numbers of the log as TensorBoard's scalars over `iteration`, each phase in a folder of its name.
 
-    The first row that is written, and the first after `close`, writes the folder anew from the whole log: what a
-    killed run wrote after its checkpoint does not stay.
+    The first row that is written, and the first after `close`, rewrites the folder from the whole log, so that nothing
+    stays of what a killed run wrote after its checkpoint.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -83,7 +88,7 @@ class Board:
         self.folder, self.writers = Path(folder), {}
 
     def write(self, row: Mapping[str, Any], rows: Callable[[], list[dict[str, Any]]]) -> None:
-        """`rows()`: all rows of the log, `row` the last of them."""
+        """Write `row`, the last of `rows()`, all rows of the log."""
         from torch.utils.tensorboard import SummaryWriter  # imports tensorboard
 
         if not self.writers:

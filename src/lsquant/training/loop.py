@@ -1,4 +1,4 @@
-"""One small training loop. A run killed at any point and resumed ends with the bits of one that was not."""
+"""The training loop. A run that is killed at any point and resumed ends with the bits of one that was not."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lsquant.training.distillation import classification_loss, hits
 from lsquant.training.facts import quantizer_facts
 from lsquant.training.log import Log
 from lsquant.training.oscillation import EVERY, Oscillation
-from lsquant.training.progress import Progress, message
+from lsquant.training.progress import ProgressBar, message
 from lsquant.training.schedule import CosineSchedule
 from lsquant.training.seeds import rng_state, set_rng_state
 from lsquant.training.state import load_model_state, load_state, model_state, save_state
@@ -31,19 +31,23 @@ Loss = Callable[[Any, Any, Any], torch.Tensor]
 
 
 class Stateful(Protocol):
-    """Anything else that must survive a restart: a loss scaler, an average of weights."""
+    """What else must survive a restart: a loss scaler, an average of weights."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
 @dataclass
-class Fitted:
-    """Where a run is, and what `fit` returns.
+class TrainProgress:
+    """Hold training progress; also `fit`'s result.
 
-    `epoch`, `step`: epochs done and iterations done in the present one; `log_position`: bytes of the log;
-    `seconds`: time spent training, over all restarts; `row`: the last epoch's row of the log. The rest are sums over
-    the present epoch: its loss, right answers, gradient norms, targets, samples and time.
+    epoch: epochs done
+    step: iterations done in the present epoch
+    log_position: bytes of the log
+    seconds: time spent training, over all restarts
+    row: the last epoch's row of the log
+    loss_sum, right, norm_sum, targets, samples, epoch_seconds: sums over the present epoch: loss, right answers,
+        gradient norms, targets, samples, time
     """
 
     epoch: int = 0
@@ -83,24 +87,32 @@ def fit(
     resume: bool = False,
     label: str = "train",
     quiet: bool = False,
-) -> Fitted:
-    """Train `model` in place for `epochs` epochs of `steps_per_epoch` iterations.
+) -> TrainProgress:
+    """Train `model` in place for `epochs` epochs of `steps_per_epoch` iterations, and return the progress.
 
-    `batches(epoch)`: the batches of an epoch counted from 0; the same ones whenever it is called with that number
-    (shuffle with a generator seeded by the seed and the epoch; draws from the global generators are repeated as well).
-    `loss(output, batch, teacher_output)`: a scalar; `teacher_output` is None without a `teacher`, which is only read.
-    `clip_norm`: the largest norm of the gradient of all parameters together; `evaluate(model)`: metrics for the log at
-    the end of an epoch; `observe(model)`: facts by quantizer, called between backward and step in an epoch's last
-    iteration; `after_step(iteration)`: called after every optimizer step; `extras`: other things to checkpoint;
-    `transition`: sets the low-bit weights' learning rate, after `schedule`; its K, R and U join the log and the bar;
-    `oscillation_every`: iterations between two looks of `Oscillation`, whose shares join the facts.
-
-    `log`: a JSON-lines file (or a `Log`), one row an epoch: loss, learning rates, metrics, facts; accuracy in
-    training where batch[1] is class numbers; the mean norm of the gradient before it is clipped; `seconds`, without
-    `evaluate`, and samples per second. `checkpoint`: one file, replaced at the end of every epoch and every
-    `checkpoint_every` iterations. `resume=True` goes on from it, if it is there, and cuts the log back to it; a
-    complete run is only loaded, its log left alone. The bits are the same if the machine, the versions and the number
-    of threads are.
+    batches: `batches(epoch)` gives the batches of an epoch, counted from 0, the same ones whenever it is called with
+        that number (shuffle by a generator seeded with the seed and the epoch; draws from the global generators are
+        repeated as well)
+    schedule: sets the learning rates before every step
+    loss: `loss(output, batch, teacher_output)` gives a scalar; `teacher_output` is None without a teacher
+    forward: `forward(model, batch)` gives the output; by default see `calibrate`
+    teacher: a network in eval mode, which is not trained
+    clip_norm: largest norm of the gradient of all parameters together
+    evaluate: `evaluate(model)` gives metrics for the log at the end of an epoch
+    observe: `observe(model)` gives facts by quantizer, between backward and step in an epoch's last iteration
+    after_step: `after_step(iteration)` is called after every optimizer step
+    extras: other things to checkpoint, by name
+    transition: sets the learning rate of the low-bit weights, after `schedule`; K, R and U join the log and the bar
+    oscillation_every: iterations between two looks of `Oscillation`, whose shares join the facts
+    log: a JSON-lines file or a `Log`; one row an epoch: loss, learning rates, metrics, facts; the accuracy in training
+        where batch[1] is class numbers; the mean norm of the gradient before it is clipped; `seconds`, without
+        `evaluate`, and samples per second
+    checkpoint: a file, replaced at the end of every epoch
+    checkpoint_every: iterations between two more checkpoints
+    resume: go on from the checkpoint if it exists, and cut the log back to it; a complete run is only loaded. The bits
+        are the same if machine, versions and number of threads are
+    label: of the phase, in the log and in messages
+    quiet: no progress on stderr
 
     Raises: UsageError if the checkpoint is of another run; DamagedFile; DiskFull (the last checkpoint stays);
     LsquantError if the loss is not finite (the last checkpoint stays).
@@ -118,7 +130,7 @@ def fit(
         extras["transition"] = transition
     oscillation = Oscillation(model, oscillation_every)
     run = {"label": label, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
-    epoch_rng, at = rng_state(), Fitted(log_position=rows.position)
+    epoch_rng, at = rng_state(), TrainProgress(log_position=rows.position)
     if resume and checkpoint is not None and Path(checkpoint).exists():
         state = load_state(checkpoint)
         at = _restore(state, run, model, optimizer, extras, str(checkpoint), quiet)
@@ -151,7 +163,7 @@ def fit(
         clock = time.monotonic() - at.epoch_seconds
         facts: dict[str, dict[str, Any]] = {}
         rest = islice(_rest(batches, at, epoch_rng), steps_per_epoch - at.step)
-        bar = Progress(rest, steps_per_epoch, f"{label} {at.epoch + 1}/{epochs}", quiet, start=at.step)
+        bar = ProgressBar(rest, steps_per_epoch, f"{label} {at.epoch + 1}/{epochs}", quiet, start=at.step)
         for batch in bar:
             iteration = at.epoch * steps_per_epoch + at.step
             if schedule is not None:
@@ -190,7 +202,7 @@ def fit(
             facts[name] = facts.get(name, {}) | {"oscillation": share}
         row |= {} if transition is None else transition.numbers()
         row = _joined(row, facts, evaluate and evaluate(model))
-        at = Fitted(epoch=at.epoch + 1, row=row)
+        at = TrainProgress(epoch=at.epoch + 1, row=row)
         rows.append(row)
         epoch_rng = rng_state()
         write_checkpoint()
@@ -198,8 +210,8 @@ def fit(
     return at
 
 
-def _rest(batches: Callable[[int], Iterable[Any]], at: Fitted, epoch_rng: dict[str, Any]) -> Iterable[Any]:
-    """The batches of the present epoch that are still to come.
+def _rest(batches: Callable[[int], Iterable[Any]], at: TrainProgress, epoch_rng: dict[str, Any]) -> Iterable[Any]:
+    """Return the batches of the present epoch that are still to come.
 
     After a restart within an epoch its first batches are drawn again from the generators' state at its beginning, and
     dropped; then the generators go on where the checkpoint was made.
@@ -215,8 +227,8 @@ def _rest(batches: Callable[[int], Iterable[Any]], at: Fitted, epoch_rng: dict[s
     return rest
 
 
-def _note(sums: torch.Tensor, at: Fitted, lr: float, transition: TransitionRate | None) -> str:
-    """What the bar shows: means over the epoch so far, the learning rates, and the accuracy after the epoch before."""
+def _note(sums: torch.Tensor, at: TrainProgress, lr: float, transition: TransitionRate | None) -> str:
+    """Format what the bar shows: means over the epoch so far, learning rates, the accuracy after the epoch before."""
     loss, right, _ = sums.tolist()
     parts = [f"loss {loss / at.step:.4f}"]
     parts += [f"accuracy {100.0 * right / at.targets:.2f} %"] if at.targets else []
@@ -228,8 +240,8 @@ def _note(sums: torch.Tensor, at: Fitted, lr: float, transition: TransitionRate 
     return "  ".join(parts)
 
 
-def _read(sums: torch.Tensor, clock: float, label: str, at: Fitted) -> None:
-    """Bring the sums of the epoch from the device. Raises: LsquantError if the loss is not finite."""
+def _read(sums: torch.Tensor, clock: float, label: str, at: TrainProgress) -> None:
+    """Copy the sums of the epoch from the device. Raises: LsquantError if the loss is not finite."""
     at.loss_sum, at.right, at.norm_sum = sums.tolist()
     at.epoch_seconds = time.monotonic() - clock
     if not math.isfinite(at.loss_sum):
@@ -239,8 +251,8 @@ def _read(sums: torch.Tensor, clock: float, label: str, at: Fitted) -> None:
         )
 
 
-def _row(label: str, at: Fitted, steps: int, optimizer: torch.optim.Optimizer, clipped: bool) -> dict[str, Any]:
-    """A row of the log without metrics: of the training in the epoch that ends."""
+def _row(label: str, at: TrainProgress, steps: int, optimizer: torch.optim.Optimizer, clipped: bool) -> dict[str, Any]:
+    """Return the row of the log of the epoch that ends, without metrics."""
     groups, epoch = optimizer.param_groups, at.epoch + 1
     row: dict[str, Any] = {"phase": label, "epoch": epoch, "iteration": epoch * steps, "loss": at.loss_sum / steps}
     if at.targets:
@@ -258,7 +270,7 @@ def _row(label: str, at: Fitted, steps: int, optimizer: torch.optim.Optimizer, c
 
 
 def _joined(row: dict[str, Any], facts: dict[str, dict[str, Any]], metrics: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Row and metrics; the metrics' own "quantizers" (clip rates) are joined with the facts by name."""
+    """Join a row, facts and metrics; the metrics' own "quantizers" (clip rates) join the facts by name."""
     metrics = dict(metrics or {})
     for name, more in metrics.pop("quantizers", {}).items():
         facts[name] = facts.get(name, {}) | dict(more)
@@ -273,7 +285,8 @@ def _restore(
     extras: dict[str, Stateful],
     path: str,
     quiet: bool,
-) -> Fitted:
+) -> TrainProgress:
+    """Put back what a checkpoint holds. Raises: UsageError if it is of another run or optimizer."""
     old = state["run"]
     different = [f"{key} {old.get(key)!r}, not {value!r}" for key, value in run.items() if old.get(key) != value]
     if different or set(state["extras"]) != set(extras):
@@ -292,4 +305,4 @@ def _restore(
             "the run goes on, but not with the same bits",
             quiet,
         )
-    return Fitted(**state["at"])
+    return TrainProgress(**state["at"])

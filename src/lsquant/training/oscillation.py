@@ -1,4 +1,4 @@
-"""How many weights go back and forth between two codes while training.
+"""Oscillation of weights between two codes while training.
 
 After Nagel et al., "Overcoming Oscillations in Quantization-Aware Training", arXiv:2203.11086.
 """
@@ -22,15 +22,21 @@ SAMPLE = 2048  # weights of a quantizer that are looked at
 
 
 class Oscillation:
-    """oscillation = share of the weights whose code has gone both up and down within the last WINDOW looks
+    """Measure by weight quantizer how many weights oscillate.
 
-    by weight quantizer. A look, every `every` optimizer steps, compares codes with those of the look before, on at most
-    SAMPLE weights spread evenly (frac(i * 0.618...) of the way). Nothing is read back from the device in a look, and no
-    random number is drawn. Call `look` after every optimizer step.
+    oscillation = share of the weights whose code has gone both up and down within the last WINDOW looks
+
+    A look compares codes with those of the look before, on at most SAMPLE weights spread evenly (weight i lies
+    frac(i * 0.618...) of the way). It reads nothing back from the device and draws no random number. Call `look` after
+    every optimizer step.
+
+    model: prepared, with the steps set
+    every: optimizer steps between two looks
+
+    Raises: UsageError unless `every` is a whole number, at least 1.
     """
 
     def __init__(self, model: nn.Module, every: int = EVERY) -> None:
-        """Raises: UsageError unless `every` is a whole number, at least 1."""
         if type(every) is not int or every < 1:
             raise UsageError(f"Oscillation: every={every!r}; give a number of optimizer steps, at least 1")
         self.every, self.steps = every, 0
@@ -43,7 +49,7 @@ class Oscillation:
 
     @torch.no_grad()
     def look(self) -> None:
-        """Count an optimizer step, and look if it is time to."""
+        """Count an optimizer step; every `every` steps, compare the codes."""
         self.steps += 1
         for name, (layer, q) in self.layers.items() if self.steps % self.every == 0 else ():
             rows = layer.rows()
@@ -60,17 +66,17 @@ class Oscillation:
             before.copy_(codes)
 
     def shares(self) -> dict[str, float]:
-        """The share by quantizer; nothing until a window is full, after WINDOW + 1 looks."""
+        """Return the share by quantizer; nothing until a window is full, after WINDOW + 1 looks."""
         if self.steps // self.every <= WINDOW:
             return {}
         return {name: float((seen[1:] < WINDOW).all(0).double().mean()) for name, seen in self.seen.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints: steps and what was seen."""
+        """Return the state for checkpoints: steps and what was seen."""
         return {"steps": self.steps, "every": self.every, "seen": self.seen}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave; what is of another model, or of another interval, begins anew."""
+        """Restore what `state_dict` returned; a state of another model or interval is ignored."""
         seen: dict[str, Tensor] = state_dict["seen"]
         if state_dict["every"] == self.every and seen.keys() <= self.layers.keys():
             self.steps = state_dict["steps"]
@@ -78,7 +84,7 @@ class Oscillation:
 
 
 def _places(rows: Tensor, steps: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Where the weights of the sample are: their index in rows, and that of their step."""
+    """Return where the weights of the sample are: their index in `rows`, and that of their step."""
     count, n = rows.numel(), min(rows.numel(), SAMPLE)
     flat = torch.arange(n, dtype=torch.float64)
     flat = (flat if n == count else flat * 0.6180339887498949 % 1.0 * count).long().to(rows.device)

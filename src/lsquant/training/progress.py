@@ -12,10 +12,14 @@ _INTERVAL = 0.1  # seconds between two updates of the line
 _BAR = 20  # characters
 
 
-class Progress(Iterable[T], Generic[T]):
-    """Iterates over `items` and shows how far it has come.
+class ProgressBar(Iterable[T], Generic[T]):
+    """Iterate over `items` and show how many are done.
 
-    `total`: number of items, or None if unknown; `start`: items done before; `quiet`: show nothing.
+    total: number of items; None if unknown
+    label: at the beginning of the line
+    quiet: show nothing
+    start: items done before
+    stream: stderr by default
     """
 
     def __init__(
@@ -54,7 +58,7 @@ class Progress(Iterable[T], Generic[T]):
             self._write(self.line(time.monotonic() - began), end="\n")
 
     def line(self, elapsed: float) -> str:
-        """The line for the present state; `elapsed`: seconds since the first item."""
+        """Format the line for the present state; `elapsed`: seconds since the first item."""
         parts = [self.label] if self.label else []
         if self.total:
             filled = min(_BAR, _BAR * self.done // self.total)
@@ -73,11 +77,6 @@ class Progress(Iterable[T], Generic[T]):
         self.stream.flush()
         if end:
             self._width = 0
-
-
-def progress(items: Iterable[T], total: int | None = None, label: str = "", quiet: bool = False) -> Progress[T]:
-    """`Progress(items, total, label, quiet)`: iterate over the result as over `items`."""
-    return Progress(items, total, label, quiet)
 
 
 def message(text: str, quiet: bool = False) -> None:

@@ -15,11 +15,18 @@ from lsquant._util.errors import UsageError
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """factor(i) = (i + 1) / warmup                                          for i < warmup
+    """Scale learning rates by a linear warm-up and a cosine.
+
+    factor(i) = (i + 1) / warmup                                                          for i < warmup
     factor(i) = floor + (1 - floor) * (1 + cos(pi * (i - warmup) / (total - warmup))) / 2   else
 
-    `total`: iterations of the whole run; `warmup`: iterations of linear warm-up; `floor`: the factor at the end.
-    It is a function of the iteration alone, so that resuming needs no state.
+    total: iterations of the whole run
+    warmup: iterations of linear warm-up
+    floor: the factor at the end
+
+    The factor depends on the iteration alone, so resuming needs no state.
+
+    Raises: UsageError for numbers out of range.
     """
 
     total: int
@@ -34,7 +41,7 @@ class CosineSchedule:
             )
 
     def factor(self, iteration: int) -> float:
-        """The factor on every group's initial learning rate at `iteration`, counted from 0."""
+        """Return the factor on every group's initial learning rate at `iteration`, counted from 0."""
         if iteration < self.warmup:
             return (iteration + 1) / self.warmup
         progress = min(1.0, (iteration - self.warmup) / (self.total - self.warmup))

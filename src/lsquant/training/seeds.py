@@ -11,13 +11,13 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2^63) that is a fixed function of `parts`, e.g. derive_seed(seed, "shuffle", epoch)."""
+    """Return a seed in [0, 2^63), a fixed function of `parts`, e.g. derive_seed(seed, "shuffle", epoch)."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A torch generator on the CPU, seeded by `derive_seed(*parts)`."""
+    """Return a torch generator on the CPU, seeded by `derive_seed(*parts)`."""
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
@@ -30,7 +30,7 @@ def seed_everything(*parts: int | str) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of the global generators of torch (CPU, and CUDA where it is in use), numpy and python."""
+    """Return the state of the global generators of torch (CPU, and CUDA where it is in use), numpy and python."""
     name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  # pyright: ignore
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
@@ -43,7 +43,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` gave."""
+    """Restore what `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002

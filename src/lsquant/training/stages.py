@@ -9,7 +9,7 @@ from lsquant.spec import QuantSpec
 
 
 def widened(recipe: Recipe, bits: int) -> Recipe:
-    """The recipe in which every quantizer has at least `bits` bits; what has more, or stays float, is left as it is."""
+    """Return the recipe with at least `bits` bits for every quantizer; what has more, or stays float, is unchanged."""
 
     def wide(value: object) -> object:
         return replace(value, bits=max(bits, value.bits)) if isinstance(value, QuantSpec) else value

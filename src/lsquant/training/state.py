@@ -24,9 +24,9 @@ VERSION = 1
 
 
 def encode(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
-    """(structure, tensors): `structure` is valid JSON, `tensors` are contiguous, on the CPU and share no memory.
+    """Split a value into (structure, tensors): valid JSON, and contiguous CPU tensors that share no memory.
 
-    Raises: UsageError for a type that is none of the above.
+    Raises: UsageError for a type that the format does not have.
     """
     tensors: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
@@ -55,7 +55,7 @@ def encode(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
 
 
 def decode(structure: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The value that `encode` took apart."""
+    """Rebuild the value that `encode` split."""
     if isinstance(structure, list):
         return [decode(item, tensors) for item in structure]
     if not isinstance(structure, dict):
@@ -75,9 +75,9 @@ def decode(structure: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def save_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write `state` beside `path` and rename it, so that a kill or a full disk leaves the old file.
+    """Write `state` to a temporary file and rename it, so that a kill or a full disk leaves the old file.
 
-    Raises: DiskFull, MissingFile (the folder), UsageError (a type the format has not).
+    Raises: DiskFull; MissingFile (the folder); UsageError (a type that the format does not have).
     """
     structure, tensors = encode(state)
     text = json.dumps(structure, allow_nan=False)
@@ -102,13 +102,13 @@ def load_state(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def model_state(model: nn.Module) -> dict[str, Any]:
-    """The state dict, and the buffers that are not in it (counters), which a resumed run needs as well."""
+    """Return the state dict, and the buffers that are not in it (counters), which a resumed run needs as well."""
     state = dict(model.state_dict())
     return {"state": state, "volatile": {name: b for name, b in model.named_buffers() if name not in state}}
 
 
 def load_model_state(model: nn.Module, saved: dict[str, Any]) -> None:
-    """Put back what `model_state` gave.
+    """Restore what `model_state` returned.
 
     Raises: UsageError if it is the state of another architecture.
     """

@@ -1,4 +1,4 @@
-"""A schedule for how many low-bit weights change their code in a step, in place of one for their learning rate.
+"""A schedule for the share of low-bit weights that change their code in a step, in place of a learning rate schedule.
 
 Source: Lee, Jeon, Baek, Ham, "Scheduling Weight Transitions for Quantization-Aware Training", arXiv:2404.19248v4
 (ICCV 2025), section 3: there "transition rate" and "transition-adaptive learning rate".
@@ -23,7 +23,7 @@ from lsquant.tying import weight_quantizers
 PAPER_STEPS = 80_000
 """Optimizer steps of the source's CIFAR schedules, for which its gain and its smoothing were chosen."""
 SHORT = 400
-"""Optimizer steps below which the gain grows no more: U would jump."""
+"""Optimizer steps below which the gain stops growing: U would jump."""
 POINTS = 400
 """Points of ``TransitionRate.trace``, at most."""
 
@@ -37,21 +37,21 @@ class TransitionRate:
         R  = first * (1 + cos(pi t / steps)) / 2   its target; 0 from t = steps on
         U <- max(0, U + gain * (R - K))            the next step's learning rate, from the optimizer's own
 
-    One U for the whole model. It is the learning rate of the groups "low_bit" of ``param_groups(..., low_bit=True)``
-    in every step, whatever a scheduler has set, so weight decay goes by it as well. All other groups keep theirs.
-    Hooks on the optimizer do this: the training loop needs no further call, steps that a loss scaler skips do not
-    count, and accumulated batches are one step. Processes of DistributedDataParallel find the same U, having the same
-    weights.
+    The model has one U. It is the learning rate of the groups "low_bit" of ``param_groups(..., low_bit=True)`` in every
+    step, whatever a scheduler has set, so it scales weight decay as well. All other groups keep theirs. Hooks on the
+    optimizer do this: the training loop needs no further call, steps that a loss scaler skips do not count, and
+    accumulated batches are one step. Processes of DistributedDataParallel have the same weights, so they find the same
+    U.
 
     model: prepared.
     optimizer: over ``param_groups(..., low_bit=True)``; tested with SGD, Adam and AdamW.
     first: R at the beginning, a share (not percent), e.g. 0.002.
     steps: optimizer steps of the whole training: epochs times batches, over the batches accumulated for a step.
     gain: by default U's first value times 80,000 / steps, at most 200 times it: the source's gain is U's first value in
-        schedules of 80,000 steps, and lags behind R in shorter ones.
+        schedules of 80,000 steps; in shorter ones K would lag behind R.
     smoothing: m; by default 0.99, and 1 - 40 / steps in schedules below 4,000 steps.
-    fix_steps: the steps of these weights stay as they are, as in the source. False lets them learn; a code that changes
-        with its step counts as well.
+    fix_steps: the steps of these weights are not trained, as in the source. False trains them; a code that changes with
+        its step counts as well.
 
     ``rate``, ``target``, ``lr``: K, R and U now. ``done``: optimizer steps counted. ``trace``: rows (t, K, R, U), at
     most 400 over the schedule. Checkpoints need ``state_dict``; ``fit(transition=...)`` does that. A copy of the
@@ -115,20 +115,20 @@ class TransitionRate:
 
     @property
     def target(self) -> float:
-        """R for the next step."""
+        """Return R for the next step."""
         return self.first * 0.5 * (1.0 + math.cos(math.pi * min(1.0, self.done / self.steps)))
 
     def numbers(self) -> dict[str, float]:
-        """K, R and U as a log has them: ``transition_rate``, ``transition_target``, ``transition_lr``."""
+        """Return K, R and U for a log: ``transition_rate``, ``transition_target``, ``transition_lr``."""
         return {"transition_rate": self.rate, "transition_target": self.target, "transition_lr": self.lr}
 
     def close(self) -> None:
-        """Let go of the optimizer: from the next step on a scheduler decides over its groups, from U on."""
+        """Remove the hooks: from the next step on a scheduler decides over the optimizer's groups, from U on."""
         for hook in self._hooks:
             hook.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints. What is fixed at construction is in it to be compared."""
+        """Return the state for checkpoints, with what is fixed at construction, to be compared."""
         return {
             "first": self.first, "steps": self.steps, "gain": self.gain, "smoothing": self.smoothing,
             "fix_steps": self.fix_steps, "done": self.done, "rate": self.rate, "lr": self.lr,
@@ -136,7 +136,7 @@ class TransitionRate:
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave. Raises: UsageError if it is of another schedule."""
+        """Restore what `state_dict` returned. Raises: UsageError if it is of another schedule."""
         for name in ("first", "steps", "gain", "smoothing", "fix_steps"):
             saved, here = state_dict[name], getattr(self, name)
             if saved != here:
@@ -151,7 +151,7 @@ class TransitionRate:
     # ---- around every optimizer step ----
 
     def _groups(self) -> list[dict[str, Any]]:
-        """The optimizer's own dictionaries, looked up anew: its load_state_dict replaces them, names included."""
+        """Return the optimizer's own dictionaries, looked up each time: its load_state_dict replaces them."""
         return [g for g in self.optimizer.param_groups if any(id(p) in self._held for p in g["params"])]
 
     def _set_lr(self) -> None:
@@ -161,7 +161,7 @@ class TransitionRate:
             group["lr"] = torch.full_like(lr, self.lr) if isinstance(lr, Tensor) else self.lr
 
     def _marks(self) -> list[Tensor]:
-        """A tensor a layer that changes where a code does: while steps are fixed, the quantized weight."""
+        """Return a tensor a layer that changes where a code does: while steps are fixed, the quantized weight."""
         if not self.fix_steps:
             return [_codes(layer, quantizer) for layer, quantizer in self.layers]
         return [_quantized(layer, q, step) for (layer, q), step in zip(self.layers, self._effective, strict=True)]
@@ -181,7 +181,7 @@ class TransitionRate:
         if self.fix_steps:
             torch._foreach_copy_(self._learned, self._fixed)  # pyright: ignore
         before, self._before = self._before, []
-        # a fused optimizer is called by the loss scaler even where it then skips the step by itself
+        # a fused optimizer is called by the loss scaler even where it then skips the step itself
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
             return
@@ -190,7 +190,7 @@ class TransitionRate:
         self._count(int(torch.stack([count.to(changed[0].device) for count in changed]).sum()))
 
     def _count(self, changed: int) -> None:
-        """One step of the equations above, after `changed` weights got another code."""
+        """Compute the equations above for one step, in which `changed` weights got another code."""
         target = self.target
         self.rate = self.smoothing * self.rate + (1.0 - self.smoothing) * (changed / self.weights)
         self.lr = max(0.0, self.lr + self.gain * (target - self.rate))
@@ -206,13 +206,13 @@ class TransitionRate:
 
 
 def _quantized(layer: Any, quantizer: Quantizer, step: Tensor) -> Tensor:
-    """The weight as its layer multiplies with it."""
+    """Return the weight as its layer multiplies with it."""
     kind = {"axis": quantizer.axis, "group_size": quantizer.spec.group_size, "offset": quantizer.offset}
     return ops.fake_quantize(layer.rows(), step, quantizer.q_min, quantizer.q_max, 1.0, **kind)
 
 
 def _codes(layer: Any, quantizer: Quantizer) -> Tensor:
-    """int8, or uint8 for unsigned codes; NaN, which has no code, is 0."""
+    """Return the codes as int8, or uint8 for unsigned ones; NaN, which has no code, gives 0."""
     low, high = quantizer.q_min, quantizer.q_max
     kind = {"axis": quantizer.axis, "group_size": quantizer.spec.group_size, "offset": quantizer.offset}
     codes = reference.codes(layer.rows(), quantizer.effective_step(), low, high, **kind)
@@ -224,7 +224,7 @@ def _pre_hooks(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside Accelerate's or Lightning's, whose own hooks are never called."""
+    """Return the torch optimizer inside Accelerate's or Lightning's, whose own hooks are never called."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -233,7 +233,7 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _low_bit_layers(model: nn.Module, groups: list[dict[str, Any]]) -> list[tuple[Any, Quantizer]]:
-    """The layers whose weights are in `groups`, a shared weight once.
+    """Return the layers whose weights are in `groups`, a shared weight once.
 
     Raises: UsageError where `groups` do not hold the low-bit weights of `model` and nothing else.
     """

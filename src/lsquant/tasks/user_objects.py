@@ -1,4 +1,4 @@
-"""Objects of the user's own code, named on the command line: ``package.module:name`` or ``FILE.py:name``."""
+"""Load objects of the user's code that are named on the command line: ``package.module:name`` or ``FILE.py:name``."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lsquant._util.errors import MissingFile, UsageError
 
 
 def load_object(where: str) -> Any:
-    """The object that ``where`` names; modules are found from the current folder, too.
+    """Load the object that ``where`` names; modules are searched for in the current folder, too.
 
     Raises: UsageError for another form, and for a module or name that does not exist (with near names); MissingFile
-    for a file that does not exist.  What the user's module itself raises is passed on.
+    for a file that does not exist; whatever the user's module raises.
     """
     place, _, name = where.rpartition(":")
     if not place or not name.isidentifier():
@@ -34,7 +34,7 @@ def load_object(where: str) -> Any:
 
 
 def call(function: Any, where: str) -> Any:
-    """``function()``.  Raises UsageError for what cannot be called without arguments."""
+    """Return ``function()``. Raises: UsageError for what cannot be called without arguments."""
     if not callable(function):
         raise UsageError(f"{where!r} is a {type(function).__name__}, not a function without arguments")
     try:

@@ -1,6 +1,6 @@
 """Which releases of ONNX Runtime run which profile, and do they compute what was trained?
 
-    python benchmarks/minimum_runtimes.py [1.19.2 1.20.1 ...] [--wheels FOLDER]
+    python studies/minimum_runtimes.py [1.19.2 1.20.1 ...] [--wheels FOLDER]
 
 A network with convolutions (depthwise, transposed), linear layers (one with groups), LSQ+ and BatchNorm is exported in
 every profile, with golden vectors.  Each release is installed from PyPI (or from wheels in FOLDER) into a folder of its

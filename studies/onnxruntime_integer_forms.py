@@ -1,6 +1,6 @@
 """Which forms of 8-bit operands does ONNX Runtime multiply exactly on this processor?
 
-    python benchmarks/onnxruntime_integer_forms.py
+    python studies/onnxruntime_integer_forms.py
 
 Every form of storing the same integers (activations x weights, signed or unsigned, with or without a zero point) is run
 through ConvInteger and MatMulInteger in a plain session, on extreme and on uniform codes, and compared with exact

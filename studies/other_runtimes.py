@@ -1,6 +1,6 @@
 """A verdict for ExecuTorch and LiteRT: do they compute what was trained?
 
-    python benchmarks/other_runtimes.py executorch|litert --data FOLDER --cifar FILE [--bits w8a8] [--images N]
+    python studies/other_runtimes.py executorch|litert --data FOLDER --cifar FILE [--bits w8a8] [--images N]
 
 Neither has operators for sums over low-bit codes that torch's exporters reach, so the integer model is written out in
 plain operators: divide, round, clip, a float convolution over integer-valued codes, one multiplication, one addition.

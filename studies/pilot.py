@@ -1,7 +1,7 @@
 """The pilot that settles the defaults: low-bit ResNet-20 on CIFAR-10, one change at a time.
 
-    python benchmarks/pilot.py --data DIR --init resnet20.safetensors --teacher resnet56.safetensors --out results/pilot
-    python benchmarks/pilot.py --table results/pilot
+    python studies/pilot.py --data DIR --init resnet20.safetensors --teacher resnet56.safetensors --out results/pilot
+    python studies/pilot.py --table results/pilot
 
 Every run trains `--epochs` epochs over the first `--images` training images in their official order, starting from the
 float checkpoint, and is measured on all 10,000 test images.  One JSON per run in `--out`; runs that are there are left
@@ -28,9 +28,9 @@ from lsquant import QuantSpec, Recipe, reference
 from lsquant._util.files import write_json
 from lsquant.diagnostics.environment import environment
 from lsquant.quantizer import Quantizer
+from lsquant.runs.directory import Run
+from lsquant.runs.training import run_training
 from lsquant.tasks.cifar10 import Cifar10
-from lsquant.tasks.directory import Run
-from lsquant.tasks.run import run_training
 
 # name: (what is changed, settings, other changes)
 VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

@@ -1,6 +1,6 @@
 """How should a trained w4a4 network go to other bits: with rescaled steps, or with steps set anew?
 
-    python benchmarks/change_of_bits.py
+    python studies/change_of_bits.py
 
 Task digits: float training, then w4a4, then w3a3 or w2a2 from it by ``prepare(..., steps=...)``, three seeds.  Prints a
 Markdown table of test accuracies right after the change and after five more epochs.  About three minutes on one core.
