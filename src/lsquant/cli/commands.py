@@ -17,6 +17,7 @@ from lsquant.cli.reporting import report as report
 from lsquant.cli.words import measured, results, table
 from lsquant.diagnostics import check
 from lsquant.diagnostics.environment import environment
+from lsquant.formats import file_format
 from lsquant.recipe import Recipe
 from lsquant.report.figure import draw_figures
 from lsquant.tasks import Run, Settings, get_task, is_run, open_run, run_training
@@ -146,11 +147,11 @@ def evaluate(a: Namespace) -> Outcome:
 
 
 def export(a: Namespace) -> Outcome:
-    """Write RUN/export/PROFILE.onnx, or packed.safetensors."""
+    """Write the file of --profile in RUN/export."""
     if own.is_own(a):
         return own.export(a)
     run = _run(a)
-    path = Path(a.out) if a.out else run.file(f"export/{own.file_name(a.profile)}")
+    path = Path(a.out) if a.out else run.file(f"export/{file_format(a.profile).file_name}")
     if not a.out:
         path.parent.mkdir(exist_ok=True)
     few = next(iter(run.task.batches("test", batch_size=own.VECTORS))) if a.vectors else None
@@ -162,7 +163,7 @@ def verify_(a: Namespace) -> Outcome:
     if own.is_own(a):
         return own.verify_(a)
     run = _run(a)
-    path = Path(a.file) if a.file else run.file(f"export/{own.file_name(a.profile)}")
+    path = Path(a.file) if a.file else run.file(f"export/{file_format(a.profile).file_name}")
     return own.judged(a, run.model(), path, run.task.batches("test", batch_size=BATCH))
 
 

@@ -17,13 +17,11 @@ from lsquant import calibration, checkpoint
 from lsquant._util.batches import take
 from lsquant._util.errors import MissingFile, UsageError
 from lsquant._util.files import read_json, write_json
-from lsquant._util.tensors import header_size
+from lsquant._util.nested import map_tensors
 from lsquant.convert import prepare
 from lsquant.diagnostics import Finding
 from lsquant.diagnostics.checks import SEVERITIES
-from lsquant.export import export_onnx, export_packed
-from lsquant.export.capture import map_tensors
-from lsquant.export.packed import PROFILE as PACKED
+from lsquant.formats import file_format, file_formats, profile_of
 from lsquant.nn import quantized_layers
 from lsquant.recipe import Recipe
 from lsquant.report.page import write_report
@@ -31,12 +29,10 @@ from lsquant.tasks import is_run, load_float
 from lsquant.tasks.loading import call, load_object
 from lsquant.training.progress import message
 from lsquant.training.seeds import seed_everything
-from lsquant.verification import RUNTIMES, export_vectors, verify
-from lsquant.verification.judge import profile_of
+from lsquant.verification import LEVELS, Verdict, export_vectors, verify
 from lsquant.verification.vectors import CHECKER
 
 Outcome = tuple[dict[str, Any], str, bool]
-DEFAULT = "exact"  # the profile where none is named
 VECTORS = 4  # samples of --vectors
 MANY = 1000  # weight steps that take so long by least squared error that it is said
 SHOWN = 3  # findings of one code that are shown in full
@@ -108,31 +104,26 @@ def calibrate(a: Namespace, recipe: Recipe) -> Outcome:
 def export(a: Namespace) -> Outcome:
     """Write FILE's integers, beside it unless --out says where."""
     model = trained(a)
-    path = Path(a.out) if a.out else Path(a.path).with_suffix(f".{file_name(a.profile)}")
+    path = Path(a.out) if a.out else Path(a.path).with_suffix(f".{file_format(a.profile).file_name}")
     example = next(iter(take(batches(a), 1)))
     return written(a, model, path, example, map_tensors(example, lambda t: t[:VECTORS] if t.dim() else t))
 
 
-def file_name(profile: str | None) -> str:
-    """Of an exported file."""
-    profile = profile or DEFAULT
-    return f"{profile}.safetensors" if profile == PACKED else f"{profile}.onnx"
-
-
 def written(a: Namespace, model: nn.Module, path: Path, example: Any, few: Any) -> Outcome:
     """The outcome of ``export``.  few: a batch for --vectors."""
-    profile = a.profile or DEFAULT
-    if profile == PACKED and a.opset is not None:
-        raise UsageError("--opset belongs to ONNX files: leave it out with --profile packed")
-    if profile == PACKED:
-        export_packed(model, path)
-    else:
-        export_onnx(model, path, example, profile=profile, opset=a.opset)
-    result = {"file": str(path), "profile": profile, "bytes": path.stat().st_size}
+    row = file_format(a.profile)
+    options = {} if a.opset is None else {"opset": a.opset}
+    for name in options:
+        if name not in row.options:
+            takers = ", ".join(other.name for other in file_formats().values() if name in other.options)
+            raise UsageError(f"--{name} is an option of the profiles {takers}: leave it out with --profile {row.name}")
+    row.write(model, path, example, **options)
+    result = {"file": str(path), "profile": row.name, "bytes": path.stat().st_size}
     text = f"{path}: {result['bytes']:,} bytes"
-    if profile == PACKED:
-        result["header"] = header_size(path)
-        text += f", {result['header']:,} of them header"
+    header = row.header_size(path)
+    if header is not None:
+        result["header"] = header
+        text += f", {header:,} of them header"
     if a.vectors:
         result["vectors"] = str(export_vectors(model, a.vectors, few))
         text += f"\n{a.vectors}; on the device: python {CHECKER} FILE.onnx {Path(a.vectors).name}"
@@ -142,29 +133,37 @@ def written(a: Namespace, model: nn.Module, path: Path, example: Any, few: Any) 
 def verify_(a: Namespace) -> Outcome:
     """Compare the exported file with FILE's model on the batches of --data."""
     model = trained(a)
-    path = Path(a.file) if a.file else Path(a.path).with_suffix(f".{file_name(a.profile)}")
+    path = Path(a.file) if a.file else Path(a.path).with_suffix(f".{file_format(a.profile).file_name}")
     return judged(a, model, path, batches(a))
 
 
 def judged(a: Namespace, model: nn.Module, path: Path, data: Iterable[Any]) -> Outcome:
     """The outcome of ``verify``; the verdict is kept beside a file in its usual place."""
+    row = file_format(a.profile)
     if not path.is_file():
-        how = f"lsquant export {a.path} --profile {a.profile or DEFAULT}"
+        how = f"lsquant export {a.path} --profile {row.name}"
         raise MissingFile(f"{path} does not exist: {how}{' ...' if is_own(a) else ''} writes it")
-    if a.profile == PACKED and a.runtime != RUNTIMES[0]:
-        raise UsageError(f"--runtime {a.runtime} is for ONNX files: leave it out with --profile packed")
+    if a.profile and a.runtime is not None and a.runtime not in row.runtimes:
+        raise UsageError(f"--runtime {a.runtime} does not run files of profile {row.name}: leave it out")
     if a.file and a.profile and (found := profile_of(path)) != a.profile:
         raise UsageError(f"{path} has the profile {found}, not {a.profile}: --file needs no --profile")
     where = {"runtime": a.runtime, "node_modules": a.node_modules}
     verdict = verify(model, path, data, max_batches=a.max_batches, **where)
     result = {"required": a.require, **verdict.to_dict(), "text": str(verdict)}
     if not a.file:
-        kind = "" if a.runtime == RUNTIMES[0] else f".{a.runtime}"
+        kind = "" if a.runtime in (None, *row.runtimes[:1]) else f".{a.runtime}"
         write_json(path.with_suffix(f"{kind}.verdict.json"), result)
     if verdict.reaches(a.require):
         return result, str(verdict), True
-    hint = " (profile qdq promises weights: --require weights)" if verdict.profile == "qdq" else ""
-    return result, f"{verdict}\nrequired: {a.require}{hint}", False
+    return result, f"{verdict}\nrequired: {a.require}{_promised(verdict)}", False
+
+
+def _promised(verdict: Verdict) -> str:
+    """Return what the format of a file promises, where the file keeps that."""
+    promise = file_format(verdict.profile).promise
+    if not verdict.reaches(promise) or promise == LEVELS[-1]:
+        return ""
+    return f" (profile {verdict.profile} promises {promise}: --require {promise})"
 
 
 def report(a: Namespace) -> Outcome:

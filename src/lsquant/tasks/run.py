@@ -20,7 +20,7 @@ from lsquant._util.files import read_json, write_json
 from lsquant._util.tensors import read_tensors
 from lsquant.calibration import calibrate
 from lsquant.convert import prepare
-from lsquant.export import load_packed
+from lsquant.formats import load_packed
 from lsquant.nn import quantized_layers, quantizers
 from lsquant.recipe import Recipe
 from lsquant.tasks.directory import FORMAT, START, TEACHER, Run, check_teacher, is_run, open_run, sha256, start_run

@@ -13,8 +13,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,25 @@ from typing import Any
 import numpy as np
 
 from lsquant._util.errors import DamagedFile, LsquantError, MissingExtra, MissingFile
+from lsquant.verification.runtimes.onnx_runtime import OnnxRuntime
+from lsquant.verification.runtimes.onnx_session import Engine
 
 PAGE = Path(__file__).with_name("web.html")
 DIST = "onnxruntime-web/dist"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 TYPES = {".html": "text/html", ".mjs": "text/javascript", ".wasm": "application/wasm"}
 WAIT = 600.0  # seconds for one answer
+
+
+class WebRuntime(OnnxRuntime):
+    """onnxruntime-web, which takes no options."""
+
+    name = "onnxruntime-web"
+
+    @contextmanager
+    def engine(self, recommended: dict[str, str], node_modules: Any) -> Iterator[Engine]:
+        with Browser(node_modules) as browser:
+            yield Engine(browser.title, [{}], browser.open)
 
 
 class Browser:
