@@ -15,7 +15,7 @@ from lsquant._util.errors import UsageError
 from lsquant._util.products import Bypass, address
 from lsquant.convert import disabled, stays_float
 from lsquant.diagnostics import illnesses
-from lsquant.diagnostics.collect import ValueStatistics
+from lsquant.diagnostics.collect import Tally
 from lsquant.nn import QuantizedLayer, lone_quantizers, quantized_layers, quantized_type, quantizers
 from lsquant.quantizer import Quantizer
 from lsquant.reference import GUARD_FACTOR, initial_step
@@ -271,7 +271,7 @@ def _optimizer(model: nn.Module, optimizer: Any) -> Iterator[Finding]:
 # ---- values ----
 
 
-class _Values(ValueStatistics):
+class _Values(Tally):
     """A tally that also knows the lowest value, and how many are exactly 0."""
 
     lowest, zeros = float("inf"), 0

@@ -58,7 +58,7 @@ class QuantizerFacts:
         return self.layer if self.kind == "alone" else f"{self.layer}.{self.kind}_quantizer".lstrip(".")
 
 
-class ValueStatistics:
+class Tally:
     """Sums over the values of one quantizer, batch by batch."""
 
     def __init__(self, quantizer: Quantizer) -> None:
@@ -116,7 +116,7 @@ class ValueStatistics:
         )
 
 
-T = TypeVar("T", bound=ValueStatistics)
+T = TypeVar("T", bound=Tally)
 
 
 def balance(layer: QuantizedLayer, kind: str) -> float | None:
@@ -143,11 +143,11 @@ def collect(
     batches: as for ``calibrate``; without them only the layers' weights are looked at.  The model runs in eval mode
     with its quantizers on, and is left as it was.  Raises: UsageError for a step that is not set.
     """
-    found = value_statistics(model, batches, ValueStatistics, max_batches=max_batches, forward=forward)
-    return [values.facts(name, kind, layer) for (name, kind), (values, layer) in found.items()]
+    found = tallied(model, batches, Tally, max_batches=max_batches, forward=forward)
+    return [tally.facts(name, kind, layer) for (name, kind), (tally, layer) in found.items()]
 
 
-def value_statistics(
+def tallied(
     model: nn.Module,
     batches: Iterable[Any] | None,
     make: Callable[[Quantizer], T],
@@ -155,22 +155,22 @@ def value_statistics(
     max_batches: int | None = 32,
     forward: Forward | None = None,
 ) -> dict[tuple[str, str], tuple[T, QuantizedLayer | None]]:
-    """As ``collect``, the statistics themselves, made by ``make(quantizer)``: (layer, kind) -> statistics and layer."""
-    found: dict[tuple[str, str], tuple[T, QuantizedLayer | None]] = {}
+    """As ``collect``, the tallies themselves, made by ``make(quantizer)``: (layer, kind) -> tally and layer."""
+    tallies: dict[tuple[str, str], tuple[T, QuantizedLayer | None]] = {}
     hooks = []
     for name, layer in quantized_layers(model):
         if layer.weight_quantizer is not None:
-            values = make(layer.weight_quantizer.require_initialized())
-            values.add(layer.rows())
-            found[name, "weight"] = values, layer
+            tally = make(layer.weight_quantizer.require_initialized())
+            tally.add(layer.rows())
+            tallies[name, "weight"] = tally, layer
         if layer.input_quantizer is not None and batches is not None:
-            values = make(layer.input_quantizer.require_initialized())
-            found[name, "input"] = values, layer
-            hooks.append(layer.register_forward_pre_hook(_watch(values), with_kwargs=True))
+            tally = make(layer.input_quantizer.require_initialized())
+            tallies[name, "input"] = tally, layer
+            hooks.append(layer.register_forward_pre_hook(_watch(tally), with_kwargs=True))
     for name, quantizer in lone_quantizers(model) if batches is not None else ():
-        values = make(quantizer.require_initialized())
-        found[name, "alone"] = values, None
-        hooks.append(quantizer.register_forward_pre_hook(_watch(values), with_kwargs=True))
+        tally = make(quantizer.require_initialized())
+        tallies[name, "alone"] = tally, None
+        hooks.append(quantizer.register_forward_pre_hook(_watch(tally), with_kwargs=True))
     try:
         if batches is not None:
             with evaluating(model):
@@ -179,8 +179,8 @@ def value_statistics(
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return tallies
 
 
-def _watch(values: ValueStatistics) -> Any:
-    return lambda module, args, kwargs: values.add(first_input(args, kwargs))
+def _watch(tally: Tally) -> Any:
+    return lambda module, args, kwargs: tally.add(first_input(args, kwargs))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lsquant.diagnostics.collect import ValueStatistics
+from lsquant.diagnostics.collect import Tally
 from lsquant.mse import ValueSummary, best_step, squared_errors
 from lsquant.quantizer import Quantizer
 from lsquant.reference import GUARD_FACTOR
@@ -79,7 +79,7 @@ def of_weight(q: Quantizer, rows: Tensor) -> Iterator[Ill]:
         yield "oscillating", text, {"share": share, "expected": 2 * CLOSE}
 
 
-def of_levels(q: Quantizer, tally: ValueStatistics) -> Iterator[Ill]:
+def of_levels(q: Quantizer, tally: Tally) -> Iterator[Ill]:
     """Fewer levels than half of those from the lowest to the highest that occurs: there are holes between them."""
     used = torch.nonzero(tally.codes).flatten()
     reach = int(used[-1] - used[0]) + 1 if len(used) else 0
@@ -89,7 +89,7 @@ def of_levels(q: Quantizer, tally: ValueStatistics) -> Iterator[Ill]:
         yield "few_levels", text, {"used": len(used), "reach": reach, "bits": bits}
 
 
-def of_sign(q: Quantizer, tally: ValueStatistics, lowest: float) -> Iterator[Ill]:
+def of_sign(q: Quantizer, tally: Tally, lowest: float) -> Iterator[Ill]:
     """Values below 0 that an unsigned quantizer cuts off."""
     share = tally.low / max(tally.elements, 1)
     if (

@@ -15,7 +15,7 @@ from lsquant._util.batches import Forward, take
 from lsquant._util.bits import packed_size
 from lsquant.convert import resolved_recipe
 from lsquant.diagnostics import check
-from lsquant.diagnostics.collect import value_statistics
+from lsquant.diagnostics.collect import tallied
 from lsquant.nn import QuantizedLayer, quantized_layers, quantizers
 from lsquant.quantizer import Quantizer
 from lsquant.report.values import Values
@@ -40,8 +40,8 @@ def model_facts(
             yield batch
 
     data = None if batches is None else watched()
-    found = value_statistics(model, data, Values, max_batches=None, forward=forward)
-    facts = [quantizer_row(name, kind, values, layer) for (name, kind), (values, layer) in found.items()]
+    found = tallied(model, data, Values, max_batches=None, forward=forward)
+    facts = [quantizer_row(name, kind, tally, layer) for (name, kind), (tally, layer) in found.items()]
     layers, sizes = _sizes(model)
     findings = check(model, batches=kept or None, forward=forward)
     return {
@@ -54,14 +54,14 @@ def model_facts(
     }
 
 
-def quantizer_row(name: str, kind: str, values: Values, layer: QuantizedLayer | None) -> dict[str, Any]:
+def quantizer_row(name: str, kind: str, tally: Values, layer: QuantizedLayer | None) -> dict[str, Any]:
     """``QuantizerFacts`` as a dictionary, with bounds, sign, granularity and what can be drawn."""
-    q, facts = values.quantizer, values.facts(name, kind, layer)
+    q, facts = tally.quantizer, tally.facts(name, kind, layer)
     row = asdict(facts) | {"name": facts.name, "signed": bool(q.spec.signed), "q_min": q.q_min, "q_max": q.q_max}
     size = f" of {q.spec.group_size}" if q.spec.group_size else ""
     row |= {"granularity": q.spec.granularity + size, "lsq_plus": q.offset is not None}
     row |= {"sqnr": facts.sqnr if math.isfinite(facts.sqnr) else "inf" if facts.sqnr > 0 else None}
-    return row | {"oscillation": None, "views": values.views(), "damage": values.damage}
+    return row | {"oscillation": None, "views": tally.views(), "damage": tally.damage}
 
 
 def bits_in_words(model: nn.Module) -> list[list[Any]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lsquant._util.errors import UsageError
-from lsquant.diagnostics.collect import ValueStatistics
+from lsquant.diagnostics.collect import Tally
 from lsquant.mse import ValueSummary, best_step, rows_per_step
 from lsquant.quantizer import Quantizer
 
@@ -24,8 +24,8 @@ ATOMS, CHANNEL_ATOMS = 256, 48  # so few distinct values are kept as they are
 REACH = 4.25  # the histogram reaches so many times beyond the clip points, as the page's slider does
 
 
-class Values(ValueStatistics):
-    """Statistics that also keep a bounded summary of the values: one of all, and one for each of the kept steps."""
+class Values(Tally):
+    """A tally that also keeps a bounded summary of the values: one of all, and one for each of the kept steps."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__(quantizer)
