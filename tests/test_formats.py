@@ -138,6 +138,10 @@ def test_files_of_no_format(tmp_path: Path) -> None:
     with pytest.raises(MissingFile, match="does not exist"):
         format_of(tmp_path / "none")
     (tmp_path / "f").write_bytes(b"something else")
+    (tmp_path / "safetensors").write_bytes((8 + 256).to_bytes(8, "little") + b"{")  # begins with the byte of ONNX
+    assert format_of(tmp_path / "safetensors").name == "packed"
+    (tmp_path / "onnx").write_bytes(b"\x08\x0a\x12\x07lsquant")
+    assert format_of(tmp_path / "onnx").name == "exact"
     with pytest.raises(DamagedFile, match=r"is of no format that lsquant reads \(exact, qdq, small, packed\)"):
         format_of(tmp_path / "f")
 

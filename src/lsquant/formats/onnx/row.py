@@ -52,9 +52,13 @@ class OnnxFormat(FileFormat):
         return export_onnx(model, path, example_inputs, profile=self.name, **options)
 
     def recognizes(self, path: Path) -> bool:
-        """Tell whether a file begins as an ONNX model does, with the field of its version."""
+        """Tell whether a file begins as an ONNX model does: with the field of its version.
+
+        A safetensors file, which has JSON from its ninth byte on, may begin with the same byte.
+        """
         with open(path, "rb") as file:
-            return file.read(1) == b"\x08"
+            start = file.read(9)
+        return start[:1] == b"\x08" and start[8:] != b"{"
 
     def read(self, path: str | os.PathLike[str]) -> OnnxFile:
         proto, metadata = load_onnx(path)
