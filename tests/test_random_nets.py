@@ -75,10 +75,10 @@ def test_trained_layers_equal_the_oracle(seed: int) -> None:
     (x,) = Side([net]).example(seed, 2)
     with torch.no_grad(), recording(net) as calls:
         net(x)
-    for (name, _), (given, y) in calls[0].layers.items():
+    for (name, _), recorded in calls[0].layers.items():
         layer: Any = net.get_submodule(name)
-        want = by_oracle(layer, layer_input(layer, given).numpy())
-        assert not different(y.numpy(), want).any(), f"seed {seed}, layer {name}"
+        want = by_oracle(layer, layer_input(layer, recorded.input).numpy())
+        assert not different(recorded.output.numpy(), want).any(), f"seed {seed}, layer {name}"
 
 
 def by_oracle(layer: Any, x: np.ndarray) -> np.ndarray:

@@ -189,14 +189,19 @@ def _codes(modules: dict[str, nn.Module], call: Call) -> dict[Any, np.ndarray | 
     for key, recorded in call.layers.items():
         layer = modules[key[0]]
         codes = input_codes(layer, layer_input(layer, recorded.input))
-        found[key] = None if codes is None else comparable(codes)
+        found[key] = None if codes is None else comparable_codes(codes)
     return found
 
 
 def _add_codes(differences: Differences, name: str, got: Tensor | np.ndarray | None, want: np.ndarray | None) -> None:
     """Count codes; those that a file lacks are mismatches, those that the model lacks are left out."""
     if want is not None:
-        differences.add(name, np.zeros(0) if got is None else comparable(got), want)
+        differences.add(name, np.zeros(0) if got is None else comparable_codes(got), want)
+
+
+def comparable_codes(codes: Tensor | np.ndarray) -> np.ndarray:
+    """Return codes as an array without -0.0, which rounding makes of small negative values and no integer has."""
+    return comparable(codes) + np.float32(0)
 
 
 def comparable(value: Tensor | np.ndarray) -> np.ndarray:
