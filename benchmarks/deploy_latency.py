@@ -35,8 +35,8 @@ from timing import Contender, Options, Row, measure, report, rows, say, show
 from torch import Tensor, nn
 
 import lsquant
-from lsquant.export import lowering
-from lsquant.verification.runtimes import OPENVINO
+from lsquant.formats.onnx import exact
+from lsquant.verification.runtimes.openvino import OPENVINO
 
 PROFILES = ("exact", "small", "qdq")
 FLOAT = "float, ONNX Runtime"
@@ -73,11 +73,11 @@ def files(model: nn.Module, x: Tensor, folder: Path) -> dict[str, Path]:
 @contextmanager
 def in_integers() -> Iterator[None]:
     """Exports in which convolutions never add up in float32."""
-    limit, lowering.FLOAT_SUMS = lowering.FLOAT_SUMS, 0
+    limit, exact.FLOAT_SUMS = exact.FLOAT_SUMS, 0
     try:
         yield
     finally:
-        lowering.FLOAT_SUMS = limit
+        exact.FLOAT_SUMS = limit
 
 
 def onnx_runtime(path: Path, x: np.ndarray, threads: int) -> Callable[[], np.ndarray]:

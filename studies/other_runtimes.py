@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lsquant
-from lsquant import integer
-from lsquant.verification.verdict import Tally
+from lsquant import shipped
+from lsquant.verification.verdict import Differences
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,7 +42,7 @@ class Plain(nn.Module):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.layer_is_conv = isinstance(layer, integer.IntegerConv)
+        self.layer_is_conv = isinstance(layer, shipped.IntegerConv)
         self.low, self.high = float(layer.input.q_min), float(layer.input.q_max)
         dims = 2 if self.layer_is_conv else 0
         for name, value in (("step", layer.input.step), ("codes", layer.codes), ("scale", layer.scale)):
@@ -67,9 +67,9 @@ class WithCodes(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = integer.integer_model(model)
+        self.model = shipped.integer_model(shipped.ship(model))
         for name, layer in list(self.model.named_modules()):
-            if isinstance(layer, integer.IntegerLayer):
+            if isinstance(layer, shipped.IntegerLayer):
                 parent, _, last = name.rpartition(".")
                 setattr(self.model.get_submodule(parent), last, Plain(layer))
 
@@ -137,7 +137,7 @@ def main() -> None:
         start = time.time()
         call, size = (executorch if a.runtime == "executorch" else litert)(plain, images[:8])
         print(f"converted in {time.time() - start:.0f} s, {size:,} bytes")
-        codes, outputs = Tally("codes", "input codes, end to end"), Tally("outputs", "outputs")
+        codes, outputs = Differences("codes", "input codes, end to end"), Differences("outputs", "outputs")
         for batch in images.split(8):
             if len(batch) < 8:
                 break
@@ -148,8 +148,8 @@ def main() -> None:
                 codes.add(str(i), one.numpy(), other.numpy())
     package = {"executorch": "executorch", "litert": "ai-edge-litert"}[a.runtime]
     print(f"{package} {metadata.version(package)}, torch {torch.__version__}, {a.bits}, {len(images)} images")
-    for tally in (codes, outputs):
-        print(tally.check())
+    for differences in (codes, outputs):
+        print(differences.check())
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ LAYERS = {
     "checkpoint": 9,
     "diagnostics": 10,
     "training": 11,
-    "integer": 12,
-    "export": 13,
+    "shipped": 12,
+    "formats": 13,
     "verification": 14,
     "integrations": 15,
     "importers": 15,
@@ -48,7 +48,7 @@ LAYERS = {
     "tasks": 17,
     "cli": 18,
 }
-NEVER = {"export": {"kernels", "training"}}
+NEVER = {"formats": {"kernels", "training"}}
 OPTIONAL = {
     *("onnx", "onnxruntime", "onnxscript", "onnx_ir", "sklearn", "matplotlib", "PIL"),
     *("transformers", "accelerate", "lightning", "tensorboard", "triton", "gguf", "openvino", "torchao"),

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import lsquant
 from lsquant import QuantSpec, Recipe, Rule
-from lsquant.export import lowering
-from lsquant.export.onnx import initializers, load_onnx
+from lsquant.formats.onnx import exact, load_onnx
+from lsquant.formats.onnx.reader import initializers
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -75,7 +75,7 @@ def largest(verdict: lsquant.Verdict) -> float:
 def test_both_sides_quantized(profile: str, operator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps per channel and per tensor, LSQ+, 2 to 8 bits; the same file for other batch sizes."""
     if operator == "ConvInteger":
-        monkeypatch.setattr(lowering, "FLOAT_SUMS", 0)
+        monkeypatch.setattr(exact, "FLOAT_SUMS", 0)
     rules = [Rule("two.*", QuantSpec(2, granularity="channel"), QuantSpec(3, offset=True)), Rule("three.*", 8, 8)]
     model = ready(QuantSpec(4), QuantSpec(4, offset=True), rules)
     path = lsquant.export_onnx(model, tmp_path / "m.onnx", inputs(1), profile=profile)

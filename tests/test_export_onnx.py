@@ -15,7 +15,8 @@ import lsquant
 import lsquant.nn as lsq_nn
 from lsquant import QuantSpec, Recipe, Rule
 from lsquant._util.errors import UsageError
-from lsquant.export.onnx import initializers, load_onnx, onnx_model
+from lsquant.formats.onnx import load_onnx, onnx_model
+from lsquant.formats.onnx.reader import initializers
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lsquant
 from lsquant import QuantSpec, Recipe, Rule
 from lsquant._util.errors import UsageError
-from lsquant.export.onnx import load_onnx, onnx_model
+from lsquant.formats.onnx import load_onnx, onnx_model
 from test_export_onnx import ready
 
 onnx = pytest.importorskip("onnx")

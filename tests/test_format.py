@@ -20,7 +20,7 @@ import lsquant
 from lsquant import QuantSpec, Recipe, Rule
 from lsquant._util.bits import pack
 from lsquant._util.errors import UsageError
-from lsquant.export import packed as module
+from lsquant.formats.packed import writer as module
 from packed_files import read
 from random_nets import trained_net
 from test_packed import LAYERS

@@ -17,7 +17,7 @@ import test_layers_more
 from engines import assert_same
 from lsquant import QuantSpec, Recipe, Rule
 from lsquant._util.errors import UsageError
-from lsquant.integer import FrozenQuantizer
+from lsquant.shipped import FrozenQuantizer
 from lsquant.verification.verdict import different
 from test_layers import ready
 from test_layers_more import KINDS, LAYERS, made

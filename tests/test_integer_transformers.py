@@ -12,7 +12,7 @@ from torch import nn
 import lsquant
 import test_layers_more
 from lsquant import QuantSpec, Recipe
-from lsquant.integer import IntegerLayer
+from lsquant.shipped import IntegerLayer
 from model_table import TYPES
 from test_layers import ready
 

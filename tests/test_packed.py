@@ -309,7 +309,7 @@ def test_what_cannot_be_packed(tmp_path):
     refused(r"no quantized layer; call lsquant\.prepare", net(), path)
     model = net()
     lsquant.prepare(model, Recipe(4, 4))
-    refused(r"'0\.input_quantizer' has no step yet.*calibrate", model, path)
+    refused(r"0\.input_quantizer: this quantizer has no step yet.*calibrate", model, path)
     model = trained()
     with lsquant.disabled(model, "5"):
         refused(r"5\.weight_quantizer: this quantizer is switched off", model, path)

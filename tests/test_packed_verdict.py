@@ -64,7 +64,7 @@ def test_verify_with_a_damaged_file_or_another_model(tmp_path):
         lsquant.verify(ready(nn.Sequential(nn.Linear(4, 2)), Recipe(4, 4), torch.randn(4, 4)), tmp_path / "p", [])
     with pytest.raises(UsageError, match="did not call the model"):
         lsquant.verify(model, tmp_path / "p", [images(2)], forward=lambda m, batch: None)
-    with pytest.raises(UsageError, match="runs in PyTorch: leave out runtime='openvino'"):
+    with pytest.raises(UsageError, match="runs in pytorch: leave out runtime='openvino'"):
         lsquant.verify(model, tmp_path / "p", [images(2)], runtime="openvino")
     with pytest.raises(MissingFile):
         lsquant.verify(model, tmp_path / "none.safetensors", [images(2)])

@@ -17,9 +17,8 @@ from torch import nn
 import lsquant
 import lsquant.nn as lsq_nn
 import oracle
-from lsquant.export import lowering
-from lsquant.export.onnx import onnx_model
-from lsquant.integer import IntegerLayer, integer_model
+from lsquant.formats.onnx import exact, onnx_model
+from lsquant.shipped import IntegerLayer, integer_model, ship
 from lsquant.verification.recorder import layer_input, recording
 from lsquant.verification.verdict import different
 from random_nets import Block, Net, Side, trained_net
@@ -32,7 +31,7 @@ PER_GRAPH = 25
 
 def check_equal(first: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if first // PER_GRAPH % 2:  # every other graph adds up in integers what it could in float32
-        monkeypatch.setattr(lowering, "FLOAT_SUMS", 0)
+        monkeypatch.setattr(exact, "FLOAT_SUMS", 0)
     side = Side([trained_net(seed) for seed in range(first, first + PER_GRAPH)])
     model = onnx_model(side, (side.example(first, 3),), dynamic_batch=False)
     onnx.save(model, path)
@@ -51,7 +50,7 @@ def check_equal(first: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         for block, trained in zip(one.blocks, other.blocks, strict=True):
             block.act = trained.act  # may have been exchanged
     reloaded = lsquant.load_packed(Side(fresh), path.with_suffix(".packed")).eval()
-    for name, other in (("integer model", integer_model(side)), ("packed file", reloaded)):
+    for name, other in (("integer model", integer_model(ship(side))), ("packed file", reloaded)):
         with torch.no_grad():
             for (inputs,) in batches:
                 for seed, y, want in zip(seeds, other(inputs), side(inputs), strict=True):
@@ -76,10 +75,10 @@ def test_trained_layers_equal_the_oracle(seed: int) -> None:
     (x,) = Side([net]).example(seed, 2)
     with torch.no_grad(), recording(net) as calls:
         net(x)
-    for (name, _), (given, y) in calls[0].layers.items():
+    for (name, _), recorded in calls[0].layers.items():
         layer: Any = net.get_submodule(name)
-        want = by_oracle(layer, layer_input(layer, given).numpy())
-        assert not different(y.numpy(), want).any(), f"seed {seed}, layer {name}"
+        want = by_oracle(layer, layer_input(layer, recorded.input).numpy())
+        assert not different(recorded.output.numpy(), want).any(), f"seed {seed}, layer {name}"
 
 
 def by_oracle(layer: Any, x: np.ndarray) -> np.ndarray:
@@ -157,7 +156,7 @@ def test_the_seeds_cover_what_they_should() -> None:
 
 def test_integer_model_holds_no_float_weight() -> None:
     net = trained_net(3)
-    frozen = integer_model(net)
+    frozen = integer_model(ship(net))
     assert not list(frozen.parameters())
     for name, module in frozen.named_modules():
         assert not isinstance(module, lsq_nn.QuantizedLayer), name

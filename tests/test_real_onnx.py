@@ -17,7 +17,6 @@ from torch import nn
 
 import lsquant
 from lsquant import QuantSpec, Recipe
-from lsquant.verification import RUNTIMES
 from real_nets import real_net
 from test_real_deployment import data, unpacked
 
@@ -51,7 +50,7 @@ def test_whole_test_sets(name: str, bits: int, data_folder: Path, tmp_path: Path
     pytest.importorskip("onnxruntime")
     cifar = unpacked(data_folder, tmp_path) if name != "MobileNetV1" else tmp_path
     sizes = {}
-    for profile, size, verdict in verdicts(name, bits, data_folder, cifar, tmp_path, RUNTIMES[:1], None):
+    for profile, size, verdict in verdicts(name, bits, data_folder, cifar, tmp_path, ("onnxruntime",), None):
         sizes[profile] = size
         assert verdict.samples == (500 if name == "MobileNetV1" else 10_000)
         for each in (verdict, verdict.plain):
@@ -64,7 +63,7 @@ def test_whole_test_sets(name: str, bits: int, data_folder: Path, tmp_path: Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runtimes", nargs="*", default=RUNTIMES[:1])
+    parser.add_argument("runtimes", nargs="*", default=("onnxruntime",))
     parser.add_argument("--images", type=int)
     parser.add_argument("--networks", nargs="+", default=[f"{name}/{bits}" for name, bits in CASES])
     a = parser.parse_args()

@@ -16,7 +16,7 @@ import lsquant
 from lsquant import QuantSpec, Recipe, Rule
 from lsquant._util.errors import LsquantError, MissingExtra, MissingFile, UsageError
 from lsquant.cli.main import main
-from lsquant.verification.web import BROWSERS, Browser, message, parsed
+from lsquant.verification.runtimes.web import BROWSERS, Browser, message, parsed
 from test_verify import damage, one_code
 
 pytest.importorskip("onnxruntime")
@@ -121,7 +121,7 @@ def test_what_is_missing_is_named(
     (tmp_path / "m.packed.safetensors").touch()
     code = main(["verify", str(tmp_path / "m.safetensors"), *own, "--profile", "packed", "--runtime", "openvino"])
     assert code == 2
-    assert "is for ONNX files" in capsys.readouterr().err
+    assert "does not run files of profile packed" in capsys.readouterr().err
 
 
 def test_messages() -> None:

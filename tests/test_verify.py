@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lsquant
 from lsquant import QuantSpec, Recipe
 from lsquant._util.errors import DamagedFile, MissingFile, UsageError
-from lsquant.verification.verdict import LEVELS, Check, Tally, Verdict, different
+from lsquant.verification.verdict import LEVELS, Check, Differences, Verdict, different
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -290,7 +290,7 @@ def test_flipped_bytes_never_pass_and_never_crash(trained: Any, exported: Path, 
 
 
 def test_tally() -> None:
-    tally = Tally("outputs", "outputs")
+    tally = Differences("outputs", "outputs")
     a = np.array([1.0, np.nan, 0.0, np.inf], np.float32)
     tally.add("same", a, a.copy())
     assert tally.check() == Check("outputs", "outputs", 4, 0, 0.0, "", 0, 1)

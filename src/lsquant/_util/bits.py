@@ -53,6 +53,11 @@ def unpack(data: np.ndarray, bits: int, count: int, signed: bool) -> np.ndarray:
     return out
 
 
+def packed_size(count: int, bits: int, steps: int, zero_points: int = 0) -> int:
+    """Return the bytes of a quantized tensor: packed codes, float32 steps and int32 zero points."""
+    return _bytes(count, bits) + 4 * (steps + zero_points)
+
+
 def _bytes(count: int, bits: int) -> int:
     return (count * bits + 7) // 8
 

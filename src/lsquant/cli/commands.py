@@ -14,7 +14,6 @@ from lsquant import calibration, checkpoint
 from lsquant._util.batches import take
 from lsquant._util.errors import MissingFile, UsageError
 from lsquant._util.files import write_json
-from lsquant._util.tensors import header_size
 from lsquant._version import __version__
 from lsquant.cli import user_model
 from lsquant.cli.outcome import Outcome
@@ -24,8 +23,7 @@ from lsquant.cli.words import counted, listed, measured, table
 from lsquant.convert import prepare
 from lsquant.diagnostics import check
 from lsquant.diagnostics.environment import environment
-from lsquant.export import export_onnx, export_packed
-from lsquant.export.packed import PROFILE as PACKED
+from lsquant.formats import FileFormat, file_format, file_formats, profile_of
 from lsquant.nn import quantized_layers
 from lsquant.report.figure import draw_figures
 from lsquant.runs import is_run, load_float
@@ -33,12 +31,10 @@ from lsquant.runs.network_files import loader_of
 from lsquant.tasks import get_task
 from lsquant.training.progress import message
 from lsquant.tying import weight_quantizers
-from lsquant.verification import RUNTIMES, export_vectors, verify
-from lsquant.verification.judge import profile_of
+from lsquant.verification import LEVELS, Verdict, export_vectors, verify
 from lsquant.verification.vectors import CHECKER
 
 Command = Callable[[Namespace], Outcome]
-DEFAULT_PROFILE = "exact"
 MANY_STEPS = 1000  # weight steps that take so long by least squared error that the user is told
 
 
@@ -105,24 +101,24 @@ def calibrate(a: Namespace) -> Outcome:
 
 def export(a: Namespace) -> Outcome:
     """Write the integers of a run or FILE in a profile's format, where --out says or in the usual place."""
-    subject = subject_of(a)
-    profile = a.profile or DEFAULT_PROFILE
+    subject, row = subject_of(a), file_format(a.profile)
     model = subject.model()
-    path = Path(a.out) if a.out else subject.exported(profile)
+    path = Path(a.out) if a.out else subject.exported(row)
     if not a.out:
         path.parent.mkdir(exist_ok=True)
     example = subject.example_input
-    if profile == PACKED and a.opset is not None:
-        raise UsageError("--opset belongs to ONNX files: leave it out with --profile packed")
-    if profile == PACKED:
-        export_packed(model, path)
-    else:
-        export_onnx(model, path, example, profile=profile, opset=a.opset)
-    result: dict[str, Any] = {"file": str(path), "profile": profile, "bytes": path.stat().st_size}
+    options = given(a, "opset")
+    for name in options:
+        if name not in row.options:
+            takers = ", ".join(other.name for other in file_formats().values() if name in other.options)
+            raise UsageError(f"--{name} is an option of the profiles {takers}: leave it out with --profile {row.name}")
+    row.write(model, path, example, **options)
+    result: dict[str, Any] = {"file": str(path), "profile": row.name, "bytes": path.stat().st_size}
     text = f"{path}: {result['bytes']:,} bytes"
-    if profile == PACKED:
-        result["header"] = header_size(path)
-        text += f", {result['header']:,} of them header"
+    header = row.header_size(path)
+    if header is not None:
+        result["header"] = header
+        text += f", {header:,} of them header"
     if a.vectors:
         result["vectors"] = str(export_vectors(model, a.vectors, subject.few_samples()))
         text += f"\n{a.vectors}; on the device: python {CHECKER} FILE.onnx {Path(a.vectors).name}"
@@ -131,33 +127,39 @@ def export(a: Namespace) -> Outcome:
 
 def verify_(a: Namespace) -> Outcome:
     """Compare an exported file with the model; the verdict is kept beside a file in its usual place."""
-    subject = subject_of(a)
-    profile = a.profile or DEFAULT_PROFILE
+    subject, row = subject_of(a), file_format(a.profile)
     model = subject.model()
-    path = Path(a.file) if a.file else subject.exported(profile)
-    _check_verifiable(a, subject, path, profile)
+    path = Path(a.file) if a.file else subject.exported(row)
+    _check_verifiable(a, subject, path, row)
     batches = subject.test_batches()
     where = {"runtime": a.runtime, "node_modules": a.node_modules}
     verdict = verify(model, path, batches, max_batches=a.max_batches, **where)
     result = {"required": a.require, **verdict.to_dict(), "text": str(verdict)}
     if not a.file:
-        kind = "" if a.runtime == RUNTIMES[0] else f".{a.runtime}"
+        kind = "" if a.runtime in (None, *row.runtimes[:1]) else f".{a.runtime}"
         write_json(path.with_suffix(f"{kind}.verdict.json"), result)
     if verdict.reaches(a.require):
         return Outcome(result, str(verdict))
-    hint = " (profile qdq promises weights: --require weights)" if verdict.profile == "qdq" else ""
-    return Outcome(result, f"{verdict}\nrequired: {a.require}{hint}", good=False)
+    return Outcome(result, f"{verdict}\nrequired: {a.require}{_promised(verdict)}", good=False)
 
 
-def _check_verifiable(a: Namespace, subject: Subject, path: Path, profile: str) -> None:
+def _check_verifiable(a: Namespace, subject: Subject, path: Path, row: FileFormat) -> None:
     """Raises: MissingFile; UsageError for options that do not fit the file."""
     if not path.is_file():
-        how = f"lsquant export {a.path} --profile {profile}{subject.more_options}"
+        how = f"lsquant export {a.path} --profile {row.name}{subject.more_options}"
         raise MissingFile(f"{path} does not exist: {how} writes it")
-    if a.profile == PACKED and a.runtime != RUNTIMES[0]:
-        raise UsageError(f"--runtime {a.runtime} is for ONNX files: leave it out with --profile packed")
+    if a.profile and a.runtime is not None and a.runtime not in row.runtimes:
+        raise UsageError(f"--runtime {a.runtime} does not run files of profile {row.name}: leave it out")
     if a.file and a.profile and (found := profile_of(path)) != a.profile:
         raise UsageError(f"{path} has the profile {found}, not {a.profile}: --file needs no --profile")
+
+
+def _promised(verdict: Verdict) -> str:
+    """Return what the format of a file promises, where the file keeps that."""
+    promise = file_format(verdict.profile).promise
+    if not verdict.reaches(promise) or promise == LEVELS[-1]:
+        return ""
+    return f" (profile {verdict.profile} promises {promise}: --require {promise})"
 
 
 # ---- check, figure, env ----

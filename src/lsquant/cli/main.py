@@ -16,8 +16,7 @@ from lsquant._version import __version__
 from lsquant.cli import commands
 from lsquant.cli.reporting import report
 from lsquant.cli.training import train
-from lsquant.export.onnx import PROFILES
-from lsquant.export.packed import PROFILE as PACKED
+from lsquant.formats import DEFAULT, file_formats
 from lsquant.runs.settings import Optimizer
 from lsquant.tasks import TASKS
 from lsquant.verification import LEVELS, RUNTIMES
@@ -70,8 +69,8 @@ def parser() -> argparse.ArgumentParser:
     _profile(sub)
     sub.add_argument("--file", metavar="FILE", help="the exported file (default: where export writes it)")
     sub.add_argument("--require", choices=LEVELS[1:], default=LEVELS[-1], help="level needed for exit code 0")
-    about = f"what runs an ONNX file: {', '.join(RUNTIMES)}; others than {RUNTIMES[0]} have a verdict file each"
-    sub.add_argument("--runtime", choices=RUNTIMES, default=RUNTIMES[0], help=about)
+    about = f"what runs the file: {', '.join(RUNTIMES)}; another than the profile's first has its own verdict file"
+    sub.add_argument("--runtime", choices=RUNTIMES, help=about)
     about = "folder with onnxruntime-web from npm (default: LSQUANT_NODE_MODULES)"
     sub.add_argument("--node-modules", metavar="DIR", help=about)
 
@@ -94,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _profile(sub: argparse.ArgumentParser) -> None:
-    known = (*(name for name, built in PROFILES.items() if built), PACKED)
-    sub.add_argument("--profile", choices=known, metavar="P", help=f"one of {', '.join(known)} (default exact)")
+    known = file_formats()
+    sub.add_argument("--profile", choices=known, metavar="P", help=f"one of {', '.join(known)} (default {DEFAULT})")
 
 
 def _subject(sub: argparse.ArgumentParser) -> None:

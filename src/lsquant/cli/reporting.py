@@ -12,13 +12,12 @@ from torch import nn
 
 from lsquant._util.errors import LsquantError, UsageError
 from lsquant._util.files import read_json
-from lsquant._util.tensors import header_size
 from lsquant.cli.outcome import Outcome
 from lsquant.cli.subject import BATCH
 from lsquant.cli.user_model import UserModel
 from lsquant.cli.words import measured, results, table
 from lsquant.convert import prepare
-from lsquant.export.packed import PROFILE as PACKED
+from lsquant.formats import file_formats
 from lsquant.report.model_facts import model_facts
 from lsquant.report.page import write_page, write_report
 from lsquant.report.run_files import complete, from_log, run_files
@@ -127,10 +126,13 @@ def _summary(run: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]
     """Return the result for --json, and the lines of the text, of one run."""
     sizes = run.get("sizes", {})
     files = {_FLOATS: sizes["float"], _PACKED: sizes["packed"]} if sizes else {}
+    rows = {row.file_name: row for row in file_formats().values()}
     for name, size in run["files"]:
         files[name] = size
-        if Path(name).stem == PACKED:
-            files[f"{name}: header"] = header_size(Path(run["path"]) / name)
+        row = rows.get(Path(name).name)
+        header = None if row is None else row.header_size(Path(run["path"]) / name)
+        if header is not None:
+            files[f"{name}: header"] = header
     verdicts = [v for v in run["verdicts"] if {"profile", "runtime", "level"} <= v.keys()]
     lines = [(name, measured(run["metrics"][key])) for key, name in results(run["metrics"])]
     lines += [(name, f"{size:,} bytes") for name, size in files.items()]

@@ -13,7 +13,8 @@ from torch import nn
 
 from lsquant._util.errors import UsageError
 from lsquant.cli.user_model import UserModel
-from lsquant.cli.words import VECTORS, file_name
+from lsquant.cli.words import VECTORS
+from lsquant.formats import FileFormat
 from lsquant.runs import Run, is_run
 from lsquant.tasks import open_run
 
@@ -32,8 +33,8 @@ class Subject(Protocol):
         """Return the trained model."""
         ...
 
-    def exported(self, profile: str) -> Path:
-        """Return where the exported file of a profile lies unless the user says otherwise."""
+    def exported(self, row: FileFormat) -> Path:
+        """Return where the exported file of a format lies unless the user says otherwise."""
         ...
 
     def test_batches(self) -> Iterable[Any]:
@@ -64,8 +65,8 @@ class RunModel:
     def model(self) -> nn.Module:
         return self.run.model()
 
-    def exported(self, profile: str) -> Path:
-        return self.run.file(f"export/{file_name(profile)}")
+    def exported(self, row: FileFormat) -> Path:
+        return self.run.file(f"export/{row.file_name}")
 
     def test_batches(self) -> Iterable[Any]:
         return self.run.task.batches("test", batch_size=BATCH)

@@ -14,8 +14,9 @@ from torch import nn
 from lsquant import checkpoint
 from lsquant._util.batches import take
 from lsquant._util.errors import UsageError
-from lsquant.cli.words import VECTORS, file_name
-from lsquant.export.capture import map_tensors
+from lsquant._util.nested import map_tensors
+from lsquant.cli.words import VECTORS
+from lsquant.formats import FileFormat
 from lsquant.runs import is_run
 from lsquant.tasks.user_objects import call, load_object
 from lsquant.training.seeds import seed_everything
@@ -73,8 +74,8 @@ class UserModel:
             )
         return checkpoint.load(build(self.place, self.seed), self.path).eval()
 
-    def exported(self, profile: str) -> Path:
-        return Path(self.path).with_suffix(f".{file_name(profile)}")
+    def exported(self, row: FileFormat) -> Path:
+        return Path(self.path).with_suffix(f".{row.file_name}")
 
     def test_batches(self) -> Iterable[Any]:
         return batches(self.data)

@@ -9,7 +9,6 @@ from typing import Any
 
 from lsquant.diagnostics import Finding
 from lsquant.diagnostics.findings import SEVERITIES
-from lsquant.export.packed import PROFILE as PACKED
 
 VECTORS = 4  # samples of --vectors
 SHOWN = 3  # findings of one code that are shown in full
@@ -43,11 +42,6 @@ def table(rows: Sequence[tuple[str, str]]) -> str:
     """Format two aligned columns."""
     width = max((len(name) for name, _ in rows), default=0)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
-
-
-def file_name(profile: str) -> str:
-    """Return the name of an exported file."""
-    return f"{profile}.safetensors" if profile == PACKED else f"{profile}.onnx"
 
 
 def counted(findings: Sequence[Finding]) -> dict[str, int]:

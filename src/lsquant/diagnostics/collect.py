@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lsquant._util.batches import Forward, evaluating, observing_inputs, run_batch, take
+from lsquant._util.bits import packed_size
 from lsquant.nn import QuantizedLayer, lone_quantizers, quantized_layers
 from lsquant.quantizer import Quantizer
 from lsquant.reference import code_of_quotient, quotient, step_balance, step_view
@@ -106,7 +107,8 @@ class ValueStatistics:
         step = q.effective_step().detach()
         packed = None
         if layer is not None and kind == "weight":
-            packed = -(-layer.weight.numel() * q.spec.bits // 8) + 4 * step.numel()
+            zero_points = 0 if q.offset is None else step.numel()
+            packed = packed_size(layer.weight.numel(), q.spec.bits, step.numel(), zero_points)
         return QuantizerFacts(
             layer=name,
             kind=kind,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lsquant._util.batches import Forward, take
+from lsquant._util.bits import packed_size
 from lsquant.convert import resolved_recipe
 from lsquant.diagnostics import check
 from lsquant.diagnostics.collect import value_statistics
@@ -81,7 +82,7 @@ def _sizes(model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, int]]:
     for q, (name, layer) in weight_quantizers(model).items():
         elements = layer.weight.numel()
         seen.add(layer.weight)
-        packed = -(-elements * q.spec.bits // 8) + 4 * q.step.numel() * (1 if q.offset is None else 2)
+        packed = packed_size(elements, q.spec.bits, q.step.numel(), 0 if q.offset is None else q.step.numel())
         layers.append(
             {"layer": name, "weights": elements, "bits": q.spec.bits, "float": 4 * elements, "packed": packed}
         )

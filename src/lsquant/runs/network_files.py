@@ -12,7 +12,7 @@ from torch import nn
 from lsquant import checkpoint
 from lsquant._util.errors import UsageError
 from lsquant._util.tensors import read_tensors
-from lsquant.export import load_packed
+from lsquant.formats import load_packed
 from lsquant.nn import quantizers
 from lsquant.runs.defaults import architectures
 from lsquant.runs.task import Task

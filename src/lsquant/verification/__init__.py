@@ -1,6 +1,6 @@
-"""Is the shipped file the trained model?  One runner per runtime, and the verdict."""
+"""Compares what was exported with what was trained: one loop, one file a runtime, and the verdict."""
 
-from lsquant.verification.judge import verify as verify
+from lsquant.verification.comparison import verify as verify
 from lsquant.verification.runtimes import RUNTIMES as RUNTIMES
 from lsquant.verification.vectors import export_vectors as export_vectors
 from lsquant.verification.verdict import LEVELS as LEVELS

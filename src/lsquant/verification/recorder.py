@@ -12,23 +12,49 @@ from torch import Tensor, nn
 
 from lsquant import nn as lsq_nn
 from lsquant import reference
-from lsquant.export.capture import tensors_in
-from lsquant.integer import FrozenQuantizer, IntegerLayer, frozen_parts
+from lsquant._util.nested import map_tensors, tensors_in
 from lsquant.quantizer import Quantizer
+from lsquant.shipped import FrozenQuantizer, IntegerLayer, frozen_parts
+
+LayerCall = tuple[str, int]
+"""The name of a layer and the number of its call within one call of the model, from 0."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One call of a layer.
+
+    args, keywords: what it was called with; tensors are copies, which later operations in place do not change.
+    output: a copy as well.
+    """
+
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
+    output: Tensor
+
+    @property
+    def input(self) -> Tensor:
+        """The first tensor it was called with."""
+        return tensors_in((self.args, self.keywords))[0]
 
 
 @dataclass
 class Call:
-    """One call of the model.  layers: (name, call number within this call of the model) -> (input, output)."""
+    """One call of the model.
+
+    inputs, keywords: the tensors it was called with, by position and by name.
+    outputs: the tensors that it returned.
+    layers: the calls of its layers, in order of execution.
+    """
 
     inputs: list[Tensor]
     keywords: dict[str, Tensor]
     outputs: list[Tensor] = field(default_factory=list)
-    layers: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    layers: dict[LayerCall, Recorded] = field(default_factory=dict)
 
 
 def watched(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> quantized layer or stand-alone quantizer, each once; of an integer model the frozen ones."""
+    """Return quantized layers and stand-alone quantizers by name, each once; of an integer model the frozen ones."""
     return frozen_parts(model) or {**dict(lsq_nn.quantized_layers(model)), **dict(lsq_nn.lone_quantizers(model))}
 
 
@@ -48,7 +74,8 @@ def recording(model: nn.Module) -> Iterator[list[Call]]:
     def layer_hook(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             number = counts[name] = counts.get(name, -1) + 1
-            calls[-1].layers[name, number] = (tensors_in((args, kwargs))[0].detach(), output.detach())
+            args, kwargs = map_tensors((args, kwargs), _copy)
+            calls[-1].layers[name, number] = Recorded(args, kwargs, _copy(output))
 
         return hook
 
@@ -63,15 +90,19 @@ def recording(model: nn.Module) -> Iterator[list[Call]]:
             handle.remove()
 
 
+def _copy(t: Tensor) -> Tensor:
+    return t.detach().clone()
+
+
 def samples(calls: list[Call]) -> int:
-    """The size of a batch: the first dimension of the model's first input."""
+    """Return the size of a batch: the first dimension of the model's first input."""
     first = [*calls[0].inputs, *calls[0].keywords.values()]
     return sum(c.shape[0] if c.dim() else 1 for c in first[:1])
 
 
 @torch.no_grad()
 def layer_input(layer: Any, x: Tensor) -> Tensor:
-    """What a layer quantizes: its input, padded where the padding mode is not zeros."""
+    """Return what a layer quantizes: its input, padded where the padding mode is not zeros."""
     if isinstance(layer, IntegerLayer):
         return layer.before(x)
     if getattr(layer, "padding_mode", "zeros") != "zeros":
@@ -81,7 +112,10 @@ def layer_input(layer: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def input_codes(layer: Any, x: Tensor) -> Tensor | None:
-    """The trained model's codes for a layer's input, float32 integers; None where the input is not quantized."""
+    """Return a layer's codes of its input, float32 integers; None where the input is not quantized.
+
+    layer: quantized, frozen, or a quantizer of either kind.
+    """
     quantizer = layer if isinstance(layer, (Quantizer, FrozenQuantizer)) else layer.input_quantizer
     if quantizer is None or isinstance(quantizer, FrozenQuantizer):
         return None if quantizer is None else quantizer.float_codes(x)

@@ -15,10 +15,12 @@ LEVELS = ("none", "weights", "layers", "codes", "outputs")
 class Check:
     """One comparison of a file with the trained model.
 
-    level: which level it belongs to.  what: what was compared.  compared, mismatches: elements; a mismatch is any
-    difference in the bits of the value (two NaN are equal).  largest: largest absolute difference, infinite where
-    shapes or finiteness differ.  worst: name of the layer (or output) with the most mismatches, "" where there are
-    none.  failing: number of layers (or outputs) with a mismatch, of ``parts``.
+    level: which level it belongs to.
+    what: what was compared.
+    compared, mismatches: elements; a mismatch is any difference in the bits of the value (two NaN are equal).
+    largest: largest absolute difference, infinite where shapes or finiteness differ.
+    worst: name of the layer (or output) with the most mismatches, "" where there are none.
+    failing: number of layers (or outputs) with a mismatch, of ``parts``.
     """
 
     level: str
@@ -32,12 +34,16 @@ class Check:
 
 
 @dataclass
-class Tally:
-    """Counts differences part by part; ``check`` sums them up."""
+class Differences:
+    """Counts the differences of one comparison, part by part; ``check`` sums them up.
+
+    level, what: as in Check.
+    parts: name -> [compared, mismatches, largest].
+    """
 
     level: str
     what: str
-    parts: dict[str, list[float]] = field(default_factory=dict)  # name -> [compared, mismatches, largest]
+    parts: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, got: np.ndarray, expected: np.ndarray) -> None:
         """Compare two arrays of one dtype bit by bit."""
@@ -56,7 +62,7 @@ class Tally:
             part[2] = max(part[2], float("inf") if np.isnan(gap).any() else float(gap.max()))
 
     def check(self) -> Check:
-        """The sum over all parts."""
+        """Return the sum over all parts."""
         failing = {name: part for name, part in self.parts.items() if part[1]}
         worst = max(failing, key=lambda name: (failing[name][1], failing[name][2]), default="")
         return Check(
@@ -72,7 +78,7 @@ class Tally:
 
 
 def different(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Where two arrays of one shape and dtype differ in their bits; NaN equals NaN, +0 differs from -0."""
+    """Return where two arrays of one shape and dtype differ in their bits; NaN equals NaN, +0 differs from -0."""
     if not np.issubdtype(a.dtype, np.floating):
         return a != b
     bits = np.dtype(f"uint{8 * a.dtype.itemsize}")
@@ -81,10 +87,16 @@ def different(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a file is worth in one runtime.
+    """At which level a file agrees with the trained model in one runtime.
 
-    level: the strongest level that holds.  exact: whether that is "outputs".  checks: in the order of the levels.
-    session: the options used.  plain: the verdict of the same file in a session without any option.
+    level: the strongest level that holds.
+    exact: whether that is "outputs".
+    path, profile: the file, and the format it has.
+    runtime: with its version.
+    session: the options used.
+    layers, batches, samples: how many were compared.
+    checks: in the order of the levels; a level without a check was not compared and does not hold.
+    plain: the verdict of the same file in a session without any option.
     """
 
     path: str
@@ -99,10 +111,11 @@ class Verdict:
 
     @property
     def level(self) -> str:
-        """The strongest level below which, and at which, nothing differs."""
+        """The strongest level at which, and below which, nothing differs."""
         reached = "none"
         for level in LEVELS[1:]:
-            if any(check.mismatches for check in self.checks if check.level == level):
+            checks = [check for check in self.checks if check.level == level]
+            if not checks or any(check.mismatches for check in checks):
                 break
             reached = level
         return reached
@@ -113,11 +126,11 @@ class Verdict:
         return self.level == LEVELS[-1]
 
     def reaches(self, level: str) -> bool:
-        """Whether ``level``, one of LEVELS, holds."""
+        """Tell whether ``level``, one of LEVELS, holds."""
         return LEVELS.index(self.level) >= LEVELS.index(level)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         fields = {name: getattr(self, name) for name in ("level", "exact", "path", "profile", "runtime", "session")}
         counts = {name: getattr(self, name) for name in ("layers", "batches", "samples")}
         checks = [asdict(check) for check in self.checks]

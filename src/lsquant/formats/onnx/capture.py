@@ -5,16 +5,17 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lsquant._util.batches import model_inputs
 from lsquant._util.errors import UsageError
-from lsquant.integer import FrozenQuantizer, IntegerEmbedding, frozen_parts
+from lsquant._util.nested import map_tensors, tensors_in
+from lsquant.shipped import FrozenQuantizer, IntegerEmbedding, frozen_parts
 
 TORCH_OPSET = 18
 """The lowest operator set that torch's exporter writes."""
@@ -23,9 +24,11 @@ TORCH_OPSET = 18
 def captured(
     frozen: nn.Module, example_inputs: Any, opset: int, dynamic_batch: bool = True
 ) -> tuple[Any, dict[str, nn.Module]]:
-    """(ONNX ModelProto, name -> frozen layer).  ``frozen``: an integer model; its layers are marked by this call.
+    """Return (ONNX ModelProto, name -> frozen layer).
 
-    With dynamic_batch the first dimension of every tensor input is free, and the same for all.
+    frozen: an integer model, whose layers are marked by this call.
+    dynamic_batch: whether the first dimension of every tensor input is free, and the same for all.
+
     Raises: UsageError for a model without quantized layers, and with torch's reason where it cannot be traced.
     """
     layers = _marked(frozen)
@@ -48,7 +51,7 @@ def captured(
 
 
 def _marked(frozen: nn.Module) -> dict[str, nn.Module]:
-    """Give every frozen layer, and every frozen quantizer that stands alone, its name as the mark."""
+    """Mark every frozen layer, and every frozen quantizer that stands alone, with its name."""
     layers = frozen_parts(frozen)
     for name, module in layers.items():
         if isinstance(module, IntegerEmbedding):
@@ -60,7 +63,7 @@ def _marked(frozen: nn.Module) -> dict[str, nn.Module]:
 
 
 def _at_least_two_samples(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch of one is repeated: torch.export would take a size of 1 for a constant."""
+    """Repeat a batch of one, for torch.export takes a size of 1 for a constant."""
     tensors = tensors_in((args, kwargs))
     if not tensors:
         raise UsageError("export_onnx: example_inputs holds no tensor; give a batch as the model's forward takes it")
@@ -78,27 +81,8 @@ def _dynamic_batch(frozen: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return map_tensors(dict(bound), lambda t: {0: batch} if t.dim() else None, lambda other: None)
 
 
-def map_tensors(value: Any, change: Callable[[Tensor], Any], otherwise: Callable[[Any], Any] = lambda v: v) -> Any:
-    """Tuples, lists and mappings rebuilt with every tensor changed, in order."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (tuple, list)):
-        parts = [map_tensors(v, change, otherwise) for v in value]
-        return parts if isinstance(value, list) else tuple(parts)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(v, change, otherwise) for key, v in value.items()}
-    return otherwise(value)
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in tuples, lists and mappings, in order."""
-    found: list[Tensor] = []
-    map_tensors(value, found.append)
-    return found
-
-
 def _first_lines(error: BaseException) -> str:
-    """The reason at the root of torch's error, without its advice."""
+    """Return the reason at the root of torch's error, without its advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(line.strip() for line in str(error).splitlines()[:4] if line.strip())
@@ -106,7 +90,7 @@ def _first_lines(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's notes on missing packages and its own deprecations away from the user."""
+    """Silence torch's notes on missing packages and its own deprecations."""
     names = ("torch.onnx", "torch.__trace", "torch.export", "torch._dynamo", "torch._guards", "onnxscript")
     levels = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
     try:

@@ -13,8 +13,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from lsquant._util.errors import DamagedFile, LsquantError, MissingExtra, MissingFile
+from lsquant.verification.runtimes.onnx_runtime import OnnxRuntime
+from lsquant.verification.runtimes.onnx_session import Engine
 
 PAGE = Path(__file__).with_name("web.html")
 DIST = "onnxruntime-web/dist"
@@ -30,12 +32,25 @@ TYPES = {".html": "text/html", ".mjs": "text/javascript", ".wasm": "application/
 WAIT = 600.0  # seconds for one answer
 
 
+class WebRuntime(OnnxRuntime):
+    """onnxruntime-web, which takes no options."""
+
+    name = "onnxruntime-web"
+
+    @contextmanager
+    def engine(self, recommended: dict[str, str], node_modules: Any) -> Iterator[Engine]:
+        with Browser(node_modules) as browser:
+            yield Engine(browser.title, [{}], browser.open)
+
+
 class Browser:
     """A headless Chromium with onnxruntime-web, until the block ends.
 
-    node_modules: the folder that ``npm install onnxruntime-web`` made, else the environment variable
-    LSQUANT_NODE_MODULES.  The browser: LSQUANT_CHROMIUM, else what is installed as one of BROWSERS.
-    Raises: MissingExtra where one of the two is not there; LsquantError where the browser does not answer.
+    The browser is that of the environment variable LSQUANT_CHROMIUM, else what is installed as one of BROWSERS.
+
+    node_modules: the folder that ``npm install onnxruntime-web`` made; default: LSQUANT_NODE_MODULES.
+
+    Raises: MissingExtra without the package or a browser; LsquantError where the browser does not answer.
     """
 
     def __init__(self, node_modules: str | os.PathLike[str] | None = None) -> None:
@@ -80,7 +95,12 @@ class Browser:
         self.profile.cleanup()
 
     def open(self, source: str | bytes, options: dict[str, str]) -> _Loaded:
-        """A session on a model, a path or bytes.  Raises: DamagedFile where onnxruntime-web refuses it."""
+        """Open a session on a model.
+
+        source: a path, or a serialized model.
+
+        Raises: DamagedFile where onnxruntime-web refuses it.
+        """
         where = source if isinstance(source, str) else "the model"
         self.models.append(Path(source).read_bytes() if isinstance(source, str) else source)
         header, _ = self.ask({"do": "open", "model": len(self.models) - 1})
@@ -116,7 +136,7 @@ class _Loaded:
 
 
 def message(header: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> bytes:
-    """A header, with dtypes and shapes added, and the arrays' bytes, each from a multiple of 8."""
+    """Return a message: the header, with dtypes and shapes added, and the arrays' bytes, each from a multiple of 8."""
     parts = [np.ascontiguousarray(a) for a in arrays]
     layout = [[a.dtype.name, list(a.shape)] for a in parts]
     head = json.dumps({**header, "arrays": layout}).encode()
@@ -125,7 +145,7 @@ def message(header: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> bytes:
 
 
 def parsed(data: bytes) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """The header and the arrays of a message."""
+    """Return the header and the arrays of a message."""
     place = 8 + int.from_bytes(data[:8], "little")
     header, arrays = json.loads(data[8:place]), []
     for name, shape in header["arrays"]:

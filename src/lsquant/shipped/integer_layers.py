@@ -1,4 +1,4 @@
-"""Frozen counterparts of the quantized layers: integer codes and steps as buffers, no float weight kept beside them."""
+"""Layers of the integer model: codes and steps as buffers, and no float weight beside them."""
 
 from __future__ import annotations
 
@@ -9,99 +9,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsquant import nn as lsq_nn
-from lsquant import ops, reference
+from lsquant import ops
 from lsquant.quantizer import Quantizer
-
-Marker = str | None
-
-
-class FrozenQuantizer(nn.Module):
-    """A quantizer whose step, zero point and bounds are fixed; a weight's also has the codes.
-
-    step: (steps,) float32, guarded.  zero_point: (steps,) int32 or None for 0.  bounds: (2,) int32, the lowest and the
-    highest code.  codes: (out, ...) int8 or uint8, output channels first, or None.  axis: the dimension that has a step
-    per index, or None.  group_size: neighbours in a row that share a step, or None.
-    """
-
-    step: Tensor
-    zero_point: Tensor | None
-    bounds: Tensor
-    codes: Tensor | None
-    _apply: Any = Quantizer._apply  # steps stay float32
-
-    def __init__(
-        self, step: Tensor, q_min: int, q_max: int, zero_point: Tensor | None = None, axis: int | None = None,
-        group_size: int | None = None, codes: Tensor | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        tensors = {"codes": codes, "step": step, "zero_point": zero_point, "bounds": torch.tensor([q_min, q_max])}
-        for name, value in tensors.items():
-            self.register_buffer(name, None if value is None else value.detach().clone())
-        self.bounds = self.bounds.to(torch.int32)
-        self.q_min, self.q_max, self.axis, self.group_size = q_min, q_max, axis, group_size
-        self.marker: Marker = None
-
-    def grid(self) -> ops.Grid:
-        """As the ops take it.  The offset ``-z s`` rounds to z again."""
-        offset = None if self.zero_point is None else -self.zero_point * self.step
-        return ops.Grid(self.step, self.q_min, self.q_max, 1.0, offset, self.group_size)
-
-    def float_codes(self, x: Tensor) -> Tensor:
-        """Codes as float32 integers in the shape of x, NaN where x is not finite."""
-        layout = {"axis": self.axis, "group_size": self.group_size, "zero_point": self.zero_point}
-        return reference.codes(x, self.step, self.q_min, self.q_max, **layout)
-
-    def values(self) -> Tensor:
-        """A weight, ``code * step`` as float32; recomputed at every call."""
-        assert self.codes is not None
-        codes, step = reference.step_view(self.codes.to(torch.float32), self.step, self.axis, self.group_size)
-        return (codes * step).reshape(self.codes.shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.marker is not None:
-            return mark("Quantizer", x, self.marker, x.shape)
-        step, q_min, q_max, _, offset, size = self.grid()
-        return ops.fake_quantize(x, step, q_min, q_max, 1.0, axis=self.axis, group_size=size, offset=offset)
-
-    def extra_repr(self) -> str:
-        steps = "" if self.step.numel() == 1 else f", {self.step.numel()} steps"
-        return f"{self.q_min} to {self.q_max}{steps}" + ("" if self.codes is None else f", codes {[*self.codes.shape]}")
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        codes = state_dict.get(prefix + "codes")
-        if self.codes is not None and codes is not None and codes.dtype in (torch.int8, torch.uint8):
-            self.codes = self.codes.to(codes.dtype)  # a sign decided otherwise than here
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.q_min, self.q_max = self.bounds.tolist()
-
-
-def mark(kind: str, x: Tensor, name: str, shape: Any) -> Tensor:
-    """A custom ONNX node ``lsquant::kind`` with the layer's name, for an exporter to replace; computes nothing."""
-    return torch.onnx.ops.symbolic(
-        f"lsquant::{kind}", (x,), attrs={"layer": name}, dtype=torch.float32, shape=tuple(shape), version=1
-    )
+from lsquant.shipped.frozen import FrozenQuantizer, mark
+from lsquant.shipped.record import ShippedLayer, own_layout
 
 
 class IntegerLayer(nn.Module):
-    """Common to the frozen layers.  Quantized in weights, in its input, or in both.
+    """What the layers of the integer model share.  Weights, input or both are quantized.
 
-    The float layer's plain attributes are kept.  weight: rows (out, ...) when the weights are not quantized; otherwise
-    ``code * step`` in the float layer's shape and type, made at every access, for models that read its type or shape.
+    The plain attributes of the float layer are kept.
+
+    weight: rows (out, ...) where the weights are not quantized; otherwise ``code * step`` in the shape and type of the
+        float layer's weight, made at every access, for models that read its type or shape.
+    bias: as in the float layer.
+    like: (0,), has the type and device of the float layer's weight.
     """
 
     weight: Tensor
     like: Tensor
     bias: Tensor | None
 
-    def __init__(self, source: Any, weights: FrozenQuantizer | None, inputs: FrozenQuantizer | None) -> None:
+    def __init__(self, shipped: ShippedLayer, weights: FrozenQuantizer | None, inputs: FrozenQuantizer | None) -> None:
         super().__init__()
+        source = shipped.source
         vars(self).update({k: v for k, v in vars(source).items() if k[0] != "_" and k not in vars(self)})
         self.weight_quantizer, self.input_quantizer = weights, inputs
+        self.exchanged = shipped.exchanged
         if weights is None:
             self.register_buffer("weight", source.rows().detach().clone())
         self.register_buffer("like", source.weight.new_empty(0), persistent=False)
         self.register_buffer("bias", None if source.bias is None else source.bias.detach().clone())
-        self.marker: Marker = None
+        self.marker: str | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.weight_quantizer is not None:
@@ -109,12 +48,12 @@ class IntegerLayer(nn.Module):
         return super().__getattr__(name)
 
     def own_layout(self, rows: Tensor) -> Tensor:
-        """A weight from rows, as the float layer has it."""
-        return rows
+        """Return a weight as the float layer has it, from rows (out, ...)."""
+        return own_layout(rows, self.exchanged)
 
     @property
     def input(self) -> FrozenQuantizer | None:
-        """The input's quantizer."""
+        """The quantizer of the input."""
         return self.input_quantizer
 
     @property
@@ -146,28 +85,32 @@ class IntegerLayer(nn.Module):
         return scale if self.group_size is None else scale.reshape(self.codes.shape[0], -1)
 
     def rows(self) -> Tensor:
-        """The weight or its codes, output channels first."""
+        """Return the weight or its codes, output channels first."""
         codes = self.codes
         return self.weight if codes is None else codes
 
     def before(self, x: Tensor) -> Tensor:
-        """What is done to the input before it is quantized: nothing, or the padding of a non-zero padding mode."""
+        """Return the input as it is quantized: padded where the padding mode is not zeros."""
         return x
 
     def output_shape(self, x: Tensor, *extra: Any) -> tuple[Any, ...]:
-        """Shape of the output for an input that went through ``before``."""
+        """Return the shape of the output for an input that went through ``before``."""
         raise NotImplementedError
 
     def sums(self, x: Tensor, weight: Tensor, grids: tuple[ops.Grid, ops.Grid], *extra: Any) -> Tensor:
-        """The output over codes, ``fl(fl(acc * fl(s_x s_w)) + b)``; ``weight`` has the codes again."""
+        """Return the output over codes, ``fl(fl(acc * fl(s_x s_w)) + b)``.
+
+        weight: ``code * step``, from which the same codes are made again.
+        grids: of the input and of the weight.
+        """
         raise NotImplementedError
 
     def in_float(self, x: Tensor, weight: Tensor, *extra: Any) -> Tensor:
-        """The float layer, for layers of which only one side is quantized."""
+        """Return the output of the float layer, for layers with only one quantized side."""
         raise NotImplementedError
 
     def forward(self, input: Tensor, *extra: Any) -> Tensor:
-        """extra: what else ``sums`` and the others of this kind of layer need."""
+        """Compute the output.  extra: what else ``sums`` and the others need in this kind of layer."""
         x, weights, inputs = self.before(input), self.weight_quantizer, self.input_quantizer
         if self.marker is not None:
             return mark("Layer", x, self.marker, self.output_shape(x, *extra))
@@ -178,14 +121,7 @@ class IntegerLayer(nn.Module):
 
 
 class IntegerLinear(IntegerLayer):
-    """``nn.Linear`` over codes; with groups, the sums of the groups are added in float32 in their order."""
-
-    def __init__(self, source: Any, weights: FrozenQuantizer | None, inputs: FrozenQuantizer | None) -> None:
-        super().__init__(source, weights, inputs)
-        self.turned = source.rearranged(torch.empty(1, 2)).shape[0] == 2  # transformers' Conv1D: (in, out)
-
-    def own_layout(self, rows: Tensor) -> Tensor:
-        return rows.t() if self.turned else rows
+    """``nn.Linear`` over codes.  With groups, their sums are added in float32 in the order of the groups."""
 
     def output_shape(self, x: Tensor, *extra: Any) -> tuple[Any, ...]:
         return (*x.shape[:-1], self.rows().shape[0])
@@ -200,8 +136,8 @@ class IntegerLinear(IntegerLayer):
 class IntegerConv(IntegerLayer):
     """A convolution of one to three dimensions over codes, transposed or not.
 
-    codes, weight: rows (out, in / groups, *kernel), also when transposed.  padding: (before, after) of each dimension,
-    in elements, of code z.
+    codes, weight: rows (out, in / groups, *kernel), also when transposed.
+    padding: (before, after) of each dimension, in elements, filled with the code z.
     """
 
     kernel_size: tuple[int, ...]
@@ -212,8 +148,9 @@ class IntegerConv(IntegerLayer):
     groups: int
     padding_mode: str
 
-    def __init__(self, source: Any, weights: FrozenQuantizer | None, inputs: FrozenQuantizer | None) -> None:
-        super().__init__(source, weights, inputs)
+    def __init__(self, shipped: ShippedLayer, weights: FrozenQuantizer | None, inputs: FrozenQuantizer | None) -> None:
+        super().__init__(shipped, weights, inputs)
+        source = shipped.source
         if source.padding == "same":
             total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
             self.padding = [(t // 2, t - t // 2) for t in total]
@@ -223,12 +160,8 @@ class IntegerConv(IntegerLayer):
 
     @property
     def node_padding(self) -> list[tuple[int, int]]:
-        """The zero padding that remains to be done by the convolution itself."""
+        """The zero padding that is left to the convolution itself."""
         return self.padding if self.padding_mode == "zeros" else [(0, 0)] * len(self.padding)
-
-    def own_layout(self, rows: Tensor) -> Tensor:
-        """A weight from rows, as the float layer and ONNX' operators have it."""
-        return ops.arranged(rows, (None, None, None, self.transposed, None, self.groups))
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         batched = input.dim() == len(self.kernel_size) + 2
@@ -249,7 +182,7 @@ class IntegerConv(IntegerLayer):
         return (x.shape[0], self.rows().shape[0], *spatial)
 
     def _operands(self, x: Tensor, extra: list[int]) -> tuple[Tensor, list[Any]]:
-        """The input, padded where sides differ, and the arguments of torch.convolution after the bias."""
+        """Return the input, padded where sides differ, and the arguments of torch.convolution after the bias."""
         padding = [a for a, _ in self.node_padding]
         if any(a != b for a, b in self.node_padding):
             x, padding = F.pad(x, _flat(self.node_padding)), [0] * len(padding)
@@ -261,16 +194,16 @@ class IntegerConv(IntegerLayer):
 
     def in_float(self, x: Tensor, weight: Tensor, extra: list[int]) -> Tensor:
         x, conv = self._operands(x, extra)
-        return torch.convolution(x, ops.arranged(weight, conv), self.bias, *conv)
+        return torch.convolution(x, self.own_layout(weight), self.bias, *conv)
 
 
 def _flat(sides: list[tuple[int, int]]) -> list[int]:
-    """As F.pad takes them, the last dimension first."""
+    """Return the sides as F.pad takes them, the last dimension first."""
     return [side for pair in reversed(sides) for side in pair]
 
 
 class IntegerEmbedding(IntegerLayer):
-    """``nn.Embedding`` from codes: the rows that are asked for, ``code * step`` in the type the float weight had."""
+    """``nn.Embedding`` from codes: the requested rows, ``code * step`` in the type of the float weight."""
 
     def forward(self, input: Tensor) -> Tensor:
         quantizer = self.weight_quantizer
@@ -285,7 +218,10 @@ class IntegerEmbedding(IntegerLayer):
 
 
 class IntegerBatchNorm(nn.Module):
-    """BatchNorm in eval mode, ``fl(fl(x * alpha) + beta)``.  alpha, beta: (C, 1, ...) float32, ``dims`` ones."""
+    """BatchNorm in eval mode, ``fl(fl(x * alpha) + beta)``.
+
+    alpha, beta: (C, 1, ...) float32, with ``dims`` ones.
+    """
 
     alpha: Tensor
     beta: Tensor

@@ -1,0 +1,191 @@
+"""A layer as an exact sum of integers, then ``Mul(fl(s_x s_w))`` and ``Add(bias)``.
+
+A convolution adds its codes up in float32 wherever no sum can leave 2^24, below which float32 has all integers:
+whatever the order, nothing is rounded, and ONNX Runtime takes half the time of ConvInteger or less.  The Clip of the
+sums to +-2^24 changes none and costs nothing, for it is fused with Conv; it keeps a runtime from drawing the scale
+into the weights:
+
+    x -> QuantizeLinear -> Clip -> Cast(FLOAT) -> Sub(zero point) -> Conv(Cast(FLOAT)(codes)) -> Clip
+      -> Mul(fl(s_x s_w)) -> Add(bias)
+
+Other convolutions and linear layers take integer operators: activations as uint8, signed codes as code + 128; weights
+of convolutions, and of linear layers with 8 bits, as uint8 ``code - q_min``, else as int8.  So no product of an 8-bit
+unsigned and an 8-bit signed number occurs: on x86 without VNNI a pair of those saturates at 16 bits in ONNX Runtime.
+The zero points take the shifts out again, exactly.  (ConvInteger with int8 weights is four times slower there, and
+missing in older releases.)
+
+    x -> QuantizeLinear -> Clip -> ConvInteger | MatMulInteger -> Cast(FLOAT) -> Mul(fl(s_x s_w)) -> Add(bias)
+
+A transposed convolution is one with reversed kernels over codes between which stride - 1 zero points are put.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lsquant._util.errors import UsageError
+from lsquant.formats.onnx.codes import Clip, narrow_type, quantize, zero_point_name
+from lsquant.formats.onnx.graph import FLOAT, INT8, UINT8, Dims, Graph, LayerTrace, array
+from lsquant.formats.onnx.operators import add_bias, geometry, output_padding, per_channel
+from lsquant.shipped import FrozenQuantizer, IntegerConv, IntegerLayer
+
+FLOAT_SUMS = 2**24
+"""Sums of integers that stay below this are exact in float32, in any order."""
+
+
+def write_exact(
+    graph: Graph, layer: IntegerLayer, trace: LayerTrace, shapes: tuple[Dims, Dims], narrow_opset: int
+) -> None:
+    """Write the nodes of a layer quantized in both sides.
+
+    shapes: of input and output.
+    narrow_opset: the file's operator set where weights may have 4 or 2 bits, else 0.
+    """
+    source, codes = layer.input, layer.codes
+    assert source is not None
+    assert codes is not None
+    in_float = isinstance(layer, IntegerConv) and largest_sum(layer) < FLOAT_SUMS
+    signed = source.q_min < 0
+    container, shift = (np.int8, 0) if in_float and signed else (np.uint8, 128 if signed and not in_float else 0)
+    q = quantize(graph, source, trace, container, Clip.AFTER, shift)
+    low, high = layer.weight_bounds
+    if in_float:
+        dtype: type = np.uint8 if high > 127 else np.int8
+    else:
+        dtype = np.uint8 if isinstance(layer, IntegerConv) or low < -64 or high > 63 else np.int8
+        trace.weight_shift = -low if dtype is np.uint8 and low < 0 else 0
+    narrow = narrow_type(low + trace.weight_shift, high + trace.weight_shift, narrow_opset)
+    stored = (array(codes).astype(np.int16) + trace.weight_shift).astype(dtype)
+    if isinstance(layer, IntegerConv):
+        y = _convolution(graph, layer, trace, shapes, q, stored, narrow, in_float)
+    else:
+        y = _matmul_integer(graph, layer, trace, q, stored, narrow)
+    add_bias(graph, layer, trace, y)
+
+
+def largest_sum(layer: IntegerLayer) -> int:
+    """Return ``max over outputs of sum |q_w|  *  max |q_x - z|``: no sum of products, nor part of one, is larger."""
+    source, codes = layer.input, layer.codes
+    assert source is not None
+    assert codes is not None
+    zero = _zero_point(source)
+    reach = max(abs(source.q_min - zero), abs(source.q_max - zero))
+    return reach * int(np.abs(array(codes).astype(np.int64)).reshape(len(codes), -1).sum(1).max())
+
+
+def _zero_point(source: FrozenQuantizer) -> int:
+    return 0 if source.zero_point is None else int(source.zero_point.item())
+
+
+def _convolution(
+    graph: Graph, layer: IntegerConv, trace: LayerTrace, shapes: tuple[Dims, Dims], q: str, stored: np.ndarray,
+    narrow: Any, in_float: bool,
+) -> str:  # fmt: skip
+    """Write Conv over codes in float32, or ConvInteger, and the scale.  q: the codes; stored: those of the weight."""
+    name, scale, attributes = trace.label, layer.scale, geometry(layer)
+    assert scale is not None
+    if layer.transposed:
+        trace.layout, stored = "reversed", np.flip(stored, tuple(range(2, stored.ndim)))
+        q = _spread(graph, layer, trace, q, shapes)
+        attributes |= {"strides": [1] * len(layer.stride), "pads": [0] * len(attributes["pads"])}
+    if in_float:
+        assert layer.input is not None
+        zero = _zero_point(layer.input)
+        weight = _weight(graph, trace, f"{name}.weight", stored, narrow, to=FLOAT)
+        q = graph.node("Cast", [q], f"{graph.prefix}/float_codes", "Cast_codes", to=FLOAT)
+        if zero:
+            q = graph.node("Sub", [q, graph.constant(f"{name}.zero", np.float32(zero))], f"{graph.prefix}/centred")
+        product = graph.node("Conv", [q, weight], f"{graph.prefix}/product", **attributes)
+        limits = [graph.constant(f"float32_{n}", np.float32(n)) for n in (-FLOAT_SUMS, FLOAT_SUMS)]
+        sums = graph.node("Clip", [product, *limits], f"{graph.prefix}/sums", "Clip_sums")
+    else:
+        weight = _weight(graph, trace, f"{name}.weight", stored, narrow)
+        points = [zero_point_name(trace), _weight_point(graph, trace, stored.dtype)]
+        sums = graph.node("ConvInteger", [q, weight, *points], f"{graph.prefix}/int_sums", **attributes)
+        sums = graph.node("Cast", [sums], f"{graph.prefix}/sums", to=FLOAT)
+    trace.scales = [graph.constant(f"{name}.scale", per_channel(array(scale), layer))]
+    return graph.node("Mul", [sums, trace.scales[0]], f"{graph.prefix}/scaled")
+
+
+def _weight_point(graph: Graph, trace: LayerTrace, dtype: np.dtype) -> str:
+    """Return the zero point of the weight, which takes its shift out again."""
+    return graph.constant(f"{dtype.name}_{trace.weight_shift}", dtype.type(trace.weight_shift))
+
+
+def _weight(graph: Graph, trace: LayerTrace, name: str, stored: np.ndarray, narrow: Any, to: int | None = None) -> str:
+    """Return the value with the codes of a weight: an initializer, or its Cast from 4 or 2 bits or to a type.
+
+    narrow: the type of ml_dtypes with 4 or 2 bits, or None.
+    to: the type of ONNX that the operator wants, None for the byte of ``stored``.
+    """
+    trace.weights.append(graph.constant(name, np.ascontiguousarray(stored, narrow or stored.dtype)))
+    if narrow is None and to is None:
+        return name
+    tag = name.rpartition(".weight")[2].replace(".", "_")
+    byte = UINT8 if stored.dtype == np.uint8 else INT8
+    return graph.node("Cast", [name], f"{graph.prefix}/weight{tag}", f"Cast_weight{tag}", to=to or byte)
+
+
+def _spread(graph: Graph, layer: IntegerConv, trace: LayerTrace, q: str, shapes: tuple[Dims, Dims]) -> str:
+    """Write codes with stride - 1 zero points between neighbours, padded.
+
+    A convolution over them is the transposed one.
+
+    Raises: UsageError for images of free size.
+    """
+    name, point, sizes = trace.label, zero_point_name(trace), shapes[0][2:]
+    if None in sizes or None in shapes[1][2:]:
+        raise UsageError(f"{name}: a transposed convolution over images of free size has no exact form in ONNX yet")
+    if any(s > 1 for s in layer.stride):
+        count = len(sizes)
+        axes = graph.constant(f"int64_odd_axes_{count}", np.arange(3, 3 + 2 * count, 2))
+        q = graph.node("Unsqueeze", [q, axes], f"{graph.prefix}/unsqueezed")
+        ends = [e for s in layer.stride for e in (0, s - 1)]
+        pads = graph.constant(f"{name}.stride_pads", np.array([0] * (4 + 2 * count) + ends))
+        q = graph.node("Pad", [q, pads, point], f"{graph.prefix}/with_gaps", "Pad_stride")
+        shape = [0, 0, *(n * s for n, s in zip(sizes, layer.stride, strict=True) if n is not None)]
+        wanted = graph.constant(f"{name}.spread_shape", np.array(shape))
+        q = graph.node("Reshape", [q, wanted], f"{graph.prefix}/spread")
+    reach = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+    before = [r - a for r, (a, _) in zip(reach, layer.padding, strict=True)]
+    extra = output_padding(layer, shapes)
+    after = [r - b + e - s + 1 for r, (_, b), e, s in zip(reach, layer.padding, extra, layer.stride, strict=True)]
+    pads = graph.constant(f"{name}.pads", np.array([0, 0, *before, 0, 0, *after]))
+    return graph.node("Pad", [q, pads, point], f"{graph.prefix}/padded")
+
+
+def _matmul_integer(
+    graph: Graph, layer: IntegerLayer, trace: LayerTrace, q: str, stored: np.ndarray, narrow: Any
+) -> str:
+    """Write one MatMulInteger, or one per group; the scaled sums of groups are added in the order of the groups."""
+    assert layer.scale is not None
+    name, trace.transposed = trace.label, True
+    points = [zero_point_name(trace), _weight_point(graph, trace, stored.dtype)]
+    count = 1 if layer.group_size is None else stored.shape[1] // layer.group_size
+    scales = array(layer.scale).reshape(-1, count)
+    parts = [q] if count == 1 else _split(graph, q, count, stored.shape[1] // count)
+    total = ""
+    for g, (part, block) in enumerate(zip(parts, np.split(stored, count, axis=1), strict=True)):
+        suffix = "" if count == 1 else f".group{g}"
+        weight = _weight(graph, trace, f"{name}.weight{suffix}", block.T, narrow)
+        scale = graph.constant(f"{name}.scale{suffix}", scales[:, g] if scales.shape[0] > 1 else scales[0, g])
+        trace.scales.append(scale)
+        tag = suffix.replace(".", "_")
+        operands = [part, weight, *points]
+        sums = graph.node("MatMulInteger", operands, f"{graph.prefix}/int_sums{tag}", f"MatMulInteger{tag}")
+        sums = graph.node("Cast", [sums], f"{graph.prefix}/sums{tag}", f"Cast{tag}", to=FLOAT)
+        y = graph.node("Mul", [sums, scale], f"{graph.prefix}/scaled{tag}", f"Mul{tag}")
+        total = y if g == 0 else graph.node("Add", [total, y], f"{graph.prefix}/total{tag}", f"Add{tag}")
+    return total
+
+
+def _split(graph: Graph, q: str, count: int, size: int) -> list[str]:
+    """Write slices of the last dimension."""
+    axis = graph.constant("int64_last_axis", np.array([-1], np.int64))
+    edges = [graph.constant(f"int64_{g * size}", np.array([g * size], np.int64)) for g in range(count + 1)]
+    return [
+        graph.node("Slice", [q, edges[g], edges[g + 1], axis], f"{graph.prefix}/codes_group{g}", f"Slice_group{g}")
+        for g in range(count)
+    ]

@@ -1,0 +1,98 @@
+"""A layer as a float operator over DequantizeLinear: the form that most runtimes know, not exact in all of them.
+
+Codes are in int8 containers, in uint8 for unsigned codes of 8 bits.  Those of fewer bits are held in range before
+QuantizeLinear (``codes.py``), so that it and DequantizeLinear stay neighbours.
+
+    x -> Clip -> QuantizeLinear -> DequantizeLinear -> Conv | Gemm | MatMul(DequantizeLinear(codes)) + bias
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lsquant.formats.onnx.codes import dequantize, quantize_to_bytes
+from lsquant.formats.onnx.graph import Dims, Graph, LayerTrace, array
+from lsquant.formats.onnx.operators import add_bias, geometry, output_padding
+from lsquant.shipped import IntegerConv, IntegerLayer
+
+
+def write_qdq(graph: Graph, layer: IntegerLayer, trace: LayerTrace, shapes: tuple[Dims, Dims], narrow: Any) -> None:
+    """Write the nodes of a layer quantized in one side or both.
+
+    shapes: of input and output.
+    narrow: the type of ml_dtypes with 4 or 2 bits for the codes of the weight, or None for a byte.
+    """
+    x, rank = trace.input, len(shapes[1])
+    if layer.input is not None:
+        codes = quantize_to_bytes(graph, layer.input, trace)
+        standard = layer.codes is not None
+        x = dequantize(graph, codes, layer.input, trace, f"{graph.prefix}/dequantized", rank, standard)
+    product = f"{graph.prefix}/product"
+    weight = _weight(graph, layer, trace, narrow, turned=rank != 2 and not isinstance(layer, IntegerConv))
+    if isinstance(layer, IntegerConv):
+        extra: dict[str, Any] = {"output_padding": output_padding(layer, shapes)} if layer.transposed else {}
+        operator = "ConvTranspose" if layer.transposed else "Conv"
+        graph.node(operator, [x, weight], product, **geometry(layer), **extra)
+    elif rank == 2:
+        graph.node("Gemm", [x, weight], product, transB=1)
+    else:
+        graph.node("MatMul", [x, weight], product)
+    add_bias(graph, layer, trace, product)
+
+
+def _weight(graph: Graph, layer: IntegerLayer, trace: LayerTrace, narrow: Any, turned: bool) -> str:
+    """Write the float weight in the operator's own layout: an initializer, or DequantizeLinear of the codes.
+
+    turned: whether the operator wants (in, out).
+
+    Groups are blocks of DequantizeLinear where ``narrow`` is a type, else rows of the stored codes.  Blocks lie along
+    the second axis: ONNX Runtime fuses those along the first to MatMulNBits, which rounds the activations as well and
+    is wrong for INT2 (docs/deployment.md).
+    """
+    name = trace.label
+    conv, group = (layer if isinstance(layer, IntegerConv) else None), layer.group_size
+    if layer.codes is None or layer.weight_step is None:
+        assert layer.weight is not None
+        own = layer.weight if conv is None else conv.own_layout(layer.weight)
+        return graph.constant(f"{name}.weight", np.ascontiguousarray(array(own).T) if turned else array(own))
+    codes, steps = array(layer.codes), array(layer.weight_step)
+    shape, flat = codes.shape, steps.size == 1
+    axis, block = 0, {}
+    trace.transposed = turned and group is None and narrow is None
+    if trace.transposed:
+        codes, axis = codes.T, 1
+    elif conv is not None and conv.transposed and (flat or conv.groups == 1):
+        trace.layout, codes, axis = "own", array(conv.own_layout(layer.codes)), 1
+    if group is not None and narrow is not None:
+        codes, steps = codes.reshape(shape[0], -1), steps.reshape(shape[0], -1)
+        axis, block = 1, {"block_size": group}
+    elif group is not None:
+        codes = codes.reshape(-1, group)
+    dtype = narrow or (np.uint8 if layer.weight_bounds[1] > 127 else np.int8)
+    trace.weights = [graph.constant(f"{name}.weight", np.ascontiguousarray(codes, dtype))]
+    trace.weight_steps = [graph.constant(f"{name}.weight_step", steps.reshape(()) if flat else steps)]
+    operands = [*trace.weights, *trace.weight_steps]
+    if narrow is None:
+        operands.append(graph.constant(f"{name}.weight_zero_point", np.zeros(() if flat else steps.shape, dtype)))
+    attributes = {} if flat else {"axis": axis, **block}
+    value = f"{graph.prefix}/dequantized_weight"
+    graph.node("DequantizeLinear", operands, value, "DequantizeLinear_weight", **attributes)
+
+    def reshaped(to: tuple[int, ...], tag: str = "") -> str:
+        target = graph.constant(f"{name}.weight_shape{tag}", np.array(to, np.int64))
+        return graph.node("Reshape", [value, target], f"{graph.prefix}/reshaped_weight{tag}", f"Reshape_weight{tag}")
+
+    def swapped(*order: int) -> str:
+        return graph.node("Transpose", [value], f"{graph.prefix}/transposed_weight", "Transpose_weight", perm=order)
+
+    if codes.shape != shape and group is not None:
+        value = reshaped(shape)
+    if turned and not trace.transposed:
+        value = swapped(1, 0)
+    if conv is not None and conv.transposed and not trace.layout:
+        value = reshaped((conv.groups, shape[0] // conv.groups, *shape[1:]), "_groups")
+        value = swapped(0, 2, 1, *range(3, len(shape) + 1))
+        value = reshaped((conv.groups * shape[1], shape[0] // conv.groups, *shape[2:]))
+    return value

@@ -1,0 +1,118 @@
+"""The rows of ONNX files in the table of formats, one a profile."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lsquant._util.errors import DamagedFile, LsquantError, UsageError
+from lsquant.formats.base import FileFormat
+from lsquant.formats.onnx.graph import LayerTrace, array
+from lsquant.formats.onnx.reader import initializers, load_onnx
+from lsquant.formats.onnx.writer import export_onnx
+from lsquant.shipped import Pair, Shipped, ShippedQuantizer
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """The content of an ONNX file.
+
+    path: of the file.
+    proto: its ModelProto.
+    profile: with which it was written.
+    session: the options that it recommends for ONNX Runtime.
+    traces: of its layers, in order of execution.
+    """
+
+    path: str
+    proto: Any
+    profile: str
+    session: dict[str, str]
+    traces: list[LayerTrace]
+
+
+class OnnxFormat(FileFormat):
+    """ONNX files of one profile of ``export_onnx``."""
+
+    suffix = ".onnx"
+    options = ("opset",)
+    runtimes = ("onnxruntime", "openvino", "onnxruntime-web")
+
+    def __init__(self, name: str, about: str, promise: str) -> None:
+        self.name, self.about, self.promise = name, about, promise
+
+    def write(self, model: nn.Module, path: Path, example_inputs: Any, **options: Any) -> Path:
+        self.require_options(options)
+        return export_onnx(model, path, example_inputs, profile=self.name, **options)
+
+    def recognizes(self, path: Path) -> bool:
+        """Tell whether a file begins as an ONNX model does: with the field of its version.
+
+        A safetensors file, which has JSON from its ninth byte on, may begin with the same byte.
+        """
+        with open(path, "rb") as file:
+            start = file.read(9)
+        return start[:1] == b"\x08" and start[8:] != b"{"
+
+    def read(self, path: str | os.PathLike[str]) -> OnnxFile:
+        proto, metadata = load_onnx(path)
+        return OnnxFile(os.fspath(path), proto, metadata["profile"], metadata["session"], metadata["layers"])
+
+    def profile(self, content: OnnxFile) -> str:
+        return content.profile
+
+    def weights(self, content: OnnxFile, record: Shipped) -> Iterator[Pair]:
+        """Yield codes, steps and products of steps of each call of a layer."""
+        names = {trace.layer for trace in content.traces}
+        if odd := sorted(names ^ {*record.layers, *record.standalone()}):
+            raise UsageError(f"{content.path} is of another model: the layer {odd[0]!r} is only in one of the two")
+        try:
+            values = initializers(content.proto)
+            for trace in content.traces:
+                yield from _pairs(trace, record, values)
+        except (ValueError, TypeError, IndexError) as error:
+            if isinstance(error, LsquantError):
+                raise
+            raise DamagedFile(f"{content.path} is damaged: {error}") from error
+
+
+def _pairs(trace: LayerTrace, record: Shipped, values: dict[str, np.ndarray]) -> Iterator[Pair]:
+    """Yield what the initializers hold of one call of a layer, or of a quantizer that stands alone."""
+    named = [*trace.weights, *trace.scales, *trace.weight_steps, *([trace.input_step] if trace.input_step else [])]
+    if missing := [name for name in named if name not in values]:
+        raise DamagedFile(f"the file has no initializer {missing[0]!r}, which its layer {trace.layer!r} names")
+    layer = record.layers.get(trace.layer)
+    source = record.quantizers[trace.layer] if layer is None else layer.input
+    if source is not None and trace.input_step:
+        yield Pair(trace.layer, values[trace.input_step].reshape(-1), source.step)
+    if layer is None or layer.weight is None:
+        return
+    yield _codes(trace, layer.weight, values)
+    if trace.weight_steps:
+        yield Pair(trace.layer, values[trace.weight_steps[0]].reshape(-1), layer.weight.step)
+    if trace.scales:
+        assert source is not None
+        scales = np.stack([values[name].reshape(-1) for name in trace.scales], axis=1)
+        yield Pair(trace.layer, scales.reshape(-1), (source.step * layer.weight.step).reshape(-1))
+
+
+def _codes(trace: LayerTrace, quantizer: ShippedQuantizer, values: dict[str, np.ndarray]) -> Pair:
+    """Return the codes of a weight, without their shift and as int32, beside the shipped ones."""
+    weight = quantizer.weight
+    assert weight is not None
+    wanted = array(weight.own_codes() if trace.layout == "own" else weight.codes).astype(np.int32)
+    parts = [values[name].astype(np.int32) for name in trace.weights]
+    if trace.transposed:
+        parts = [part.T for part in parts]
+    stored = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+    if stored.size == wanted.size and not trace.transposed:
+        stored = stored.reshape(wanted.shape)
+    if trace.layout == "reversed":
+        stored = np.flip(stored, tuple(range(2, stored.ndim)))
+    return Pair(trace.layer, stored - trace.weight_shift, wanted)

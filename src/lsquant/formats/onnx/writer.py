@@ -1,0 +1,133 @@
+"""Writes ONNX files whose integers are the trained ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lsquant._util.batches import evaluating
+from lsquant._util.errors import UsageError
+from lsquant._util.files import atomic_write_bytes
+from lsquant._util.optional import require
+from lsquant._version import __version__
+from lsquant.formats.onnx.capture import TORCH_OPSET, captured
+from lsquant.formats.onnx.graph import Graph, LayerTrace
+from lsquant.formats.onnx.lowering import lower
+from lsquant.formats.onnx.opset import set_opset, small_opset
+from lsquant.formats.onnx.reader import FORMAT
+from lsquant.formats.onnx.tidy import tidy
+from lsquant.shipped import integer_model, ship
+
+SESSION: dict[str, dict[str, str]] = {"exact": {}, "qdq": {"session.x64quantprecision": "1"}, "small": {}}
+"""Profile -> recommended configuration entries of the session (docs/deployment.md has the measurements)."""
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    profile: str = "exact",
+    opset: int | None = None,
+) -> Path:
+    """Write a model in eval mode as an ONNX file with a dynamic batch dimension.
+
+    The file is written aside and renamed.
+
+    model: the trained model, which is unchanged.
+    path: of the file.  Returned.
+    example_inputs: one batch as for ``calibrate``: a tensor; a tuple or list, whose first element counts; a mapping of
+        keywords for a model with several inputs.  The first dimension of each tensor is the batch.
+    profile: "exact", integer sums equal to the trained layers; "small", the same with weights of 2 bits as INT2 or
+        UINT2 and of 3 and 4 bits as INT4 or UINT4 (opset 25 and 21; with opset=21 all of 4 bits); or "qdq", standard
+        QuantizeLinear and DequantizeLinear around float operators.
+    opset: the file's operator set; default: the lowest one that has all the operators and types used.
+
+    Raises: UsageError for an unknown profile, an unset step (naming the layer), a model without quantized layers, an
+        opset that is too low (naming the operator); MissingExtra without onnx.
+    """
+    proto = onnx_model(model, example_inputs, profile=profile, opset=opset)
+    atomic_write_bytes(path, proto.SerializeToString(deterministic=True))
+    return Path(path)
+
+
+def onnx_model(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    profile: str = "exact",
+    opset: int | None = None,
+    dynamic_batch: bool = True,
+) -> Any:
+    """Return the ModelProto that ``export_onnx`` writes.
+
+    dynamic_batch: whether the batch dimension is free; otherwise the batch has the size of the example's.
+    """
+    if profile not in SESSION:
+        known = ", ".join(map(repr, SESSION))
+        raise UsageError(f"export_onnx: profile={profile!r} is unknown; choose from {known}")
+    onnx = require("onnx", extra="onnx")
+    require("onnxscript", extra="onnx")
+    with evaluating(model):
+        frozen = integer_model(ship(model))
+    opset = small_opset(frozen, opset) if profile == "small" else opset
+    proto, layers = captured(frozen, example_inputs, opset or TORCH_OPSET, dynamic_batch)
+    traces = _replace_marked(proto.graph, layers, profile, opset or TORCH_OPSET)
+    tidy(proto, traces)
+    set_opset(proto, opset)
+    _write_metadata(proto, profile, traces)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def _replace_marked(graph: Any, layers: dict[str, nn.Module], profile: str, opset: int) -> list[LayerTrace]:
+    """Lower every marked node in place.  Returns the traces, like the nodes in order of execution."""
+    numpy_helper = require("onnx", extra="onnx").numpy_helper
+    shapes = {
+        v.name: [d.dim_value if d.HasField("dim_value") else None for d in v.type.tensor_type.shape.dim]
+        for v in [*graph.input, *graph.value_info, *graph.output]
+    }
+    target, traces, calls = Graph(), [], {}
+    renamed: dict[str, str] = {}
+    for node in graph.node:
+        sources = list(node.input)
+        for i, name in enumerate(sources):
+            node.input[i] = renamed.get(name, name)
+        if node.domain != "lsquant":
+            target.nodes.append(node)
+            continue
+        layer = next(a.s.decode() for a in node.attribute if a.name == "layer")
+        call = calls[layer] = calls.get(layer, -1) + 1
+        output = f"{layer or 'model'}{f'#{call + 1}' if call else ''}/output"
+        renamed[node.output[0]] = output
+        trace = LayerTrace(layer, call, node.input[0], output)
+        lower(target, layers[layer], trace, (shapes[sources[0]], shapes[node.output[0]]), profile, opset)
+        traces.append(trace)
+    for value in graph.output:
+        value.name = renamed.get(value.name, value.name)
+    old = {tensor.name: tensor for tensor in graph.initializer}
+    if clash := sorted(set(old) & set(target.constants)):
+        raise UsageError(f"export_onnx: the model already has a parameter or buffer named {clash[0]!r}; rename it")
+    used = {name for node in target.nodes for name in node.input}
+    used |= {value.name for value in graph.output}
+    kept = [tensor for name, tensor in old.items() if name in used]
+    kept += [numpy_helper.from_array(value, name) for name, value in target.constants.items()]
+    for part, new in ((graph.node, target.nodes), (graph.initializer, kept)):
+        del part[:]
+        part.extend(new)
+    return traces
+
+
+def _write_metadata(proto: Any, profile: str, traces: list[LayerTrace]) -> None:
+    properties = {
+        "lsquant.format": str(FORMAT),
+        "lsquant.version": __version__,
+        "lsquant.profile": profile,
+        "lsquant.session": json.dumps(SESSION[profile]),
+        "lsquant.layers": json.dumps([trace.to_dict() for trace in traces]),
+    }
+    require("onnx", extra="onnx").helper.set_model_props(proto, properties)

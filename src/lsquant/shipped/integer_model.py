@@ -1,0 +1,80 @@
+"""The integer model: a copy of a trained model in which quantized layers hold codes instead of float weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from lsquant import nn as lsq_nn
+from lsquant._util.batches import unwrapped
+from lsquant._util.errors import UsageError
+from lsquant.shipped.frozen import FrozenQuantizer
+from lsquant.shipped.integer_layers import IntegerBatchNorm, IntegerConv, IntegerEmbedding, IntegerLayer, IntegerLinear
+from lsquant.shipped.record import Shipped, ShippedLayer, ship
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+KINDS: dict[str, type[IntegerLayer]] = {
+    **{kind.__name__: IntegerConv for kind in CONVOLUTIONS},
+    **dict.fromkeys(("Linear", "Conv1D", "FalconLinear"), IntegerLinear),  # the latter two are transformers'
+    "Embedding": IntegerEmbedding,
+}
+"""The name of a float type -> its layer in the integer model."""
+
+
+def to_integer(model: nn.Module) -> nn.Module:
+    """Return the integer model: a copy in eval mode with codes, steps and what stays float, and nothing else.
+
+    A layer ``conv`` has ``conv.weight_quantizer.codes`` (int8 or uint8, output channels first), ``.step``, ``.bounds``
+    and ``conv.input_quantizer.step`` in the state dict.  No float weight is kept behind the codes.  The copy runs on
+    the engines that train (``lsquant.use_engine``); in each its outputs equal those of ``model.eval()`` bit for bit.
+    Shared modules and weights stay shared.
+
+    model: the trained model, which is unchanged.
+
+    Raises: UsageError for a model without quantized layers, and naming a layer that has no integer form or whose
+        quantizer has no step yet, is switched off or has values without a code.
+    """
+    model = unwrapped(model)
+    if frozen_parts(model):
+        raise UsageError("this is an integer model already; give the trained model it was made from")
+    if not any(True for _ in lsq_nn.quantizers(model)):
+        raise UsageError("to_integer: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
+    return integer_model(ship(model))
+
+
+def integer_model(record: Shipped) -> nn.Module:
+    """Return the integer model of a record, also of one without quantized layers.
+
+    Raises: UsageError naming a layer that has no integer form.
+    """
+    memo: dict[int, Any] = {}  # id of a trained module -> its frozen counterpart, for deepcopy
+    for layer in record.layers.values():
+        require_integer_form(layer)
+    for quantizer in record.quantizers.values():
+        memo[id(quantizer.source)] = FrozenQuantizer(quantizer)
+    for layer in record.layers.values():
+        weights = None if layer.weight is None else memo[id(layer.weight.source)]
+        inputs = None if layer.input is None else memo[id(layer.input.source)]
+        memo[id(layer.source)] = KINDS[layer.kind](layer, weights, inputs)
+    for module in record.model.modules():
+        if isinstance(module, lsq_nn.ExactBatchNorm):
+            memo[id(module)] = IntegerBatchNorm(*module.affine_constants(), module.dims)
+    return copy.deepcopy(record.model, memo).eval()
+
+
+def require_integer_form(layer: ShippedLayer) -> None:
+    """Raise a UsageError that names a layer whose kind has no integer form."""
+    if layer.kind not in KINDS:
+        raise UsageError(
+            f"{layer.label}: {layer.kind} has no integer form; leave it in floating point: skip=[{layer.label!r}]"
+        )
+
+
+def frozen_parts(model: nn.Module) -> dict[str, Any]:
+    """Return the frozen layers and stand-alone frozen quantizers by name, each once; nothing for any other model."""
+    named = list(model.named_modules())
+    owned = {q for _, m in named if isinstance(m, IntegerLayer) for q in m.children()}
+    kinds = (IntegerLayer, FrozenQuantizer)
+    return {name: m for name, m in named if isinstance(m, kinds) and m not in owned}

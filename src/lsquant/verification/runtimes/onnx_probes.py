@@ -1,0 +1,93 @@
+"""ONNX models made from a file, to see inside it: with its codes as outputs, and cut into its layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lsquant._util.errors import DamagedFile
+from lsquant._util.optional import require
+from lsquant.formats.onnx.codes import quantize_node
+from lsquant.formats.onnx.graph import FLOAT, LayerTrace
+
+
+def with_outputs(proto: Any, names: list[str]) -> bytes:
+    """Return the model with these values as further outputs, serialized."""
+    onnx = require("onnx", extra="onnx")
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    present = {value.name for value in model.graph.output}
+    types = _code_types(proto, names)
+    extra = [onnx.helper.make_tensor_value_info(n, types[n], None) for n in names if n not in present]
+    model.graph.output.extend(extra)
+    return model.SerializeToString()
+
+
+def layers_alone(proto: Any, layers: list[LayerTrace]) -> bytes:
+    """Return a model of the nodes of every layer's call, each between an input and outputs of its own, serialized.
+
+    Call i has the input ``probe/i/input`` and the outputs ``probe/i/codes``, if it has codes, and ``probe/i/output``.
+
+    Raises: DamagedFile where a layer's nodes do not lead from its recorded input to its output.
+    """
+    onnx = require("onnx", extra="onnx")
+    helper = onnx.helper
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    types = _code_types(proto, [trace.codes for trace in layers if trace.codes is not None])
+    nodes, inputs, outputs, used = [], [], [], set()
+    shaped = onnx.shape_inference.infer_shapes(proto).graph
+    ranks = {v.name: [None] * len(v.type.tensor_type.shape.dim) for v in [*shaped.input, *shaped.value_info]}
+    for i, trace in enumerate(layers):
+        names = {trace.input: f"probe/{i}/input"}
+        if trace.codes is not None:
+            names[trace.codes] = f"probe/{i}/codes"
+        names[trace.output] = f"probe/{i}/output"
+        for node in _between(trace, makers, constants):
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.name = f"probe/{i}/{node.name}"
+            for part in (copy.input, copy.output):
+                for k, name in enumerate(part):
+                    part[k] = names.get(name, name if name in constants else f"probe/{i}/{name}")
+            used |= {name for name in node.input if name in constants}
+            nodes.append(copy)
+        inputs.append(helper.make_tensor_value_info(f"probe/{i}/input", FLOAT, ranks.get(trace.input)))
+        if trace.codes is not None:
+            outputs.append(helper.make_tensor_value_info(f"probe/{i}/codes", types[trace.codes], None))
+        outputs.append(helper.make_tensor_value_info(f"probe/{i}/output", FLOAT, None))
+    kept = [tensor for name, tensor in constants.items() if name in used]
+    graph = helper.make_graph(nodes, "layers", inputs, outputs, kept)
+    return helper.make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version).SerializeToString()
+
+
+def _between(trace: LayerTrace, makers: dict[str, Any], constants: dict[str, Any]) -> list[Any]:
+    """Return the nodes that lead from the layer's input to its output, in order of execution."""
+    found: dict[int, Any] = {}
+
+    def visit(name: str) -> None:
+        if not name or name == trace.input or name in constants:
+            return
+        node = makers.get(name)
+        if node is None:
+            raise DamagedFile(f"the file's layer {trace.layer!r} is not connected from its input to its output")
+        if id(node) in found:
+            return
+        for source in node.input:
+            visit(source)
+        found[id(node)] = node
+
+    visit(trace.output)
+    return list(found.values())
+
+
+def _code_types(proto: Any, names: list[str]) -> dict[str, int]:
+    """Return the element type of each value of codes: that of the zero point of the QuantizeLinear that makes it."""
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    constants = {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    types = {}
+    for name in names:
+        node = quantize_node(name, makers)
+        if node is None or node.input[2] not in constants:
+            raise DamagedFile(f"the file has no QuantizeLinear that makes {name!r}")
+        types[name] = constants[node.input[2]]
+    return types
