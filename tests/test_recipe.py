@@ -210,7 +210,7 @@ SPECS = [
     QuantSpec(5, narrow=True),
     QuantSpec(6, offset=True),
     QuantSpec(7, signed=True, offset=True),
-    QuantSpec(8, dynamic=False, step_dtype="float32"),
+    QuantSpec(8),
 ]
 WEIGHT_SPECS = [
     QuantSpec(2, narrow=True),

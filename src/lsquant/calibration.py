@@ -37,7 +37,7 @@ class _Observer:
     def initialized(self, method: Method) -> Quantizer:
         """A copy of the quantizer with N and step set.  Raises: UsageError where there is none."""
         ready = copy.deepcopy(self.quantizer)
-        if not ready.samples_share:
+        if not ready.elements_per_step:
             ready.set_count(self.features)
         ready.initialize_from(self.summaries, method)
         return ready
@@ -151,7 +151,7 @@ def _check_seen(model: nn.Module, observers: dict[Quantizer, _Observer]) -> None
                 f"calibrate: all input values of layer {seen.name!r} are zero, no step can be set; check the data and "
                 "the layers before, or leave it in floating point (skip=)"
             )
-        if not (seen.quantizer.samples_share or seen.features):
+        if not (seen.quantizer.elements_per_step or seen.features):
             raise UsageError(
                 f"calibrate: {seen.name!r} is a stand-alone Quantizer without N; give Quantizer(..., count=N)"
             )

@@ -24,7 +24,7 @@ from lsquant.changes import Change, Changes
 from lsquant.nn import (
     EXACT_TYPES,
     QUANTIZED_TYPES,
-    STEPPED_TYPES,
+    UNFUSED_TYPES,
     QuantizedLayer,
     float_type,
     quantized_layers,
@@ -140,8 +140,8 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
             module.__class__ = EXACT_TYPES[type(module)]
         elif not both and type(module) in EXACT_TYPES.values():
             module.__class__ = float_type(module)  # type: ignore[assignment]
-        elif type(module) in STEPPED_TYPES:
-            module.__class__ = STEPPED_TYPES[type(module)]
+        elif type(module) in UNFUSED_TYPES:
+            module.__class__ = UNFUSED_TYPES[type(module)]
         elif module not in layers and (reason := stays_float(module)):
             parametrized = getattr(module, "parametrizations", nn.Module()).parameters()
             weights = sum(p.numel() for p in (*module.parameters(recurse=False), *parametrized))

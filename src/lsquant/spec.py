@@ -1,4 +1,4 @@
-"""What one quantizer is asked to do: bits, sign, granularity.  Frozen, checked at birth."""
+"""The specification of one quantizer: bits, sign, granularity.  Frozen, validated on construction."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ from lsquant._util.errors import UsageError
 
 MIN_BITS, MAX_BITS = 2, 8
 GRANULARITIES = ("tensor", "channel", "group")
+FORMER = {"step_dtype": "float32", "dynamic": False}
+"""Fields that earlier versions had, each with the only value it could take; files that contain them are read."""
 Granularity = Literal["tensor", "channel", "group"]
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """The specification of a quantizer.
+    """Specify a quantizer.
 
-    bits: 2 to 8.  signed: True gives levels ``-2^(b-1) .. 2^(b-1)-1``, False gives ``0 .. 2^b-1``, None leaves the
-    decision to calibration (True when any value is below 0).  narrow: drop the lowest signed level (2 bits narrow =
-    ternary); implies signed.  granularity: one step per "tensor", per output "channel", or per "group" of
-    ``group_size`` neighbours along the flattened input dimension of a weight.  offset: LSQ+'s learned offset; implies
-    unsigned unless ``signed=True``.
-
+    bits: 2 to 8.
+    signed: True gives codes ``-2^(b-1) .. 2^(b-1)-1``, False gives ``0 .. 2^b-1``, None leaves the decision to
+        calibration (True when any value is below 0).
+    narrow: drop the lowest signed code (2 bits narrow = ternary); implies signed.
+    granularity: one step per "tensor", per output "channel", or per "group".
+    group_size: neighbours along the flattened input dimension of a weight that share a step, with "group".
+    offset: LSQ+'s learned offset; implies unsigned unless ``signed=True``.
     Raises: UsageError naming the field, its value and what is allowed.
+
+    >>> str(QuantSpec(4, signed=True, granularity="channel"))
+    '4 bit, signed, per channel'
     """
 
     bits: int
@@ -31,8 +37,6 @@ class QuantSpec:
     granularity: Granularity = "tensor"
     group_size: int | None = None
     offset: bool = False
-    step_dtype: str = "float32"
-    dynamic: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
@@ -53,10 +57,6 @@ class QuantSpec:
             )
         if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
             raise UsageError(f"QuantSpec: group_size={self.group_size!r}; it must be a positive integer")
-        if self.step_dtype != "float32":
-            raise UsageError(f"QuantSpec: step_dtype={self.step_dtype!r} is not built yet; use 'float32'")
-        if self.dynamic:
-            raise UsageError("QuantSpec: dynamic=True is not built yet")
         if self.signed is None and (self.narrow or self.offset):
             object.__setattr__(self, "signed", bool(self.narrow))
 
@@ -91,7 +91,11 @@ class QuantSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantSpec:
-        """The inverse of ``to_dict``.  Raises UsageError for an unknown field."""
+        """Read what ``to_dict`` wrote, this version's or an earlier one's.
+
+        Raises: UsageError for an unknown field, or one of ``FORMER`` with another value.
+        """
+        values = {k: v for k, v in values.items() if k not in FORMER or v != FORMER[k]}
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UsageError(f"QuantSpec: unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")

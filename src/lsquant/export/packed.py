@@ -26,7 +26,7 @@ from lsquant._util.errors import DamagedFile, UsageError
 from lsquant._util.tensors import CHECKSUM, read_tensors, write_tensors
 from lsquant._version import __version__
 from lsquant.checkpoint import restore, stored_once
-from lsquant.nn import QuantizedLayer, weight_steps
+from lsquant.nn import QuantizedLayer, WeightLayout, weight_steps
 from lsquant.quantizer import Quantizer
 from lsquant.recipe import Recipe, Rule
 from lsquant.spec import QuantSpec
@@ -71,7 +71,7 @@ class PackedQuantizer:
 
     def _own(self, rows: Tensor) -> Tensor:
         rows = rows.reshape(self.shape)
-        return ops.exchanged(rows, self.swapped) if self.swapped else rows
+        return ops.swap_channels(rows, self.swapped) if self.swapped else rows
 
     def state(self) -> dict[str, Tensor]:
         """A Quantizer's state dict: the offset ``-z * s`` rounds to z again, the step is above its own guard."""
@@ -153,8 +153,8 @@ def export_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         stored, quantizer = aliases.get(weight, weight), listed[name]["weight"]
         if "weight" in entries[quantizer]:
             continue  # a weight shared with a layer before
-        rows = layer.rearranged(layer.integer_weight()[0])
-        moved = type(layer).rearranged is not QuantizedLayer.rearranged
+        rows = layer.to_rows(layer.integer_weight()[0])
+        moved = layer.weight_layout is WeightLayout.INPUT_FIRST
         entries[quantizer] |= {"weight": stored, "shape": list(rows.shape)}
         entries[quantizer] |= {"swapped": getattr(layer, "groups", 1)} if moved else {}
         if weight not in kept:
@@ -174,7 +174,7 @@ def export_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def _entry(quantizer: Quantizer) -> dict[str, Any]:
-    entry = {**quantizer.require_initialized().spec.to_dict(), "count": quantizer.samples_share}
+    entry = {**quantizer.require_initialized().spec.to_dict(), "count": quantizer.elements_per_step}
     if quantizer.requested.signed is None:
         entry["decided"] = True
     return entry if quantizer.axis is None else {**entry, "axis": quantizer.axis}

@@ -44,7 +44,9 @@ class FrozenQuantizer(nn.Module):
     def grid(self) -> ops.Grid:
         """As the ops take it.  The offset ``-z s`` rounds to z again."""
         offset = None if self.zero_point is None else -self.zero_point * self.step
-        return ops.Grid(self.step, self.q_min, self.q_max, 1.0, offset, self.group_size)
+        return ops.Grid(
+            self.step, self.q_min, self.q_max, offset=offset, axis=self.axis, group_size=self.group_size
+        )
 
     def float_codes(self, x: Tensor) -> Tensor:
         """Codes as float32 integers in the shape of x, NaN where x is not finite."""
@@ -60,8 +62,7 @@ class FrozenQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.marker is not None:
             return mark("Quantizer", x, self.marker, x.shape)
-        step, q_min, q_max, _, offset, size = self.grid()
-        return ops.fake_quantize(x, step, q_min, q_max, 1.0, axis=self.axis, group_size=size, offset=offset)
+        return ops.fake_quantize_with(x, self.grid())
 
     def extra_repr(self) -> str:
         steps = "" if self.step.numel() == 1 else f", {self.step.numel()} steps"
@@ -182,16 +183,17 @@ class IntegerLinear(IntegerLayer):
 
     def __init__(self, source: Any, weights: FrozenQuantizer | None, inputs: FrozenQuantizer | None) -> None:
         super().__init__(source, weights, inputs)
-        self.turned = source.rearranged(torch.empty(1, 2)).shape[0] == 2  # transformers' Conv1D: (in, out)
+        self.weight_layout = source.weight_layout
 
     def own_layout(self, rows: Tensor) -> Tensor:
-        return rows.t() if self.turned else rows
+        return self.weight_layout.weight(rows)
 
     def output_shape(self, x: Tensor, *extra: Any) -> tuple[Any, ...]:
         return (*x.shape[:-1], self.rows().shape[0])
 
     def sums(self, x: Tensor, weight: Tensor, grids: tuple[ops.Grid, ops.Grid], *extra: Any) -> Tensor:
-        return ops.linear(x, weight, self.bias, *grids)
+        inputs, weights = grids
+        return ops.linear(x, weight, self.bias, inputs, weights)
 
     def in_float(self, x: Tensor, weight: Tensor, *extra: Any) -> Tensor:
         return F.linear(x, weight, self.bias)
@@ -228,7 +230,7 @@ class IntegerConv(IntegerLayer):
 
     def own_layout(self, rows: Tensor) -> Tensor:
         """A weight from rows, as the float layer and ONNX' operators have it."""
-        return ops.arranged(rows, (None, None, None, self.transposed, None, self.groups))
+        return ops.swap_channels(rows, self.groups) if self.transposed else rows
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         batched = input.dim() == len(self.kernel_size) + 2
@@ -248,20 +250,21 @@ class IntegerConv(IntegerLayer):
             spatial = [(n + a + b - d * (k - 1) - 1) // s + 1 for n, (a, b), k, d, s, _ in sides]
         return (x.shape[0], self.rows().shape[0], *spatial)
 
-    def _operands(self, x: Tensor, extra: list[int]) -> tuple[Tensor, list[Any]]:
-        """The input, padded where sides differ, and the arguments of torch.convolution after the bias."""
+    def _operands(self, x: Tensor, extra: list[int]) -> tuple[Tensor, ops.Conv]:
+        """The input, padded where sides differ, and the geometry that is left."""
         padding = [a for a, _ in self.node_padding]
         if any(a != b for a, b in self.node_padding):
             x, padding = F.pad(x, _flat(self.node_padding)), [0] * len(padding)
-        return x, [self.stride, padding, self.dilation, self.transposed, extra, self.groups]
+        return x, ops.Conv(self.stride, padding, self.dilation, self.transposed, extra, self.groups)
 
     def sums(self, x: Tensor, weight: Tensor, grids: tuple[ops.Grid, ops.Grid], extra: list[int]) -> Tensor:
         x, conv = self._operands(x, extra)
-        return ops.convolution(x, weight, self.bias, *grids, *conv)
+        inputs, weights = grids
+        return ops.convolution(x, weight, self.bias, inputs, weights, conv)
 
     def in_float(self, x: Tensor, weight: Tensor, extra: list[int]) -> Tensor:
         x, conv = self._operands(x, extra)
-        return torch.convolution(x, ops.arranged(weight, conv), self.bias, *conv)
+        return conv.convolve(x, conv.weight_of(weight), self.bias)
 
 
 def _flat(sides: list[tuple[int, int]]) -> list[int]:

@@ -88,7 +88,7 @@ def freeze_layer(name: str, layer: Any, memo: dict[int, Any]) -> IntegerLayer:
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
     if weights is not None and id(weights) not in memo:
         require_ready(f"{label}.weight_quantizer", weights)
-        codes = layer.rearranged(layer.integer_weight()[0])
+        codes = layer.to_rows(layer.integer_weight()[0])
         memo[id(weights)] = freeze_quantizer(f"{label}.weight_quantizer", weights, codes)
     if inputs is not None and id(inputs) not in memo:
         memo[id(inputs)] = freeze_quantizer(f"{label}.input_quantizer", inputs)

@@ -21,4 +21,4 @@ def synchronize(model: nn.Module, source: int = 0) -> None:
         if together:
             for tensor in [*quantizer.parameters(), *quantizer.buffers()]:
                 distributed.broadcast(tensor, source)
-        quantizer.read_state()
+        quantizer._refresh()

@@ -49,7 +49,7 @@ class Watch:
     def begin(self, model: nn.Module, optimizers: Any) -> None:
         """Before the first step.  Raises: UsageError listing what is wrong and what to do."""
         for _, quantizer in quantizers(model):
-            quantizer.read_state()  # DDP has copied the first process's buffers
+            quantizer._refresh()  # DDP has copied the first process's buffers
         self.oscillation = Oscillation(model, self.oscillation.every)
         if self.state is not None:
             self.oscillation.load_state_dict(self.state)

@@ -187,7 +187,7 @@ def compare_weights(model: nn.Module, proto: Any, facts: list[Facts]) -> Any:
 
 def _compare_weight(tally: Tally, layer: Any, fact: Facts, values: dict[str, np.ndarray], step_x: Any) -> None:
     weight, step = layer.integer_weight()[0], array(layer.integer_weight()[1])
-    codes = array(weight if fact.layout == "own" else layer.rearranged(weight)).astype(np.int32)
+    codes = array(weight if fact.layout == "own" else layer.to_rows(weight)).astype(np.int32)
     parts = [values[name].astype(np.int32) for name in fact.weights]
     parts = [part.T for part in parts] if fact.transposed else parts
     stored = np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]

@@ -19,7 +19,7 @@ from lsquant.convert import revert
 from lsquant.export.graph import array
 from lsquant.export.packed import load_packed, read_packed
 from lsquant.integer import FrozenQuantizer, frozen_parts
-from lsquant.kernels import engine
+from lsquant.kernels import engine_for
 from lsquant.verification.recorder import Call, input_codes, layer_input, recording, samples, watched
 from lsquant.verification.verdict import Check, Tally, Verdict
 
@@ -48,7 +48,7 @@ def verify_integer(
         raise UsageError(f"verify: {type(twin).__name__} is not this model's integer model: {odd[0]!r} is only in one")
     weights = compare_weights(model, {n: m for n, m in twin.named_modules() if isinstance(m, FrozenQuantizer)})
     device = next(iter(twin.state_dict().values())).device.type
-    said = (type(twin).__name__, "integer", f"engine {engine(device).__name__.rpartition('.')[2]}")
+    said = (type(twin).__name__, "integer", f"engine {engine_for(device).name}")
     return verify_twin(model, twin, weights, said, batches, forward, max_batches)
 
 
@@ -138,6 +138,6 @@ def compare_weights(model: nn.Module, stored: Mapping[str, Any]) -> Check:
     for _, layer in lsq_nn.quantized_layers(model):
         if layer.weight_quantizer is not None:
             found, codes = stored.get(names[layer.weight_quantizer]), layer.integer_weight()[0]
-            want = layer.rearranged(codes) if isinstance(found, FrozenQuantizer) else codes
+            want = layer.to_rows(codes) if isinstance(found, FrozenQuantizer) else codes
             _add(tally, names[layer.weight_quantizer], found and found.codes, want)
     return tally.check()
