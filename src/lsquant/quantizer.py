@@ -109,9 +109,9 @@ class Quantizer(nn.Module):
 
     def _follow(self) -> None:
         """Read the buffers where they changed; leave the mirror where they cannot be read."""
-        buffers = self._buffers
+        buffers: dict[str, Any] = self._buffers  # an attribute of a module takes longer
         signed, count, initialized = buffers["signed"], buffers["count"], buffers["initialized"]
-        if type(signed) is not Tensor or torch.jit.is_tracing():
+        if type(signed) is not Tensor or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             return  # a fake tensor, or a trace, in which a value would become a constant
         if signed.is_meta:
             return

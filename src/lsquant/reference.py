@@ -37,7 +37,12 @@ def bounds(bits: int, signed: bool, narrow: bool = False) -> tuple[int, int]:
 
 
 def gradient_scale(count: int, q_max: int) -> float:
-    """(M5) ``g = 1 / sqrt(N * q_max)``, LSQ section 2.2.  count: N, the elements of one sample that share the step."""
+    """(M5) Compute ``g = 1 / sqrt(N * q_max)``.
+
+    count: N, the elements of one sample that share the step.
+    Raises: UsageError for a count or q_max below 1.
+    Source: LSQ section 2.2.
+    """
     if count < 1 or q_max < 1:
         raise UsageError(f"gradient_scale: count={count}, q_max={q_max}; both must be at least 1")
     return 1.0 / math.sqrt(count * q_max)
@@ -47,10 +52,11 @@ def gradient_scale(count: int, q_max: int) -> float:
 
 
 def step_view(x: Tensor, step: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """``x`` and ``step`` reshaped so that they broadcast.
+    """Reshape ``x`` and ``step`` so that they broadcast.
 
-    x: any shape.  step: (1,), (x.shape[axis],) or (x.numel() / group_size,), one per run of ``group_size`` elements of
-    the row-major flattened x, a run never crossing a row of dimension 0.
+    x: any shape.
+    step: (1,), (x.shape[axis],) or (x.numel() / group_size,) float32, one per run of ``group_size`` elements of the
+        row-major flattened x, a run never crossing a row of dimension 0.
     Raises: UsageError naming both shapes.
     """
     if step.dtype != torch.float32:
@@ -101,7 +107,11 @@ def _expect(step: Tensor, count: int, x: Tensor) -> None:
 
 
 def zero_point(step: Tensor, offset: Tensor, q_min: int, q_max: int) -> Tensor:
-    """(M9) LSQ+: ``z = clip(round(-b / s), q_min, q_max)``, float32 integers.  step, offset: (steps,) float32."""
+    """(M9) Compute LSQ+'s ``z = clip(round(-b / s), q_min, q_max)``.
+
+    step, offset: (steps,) float32.
+    Returns: (steps,) float32 integers.
+    """
     return torch.clamp(torch.round(-offset / step), q_min, q_max)
 
 
@@ -191,10 +201,12 @@ def step_terms(vs: Tensor, z: Tensor | int, q_min: int, q_max: int, *, learned_o
 
 
 def sum_per_step(terms: Tensor, axis: int | None, group_size: int | None) -> Tensor:
-    """(M6) Sums of float32 terms over the elements that share a step, float64, in an order that never changes.
+    """(M6) Sum terms over the elements that share a step, in an order that never changes.
 
     Blocks of 256 in float32, blocks in float64, 256 at a time: the same bits for any number of threads.
-    terms: the shape ``step_view`` gave.  Returns (steps,) float64.
+
+    terms: the shape ``step_view`` gave, float32.
+    Returns: (steps,) float64.
     """
     rows = rows_per_step(terms, axis, group_size)
     if rows.numel() == 0:
@@ -219,7 +231,11 @@ def quantize_backward(
     zero_point: int | Tensor | None = None,
     offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(M4)-(M6), (M10) Gradients of x (dtype of x), step and offset (float32, (steps,)), the latter two times g."""
+    """(M4)-(M6), (M10) Compute the gradients of x, step and offset, the latter two times g.
+
+    grad: the shape of x, float.
+    Returns: (the shape and dtype of x; (steps,) float32; (steps,) float32 or None without an offset).
+    """
     v, s, z = _view(x, step, q_min, q_max, axis, group_size, zero_point, offset)
     up = grad.reshape(v.shape).to(torch.float32)
     vs = torch.where(torch.isfinite(v), quotient(v, s), torch.nan)
@@ -267,10 +283,7 @@ def fake_quantize(
     zero_point: int | Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """(M3) ``(codes(v) - z) * s`` with LSQ's gradients; same arguments as ``lsquant.fake_quantize``, and slow.
-
-    x: any shape, float32, bfloat16 or float16.  step: 1-D float32, guarded, > 0.  Returns the shape and dtype of x.
-    """
+    """(M3) Compute ``(codes(v) - z) * s`` with LSQ's gradients, slowly; arguments of ``lsquant.fake_quantize``."""
     kind = {"axis": axis, "group_size": group_size, "zero_point": zero_point}
     return _FakeQuantize.apply(x, step, offset, (q_min, q_max), gradient_scale, kind)
 
@@ -314,10 +327,13 @@ def step_balance(
     axis: int | None = None,
     group_size: int | None = None,
 ) -> Tensor:
-    """(M8) ``R = (|dL/ds| / s) / (||dL/dw|| / ||w||)`` per step, g included in dL/ds; LSQ section 2.2.
+    """(M8) Compute ``R = (|dL/ds| / s) / (||dL/dw|| / ||w||)`` per step, g included in dL/ds.
 
-    weight, weight_grad: the elements that share the steps (for an activation step: its layer's weight, all of it).
-    step: the guarded step.  Returns (steps,) float32; infinite or NaN where a weight gradient is zero.
+    weight, weight_grad: the elements that share the steps; for an activation step its layer's whole weight.
+    step: (steps,) float32, the guarded step.
+    step_grad: (steps,) float32.
+    Returns: (steps,) float32; infinite or NaN where a weight gradient is zero.
+    Source: LSQ section 2.2.
     """
     if step.numel() == 1:
         axis = group_size = None
@@ -328,6 +344,11 @@ def step_balance(
 
 
 def initial_step(x: Tensor, q_max: int, *, axis: int | None = None, group_size: int | None = None) -> Tensor:
-    """(M11) The paper's ``s0 = 2 mean(|v|) / sqrt(q_max)``, LSQ section 2.1.  Returns 1-D float32, 0 for all-zero v."""
+    """(M11) Compute the paper's first step, ``s0 = 2 mean(|v|) / sqrt(q_max)``.
+
+    x: any shape, float.
+    Returns: (steps,) float32, 0 for all-zero values.
+    Source: LSQ section 2.1.
+    """
     mean = rows_per_step(x.detach().double().abs(), axis, group_size).mean(1)
     return (2.0 * mean / math.sqrt(q_max)).to(torch.float32)

@@ -13,8 +13,8 @@ def synchronize(model: nn.Module, source: int = 0) -> None:
     """Give every process the steps, signs and N of process `source`; call it in all of them.
 
     For processes that calibrated on different batches, or where only `source` calibrated.  DistributedDataParallel
-    copies parameters and buffers of process 0 by itself, but not what was decided from them in Python (the sign, hence
-    the bounds).  Without a process group only that is read back.
+    copies parameters and buffers of process 0 by itself; on an accelerator, and in compiled code, the sign (hence the
+    bounds) and N that Python knows are then those of before, until this function reads the buffers again.
     """
     together = distributed.is_available() and distributed.is_initialized()
     for _, quantizer in quantizers(model):

@@ -116,7 +116,9 @@ class Engine(ABC):
 
     @abstractmethod
     def quantize(self, x: Tensor, grid: Grid) -> Tensor:
-        """``(clip(round(x / s) + z, q_min, q_max) - z) * s``, in the shape and dtype of x: (M3).
+        """Quantize and dequantize, in the shape and dtype of x.
+
+        ``v_hat = (clip(round(x / s) + z, q_min, q_max) - z) * s``, (M3)
 
         x: any shape, float.
         Raises: UsageError where the grid's tensors do not fit x.
@@ -126,7 +128,7 @@ class Engine(ABC):
     def quantize_backward(
         self, grad: Tensor, x: Tensor, grid: Grid, reuse: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The gradients of x, step and offset, the latter two times g: (M4) to (M6), (M10).
+        """Compute the gradients of x, step and offset, the latter two times g: (M4) to (M6), (M10).
 
         grad: the shape of x, its dtype or float32.
         reuse: whether the memory of grad may become the result's.
@@ -134,11 +136,13 @@ class Engine(ABC):
         """
 
     def fake_quantize(self, x: Tensor, grid: Grid) -> Tensor | None:
-        """``quantize`` with a derivative that is not written in Python; None where there is none."""
+        """As ``quantize``, with a derivative that is not written in Python; None where there is none."""
         return None
 
     def scale_shift(self, x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-        """``fl(fl(x * alpha) + beta)`` per channel, two roundings, in the dtype of x.
+        """Scale and shift each channel, in the dtype of x.
+
+        ``fl(fl(x * alpha) + beta)``, two roundings
 
         x: (batch, C, ...), float.
         alpha, beta: (C,) float32.
@@ -147,7 +151,9 @@ class Engine(ABC):
         return y.to(x.dtype)
 
     def linear(self, x: Tensor, x_grid: Grid, weight: Tensor, w_grid: Grid, bias: Tensor | None) -> Tensor | None:
-        """``y = fl(fl(acc * fl(s_x s_w)) + b)``, ``acc`` the exact sum of ``(q_x - z) q_w``; None where it does not fit.
+        """Compute a linear layer over codes; None where it does not fit.
+
+        ``y = fl(fl(acc * fl(s_x s_w)) + b)``, ``acc`` the exact sum of ``(q_x - z) q_w``
 
         x: (..., in), float.
         weight: (out, in), float.
@@ -170,7 +176,7 @@ class Engine(ABC):
     def weight_gradient(
         self, grad: Tensor, x: Tensor, x_grid: Grid, kernel: Sequence[int], conv: Conv
     ) -> Tensor | None:
-        """The gradient of a convolution's dequantized weight from its float input; None where it does not fit.
+        """Compute the gradient of a convolution's dequantized weight from its float input; None where it does not fit.
 
         grad: (batch, out, *spatial) float32.
         kernel: the weight's spatial size.
@@ -179,7 +185,7 @@ class Engine(ABC):
         return None
 
     def input_gradient(self, grad: Tensor, x: Tensor, w_hat: Tensor, conv: Conv) -> Tensor | None:
-        """The gradient of a convolution's dequantized input; None where it does not fit.
+        """Compute the gradient of a convolution's dequantized input; None where it does not fit.
 
         x: gives shape and memory format.
         w_hat: (out, in / groups, *kernel) float32, the dequantized weight.
@@ -188,7 +194,9 @@ class Engine(ABC):
         return None
 
     def linear_sums(self, codes_x: Tensor, codes_w: Tensor, bound: int) -> Tensor:
-        """``acc = float32(sum_k x[..., k] w[o, k])``, the sum exact.
+        """Sum products of codes exactly.
+
+        ``acc = float32(sum_k x[..., k] w[o, k])``
 
         codes_x: (..., in) float32 integers, z subtracted.
         codes_w: (out, in) float32 integers.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch import nn as _nn
 
+from lsquant.nn import layout as _layout
 from lsquant.nn import norm as _norm
 from lsquant.nn import pool as _pool
 from lsquant.nn.base import QuantizedLayer as QuantizedLayer
@@ -17,7 +18,6 @@ from lsquant.nn.base import weight_steps as weight_steps
 from lsquant.nn.embedding import QuantEmbedding as QuantEmbedding
 from lsquant.nn.encoder import UnfusedEncoder, UnfusedEncoderLayer
 from lsquant.nn.layout import WeightLayout as WeightLayout
-from lsquant.nn.layout import conv_groups
 from lsquant.nn.matmul import QuantConv1d as QuantConv1d
 from lsquant.nn.matmul import QuantConv2d as QuantConv2d
 from lsquant.nn.matmul import QuantConv3d as QuantConv3d
@@ -72,7 +72,7 @@ def row_shape(layer: Any) -> torch.Size:
     """The shape of a layer's weight with output channels first; the layer is a float one or a quantized one."""
     kind = quantized_type(layer)
     assert kind is not None
-    return kind.weight_layout.row_shape(layer.weight.shape, conv_groups(layer))
+    return kind.weight_layout.row_shape(layer.weight.shape, _layout.conv_groups(layer))
 
 
 def float_type(module: _nn.Module) -> type[_nn.Module] | None:

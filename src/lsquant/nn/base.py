@@ -133,8 +133,9 @@ class QuantizedLayer(nn.Module):
 
 
 def weight_steps(shape: torch.Size, granularity: str, group_size: int | None, name: str) -> tuple[int, int]:
-    """(number of steps, elements that share one) of a weight of this shape, output channels first.
+    """Count the steps of a weight, and the elements that share one.
 
+    shape: of the weight, output channels first.
     Raises: UsageError naming the layer when groups do not fit.
     """
     total, row = shape.numel(), shape.numel() // shape[0]

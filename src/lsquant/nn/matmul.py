@@ -122,7 +122,10 @@ class _QuantConvTranspose(_QuantConv):
 
 
 def output_padding(layer: Any, x: Tensor, output_size: list[int] | None) -> Sequence[int]:
-    """A transposed convolution's own, or what reaches ``output_size``.  Raises UsageError for a size out of reach."""
+    """Return a transposed convolution's own output padding, or that which reaches ``output_size``.
+
+    Raises: UsageError for a size out of reach.
+    """
     if output_size is None:
         return layer.output_padding
     wanted = list(output_size)[-(x.dim() - 2) :]

@@ -27,7 +27,7 @@ class Op:
         self._arguments = tuple(argument.name for argument in self._call._schema.arguments)
 
     def gradients(self, **found: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients by the names of the op's arguments -> one per argument, in their order, None where none is given."""
+        """Put gradients, given by the names of arguments, in the arguments' order, None where none is given."""
         ordered = tuple(found.pop(name, None) for name in self._arguments)
         if found:
             raise TypeError(f"{self.name} has no argument {', '.join(found)}")
