@@ -251,8 +251,8 @@ def exact(what: str, layer: str, grids: Grids, options: Options) -> list[Row]:
     x, w, b, s, sw = (t.to(options.device) for t in (x, w, b, s, sw))
     offset = None if offset is None else offset.to(options.device)
     grid = ops.Grid(s, low, high, 1.0, offset), ops.Grid(sw, w_low, w_high, 1.0)
-    conv = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
-    found = [ops.linear(x, w, b, *grid) if layer == "Linear" else ops.convolution(x, w, b, *grid, *conv)
+    conv = ops.Conv([1, 1], [1, 1], [1, 1])
+    found = [ops.linear(x, w, b, *grid) if layer == "Linear" else ops.convolution(x, w, b, *grid, conv)
              for _ in range(2)]  # fmt: skip
     different = int((found[0].cpu() != torch.tensor(wanted)).sum())
     text = f"{different} of {wanted.size} outputs differ from the exact ones" if different else ""

@@ -22,6 +22,9 @@ import lsquant
 from lsquant import kernels
 
 torch.set_num_threads(int(os.environ.get("LSQUANT_TEST_THREADS", "1")))
+# engines of the tests: name -> module, as in lsquant.kernels.ENGINES
+OWN_ENGINES = {"quantizer_only": "quantizer_only"}
+
 # LSQUANT_TEST_SEED=n runs every test from other seeds
 BASE_SEED = int(os.environ.get("LSQUANT_TEST_SEED", "0"))
 
@@ -74,10 +77,12 @@ def _global_state() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _engine(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A parameter `engine` that names one of lsquant's engines forces it; one that cannot run here is skipped."""
+def _engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A parameter `engine` that names an engine forces it; one that cannot run here is skipped."""
     callspec = getattr(request.node, "callspec", None)
     name = callspec.params.get("engine") if callspec is not None else None
+    if name in OWN_ENGINES:
+        monkeypatch.setitem(kernels.ENGINES, name, OWN_ENGINES[name])
     if name not in kernels.ENGINES:
         yield
         return

@@ -68,7 +68,10 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def mirrors(model: nn.Module) -> dict[str, Any]:
     """What each quantizer holds in Python."""
-    return {n: (q.q_min, q.q_max, q.samples_share, q.gradient_scale, q.is_initialized) for n, q in quantizers(model)}
+    return {
+        name: (q.q_min, q.q_max, q.elements_per_step, q.gradient_scale, q.is_initialized)
+        for name, q in quantizers(model)
+    }
 
 
 def refusal(function: Any, *args: Any) -> str:

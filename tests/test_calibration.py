@@ -31,7 +31,7 @@ def states(model: nn.Module) -> dict[str, Any]:
     """Everything a quantizer knows."""
     found: dict[str, Any] = {name: t.clone() for name, t in model.state_dict().items()}
     for name, q in quantizers(model):
-        found[name] = (q.spec, q.requested, q.is_initialized, q.samples_share, q.enabled, q.filled_steps)
+        found[name] = (q.spec, q.requested, q.is_initialized, q.elements_per_step, q.enabled, q.filled_steps)
     return found
 
 
@@ -53,7 +53,7 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
 def test_n_is_the_features_of_one_sample_frozen_by_the_first_batch():
     model = net()
     lsquant.calibrate(model, [images(2), images(7)])
-    counts = {name: (int(q.count), q.samples_share) for name, q in quantizers(model)}
+    counts = {name: (int(q.count), q.elements_per_step) for name, q in quantizers(model)}
     assert counts == {
         "0.weight_quantizer": (108, 108), "0.input_quantizer": (90, 90),
         "3.weight_quantizer": (150, 150), "3.input_quantizer": (30, 30),

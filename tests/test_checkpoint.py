@@ -45,7 +45,7 @@ def trained(recipe: Recipe = VARIED) -> nn.Module:
 def everything(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = dict(state(model))
     for name, q in quantizers(model):
-        found[name] = (q.spec, q.requested, q.is_initialized, q.samples_share)
+        found[name] = (q.spec, q.requested, q.is_initialized, q.elements_per_step)
     return {**found, "types": [type(m) for m in model.modules()]}
 
 
@@ -156,7 +156,7 @@ def test_a_state_dict_restores_sign_count_and_initialized():
     other.load_state_dict(model.state_dict())
     assert_equal(everything(other), everything(model))
     q = other[5].input_quantizer
-    assert (q.is_initialized, q.samples_share, q.spec.signed, q.q_max) == (True, 16, False, 31)
+    assert (q.is_initialized, q.elements_per_step, q.spec.signed, q.q_max) == (True, 16, False, 31)
 
 
 def test_a_float_checkpoint_loads_strictly_into_a_prepared_model():

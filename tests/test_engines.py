@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
 import os
 import subprocess
@@ -15,8 +17,9 @@ from torch.nn import functional as F
 
 import lsquant
 import oracle
-from engines import assert_same
-from lsquant import kernels, ops
+import quantizer_only
+from engines import DEVICE, ENGINES, assert_same
+from lsquant import QuantSpec, kernels, ops
 from test_layers import array, expected, ready
 
 needs_cpp = pytest.mark.skipif(bool(kernels.why_not("cpp")), reason="the C++ engine cannot be built here")
@@ -27,10 +30,10 @@ needs_cpp = pytest.mark.skipif(bool(kernels.why_not("cpp")), reason="the C++ eng
 
 def test_a_forced_engine_serves_until_it_is_let_go() -> None:
     with lsquant.use_engine("eager"):
-        assert kernels.engine("cpu").__name__ == "lsquant.kernels.eager"
+        assert kernels.engine_for("cpu").name == "eager"
         with lsquant.use_engine(None):
-            assert kernels.engine("cpu").__name__ == "lsquant.kernels." + ("eager" if kernels.why_not("cpp") else "cpp")
-        assert kernels.engine("cpu").__name__ == "lsquant.kernels.eager"
+            assert kernels.engine_for("cpu").name == ("eager" if kernels.why_not("cpp") else "cpp")
+        assert kernels.engine_for("cpu").name == "eager"
 
 
 def test_an_unknown_engine_is_an_error_that_names_the_engines() -> None:
@@ -131,9 +134,9 @@ def test_convolutions_are_the_exact_sum_rounded_once(geometry: tuple, grid: tupl
         b = torch.randn(out) if bias else None
         z = float(torch.clamp(torch.round(torch.tensor(0.7) / s), low, high)) if offset else 0.0
         grids = ops.Grid(s, low, high, 1.0, torch.tensor([-0.7]) if offset else None), ops.Grid(sw, w_low, w_high, 1.0)
-        conv = ([stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], 1)
+        conv = ops.Conv([stride] * 2, [padding] * 2, [dilation] * 2)
         with lsquant.use_engine("cpp"):
-            y = ops.convolution(x, w, b, *grids, *conv)
+            y = ops.convolution(x, w, b, *grids, conv)
         rows = sw.reshape(-1, 1, 1, 1)
         acc = F.conv2d(codes(x, s, low, high, z), codes(w, rows, w_low, w_high), None, stride, padding, dilation)
         wanted = acc.float() * (s * sw).reshape(-1, 1, 1)
@@ -165,9 +168,9 @@ def test_the_gradient_of_a_convolutions_weight(geometry: tuple, layout: torch.me
     x = torch.randn(n, c, size, size).contiguous(memory_format=layout)
     w = (torch.rand(out, c, *kernel) * 0.8 - 0.4).requires_grad_()  # all inside: its gradient is not masked
     s, sw = torch.tensor([0.3]), torch.tensor([0.1])
-    conv = ([stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], 1)
+    conv = ops.Conv([stride] * 2, [padding] * 2, [dilation] * 2)
     with lsquant.use_engine("cpp"):
-        y = ops.convolution(x, w, None, ops.Grid(s, -8, 7, 1.0), ops.Grid(sw, -8, 7, 1.0), *conv)
+        y = ops.convolution(x, w, None, ops.Grid(s, -8, 7, 1.0), ops.Grid(sw, -8, 7, 1.0), conv)
         up = torch.randn(y.shape)
         (got,) = torch.autograd.grad(y, w, up)
     w64 = w.detach().double().requires_grad_()
@@ -187,11 +190,11 @@ def test_the_gradient_of_a_convolutions_input(shape: tuple) -> None:
     x = (torch.rand(n, c, size, size + 1) * 0.8 - 0.4).contiguous(memory_format=last).requires_grad_()  # all inside
     w = torch.randn(out, c, 3, 3).contiguous(memory_format=last)
     s, sw = torch.tensor([0.1]), torch.tensor([0.3])
-    conv = ([1, 1], [padding] * 2, [1, 1], False, [0, 0], 1)
+    conv = ops.Conv([1, 1], [padding] * 2, [1, 1])
     with lsquant.use_engine("cpp"):
-        y = ops.convolution(x, w, None, ops.Grid(s, -8, 7, 1.0), ops.Grid(sw, -8, 7, 1.0), *conv)
+        y = ops.convolution(x, w, None, ops.Grid(s, -8, 7, 1.0), ops.Grid(sw, -8, 7, 1.0), conv)
         up = torch.randn(y.shape).contiguous(memory_format=last)
-        assert kernels.engine().input_gradient(up, x, w, conv) is not None, "the fused one is what is tested"
+        assert kernels.engine_for().input_gradient(up, x, w, conv) is not None, "the fused one is what is tested"
         (got,) = torch.autograd.grad(y, x, up)
     x64 = x.detach().double().requires_grad_()
     F.conv2d(x64, codes(w, sw, -8, 7) * sw.double(), None, 1, padding).backward(up.double())
@@ -231,19 +234,8 @@ def test_layers_have_the_same_bits_for_any_number_of_threads() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             with lsquant.use_engine("cpp"):
-                y = ops.convolution(
-                    x,
-                    w,
-                    None,
-                    ops.Grid(s, -8, 7, 1.0),
-                    ops.Grid(sw, -8, 7, 1.0),
-                    [1, 1],
-                    [1, 1],
-                    [1, 1],
-                    False,
-                    [0, 0],
-                    1,
-                )
+                grids = ops.Grid(s, -8, 7, 1.0), ops.Grid(sw, -8, 7, 1.0)
+                y = ops.convolution(x, w, None, *grids, ops.Conv([1, 1], [1, 1], [1, 1]))
             numbers = (x, s, None, -8, 7, [3, 3], [1, 1], [1, 1], [1, 1])
             of_x = torch.ops.lsquant_cpp.input_gradient(up, w, list(x.shape), [1, 1])
             found.append((y, torch.ops.lsquant_cpp.weight_gradient(up, *numbers), of_x))
@@ -251,6 +243,60 @@ def test_layers_have_the_same_bits_for_any_number_of_threads() -> None:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- every engine
+
+LAYERS = {
+    "linear": (nn.Linear(24, 16), (5, 24)),
+    "convolution": (nn.Conv2d(3, 8, 3, padding=1, stride=2), (2, 3, 9, 9)),
+    "grouped convolution": (nn.Conv1d(4, 6, 3, groups=2), (2, 4, 9)),
+    "transposed convolution": (nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2, output_padding=1), (2, 4, 5, 5)),
+    "wide convolution": (nn.Conv2d(32, 32, 3, padding=1, bias=False), (2, 32, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "reference"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_layers_give_the_same_outputs_and_gradients_over_every_engine(
+    layer: str, granularity: str, engine: str
+) -> None:
+    source, shape = LAYERS[layer]
+    device = DEVICE if engine == "triton" else "cpu"
+    found = []
+    for name in ("reference", engine):
+        torch.manual_seed(1)
+        x = torch.randn(shape)
+        weight = QuantSpec(4, signed=True, granularity=granularity)
+        model = nn.Sequential(copy.deepcopy(source))
+        lsquant.prepare(model, lsquant.Recipe(weight, QuantSpec(4, offset=True)))
+        lsquant.calibrate(model, [x])
+        with lsquant.use_engine("eager") if name == "reference" else contextlib.nullcontext():
+            at = "cpu" if name == "reference" else device
+            x = x.to(at).contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+            x.requires_grad_()
+            y = model.to(at)(x)
+            up = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(at)
+            leaves = [x, *model.parameters()]
+            found.append([t.cpu() for t in (y.detach(), *torch.autograd.grad(y, leaves, up))])
+    (wanted, *gradients), (got, *others) = found
+    assert_same(got, wanted)
+    for a, b in zip(gradients, others, strict=True):
+        assert b.shape == a.shape
+        assert (b - a).abs().max() <= 1e-5 * a.abs().max()
+
+
+def test_an_engine_says_itself_what_it_leaves_to_the_defaults() -> None:
+    mine, x, one = quantizer_only.ENGINE, torch.ones(2, 3, 4, 4), torch.ones(1)
+    grid, conv = kernels.Grid(one, -8, 7), kernels.Conv([1, 1], [0, 0], [1, 1])
+    assert mine.fake_quantize(x, grid) is None
+    assert mine.linear(x, grid, torch.ones(5, 4), grid, None) is None
+    assert mine.convolution(x, grid, torch.ones(5, 3, 3, 3), grid, None, conv) is None
+    assert mine.weight_gradient(torch.ones(2, 5, 2, 2), x, grid, [3, 3], conv) is None
+    assert mine.input_gradient(torch.ones(2, 5, 2, 2), x, torch.ones(5, 3, 3, 3), conv) is None
+    with pytest.raises(TypeError, match="abstract"):
+        type("Empty", (kernels.Engine,), {})()
 
 
 # ---------------------------------------------------------------------------------------------- float64

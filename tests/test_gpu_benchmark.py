@@ -220,7 +220,8 @@ def test_a_wrong_engine_is_named_with_its_case(gpu, options, monkeypatch: pytest
 
 def test_a_layer_that_is_not_exact_fails(gpu, options, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = gpu.ops.linear
-    monkeypatch.setattr(gpu, "ops", SimpleNamespace(linear=lambda *args: honest(*args) + 1e-3, Grid=gpu.ops.Grid))
+    mistaken = SimpleNamespace(linear=lambda *args: honest(*args) + 1e-3, Grid=gpu.ops.Grid, Conv=gpu.ops.Conv)
+    monkeypatch.setattr(gpu, "ops", mistaken)
     with lsquant.use_engine("eager"):
         (row,) = gpu.exact("Linear", "Linear", gpu.GRIDS[0], options)
     assert (row.status, row.check) == ("failed", "320 of 320 outputs differ from the exact ones")

@@ -59,7 +59,8 @@ def assert_same(model: nn.Module, other: nn.Module, *inputs: Any) -> None:
     assert list(mine) == list(theirs)
     for name, q in mine.items():
         o = theirs[name]
-        assert (o.spec, o.requested, o.samples_share, o.is_initialized) == (q.spec, q.requested, q.samples_share, True)
+        assert (o.spec, o.requested, o.is_initialized) == (q.spec, q.requested, True)
+        assert o.elements_per_step == q.elements_per_step
     assert lsquant.resolved_recipe(other) == lsquant.resolved_recipe(model)
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 from engines import assert_same, assert_within
-from lsquant import Quantizer, QuantSpec
+from lsquant import Quantizer, QuantSpec, quantizer
 from quantizers import VARIETIES, data, ready, varieties
 
 # ---------------------------------------------------------------------------------------------- what it owns
@@ -309,13 +309,26 @@ def test_guarded_steps_are_counted_in_training_only() -> None:
 
 
 @varieties
-def test_no_tensor_is_read_back_in_the_forward_and_backward_pass(variety: str) -> None:
+def test_an_accelerator_reads_no_tensor_back_in_the_forward_and_backward_pass(
+    variety: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantizer, "CPU_IS_READ_ALWAYS", False)  # the CPU stands for an accelerator
     q = ready(**VARIETIES[variety])
+    assert q.is_initialized  # read once
     x = data(6, 30).requires_grad_()
     with NoReads():
         q(x).sum().backward()
         q.effective_step()
+
+
+@varieties
+@pytest.mark.parametrize("cpu_is_read_always", [True, False])
+def test_fake_tensors_and_the_meta_device(
+    variety: str, cpu_is_read_always: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantizer, "CPU_IS_READ_ALWAYS", cpu_is_read_always)
+    q = ready(**VARIETIES[variety])
     with FakeTensorMode(allow_non_fake_inputs=True):
-        q(torch.empty(6, 30))  # raises where a value is needed
+        assert q(torch.empty(6, 30)).shape == (6, 30)  # raises where a value is needed
     fake = copy.deepcopy(q).to("meta")
     assert fake(torch.empty(6, 30, device="meta")).shape == (6, 30)

@@ -11,7 +11,7 @@ import torch
 
 import oracle
 from engines import assert_same
-from lsquant import Quantizer, QuantSpec, reference
+from lsquant import Quantizer, QuantSpec, quantizer, reference
 from quantizers import VARIETIES, data, ready, varieties
 
 # ---------------------------------------------------------------------------------------------- moves
@@ -126,6 +126,76 @@ def test_loading_an_uninitialised_state_is_remembered() -> None:
     assert q.is_initialized is False
     with pytest.raises((RuntimeError, ValueError), match=r"calibrate|initialize"):
         q(data(6, 30))
+
+
+def _other() -> tuple[Quantizer, Quantizer]:
+    """A signed quantizer, and one that has another sign, N and step and has been used."""
+    signed, unsigned = ready(x=data(6, 30)), ready(x=data(6, 30).abs(), count=7)
+    unsigned(data(6, 30))
+    assert (signed.q_min, unsigned.q_min) == (-8, 0)
+    assert signed.elements_per_step != unsigned.elements_per_step
+    return signed, unsigned
+
+
+@torch.no_grad()
+def _copy(source: Quantizer, to: Quantizer) -> None:
+    for mine, theirs in zip(to.state_dict().values(), source.state_dict().values(), strict=True):
+        mine.copy_(theirs)
+
+
+@pytest.mark.parametrize("cpu_is_read_always", [True, False])  # False: as on an accelerator
+def test_a_state_that_is_copied_tensor_by_tensor_restores_everything(
+    cpu_is_read_always: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As distributed checkpoints and averages of weights do: no method of the quantizer is called."""
+    monkeypatch.setattr(quantizer, "CPU_IS_READ_ALWAYS", cpu_is_read_always)
+    signed, unsigned = _other()
+    _copy(signed, unsigned)
+    _same_quantizer(unsigned, signed)
+    with torch.no_grad():
+        unsigned.initialized.fill_(False)
+    assert not unsigned.is_initialized
+    with pytest.raises(ValueError, match="calibrate"):
+        unsigned(data(6, 30))
+
+
+def test_on_a_cpu_a_write_through_data_is_seen() -> None:
+    signed, unsigned = _other()
+    for mine, theirs in zip(unsigned.state_dict().values(), signed.state_dict().values(), strict=True):
+        mine.data.copy_(theirs)
+    _same_quantizer(unsigned, signed)
+
+
+def test_a_buffer_that_is_replaced_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantizer, "CPU_IS_READ_ALWAYS", False)
+    signed, unsigned = _other()
+    for name, t in signed.state_dict().items():
+        if name in ("signed", "count", "initialized"):
+            setattr(unsigned, name, t.clone())
+        else:
+            getattr(unsigned, name).data.copy_(t)
+    _same_quantizer(unsigned, signed)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated.*:DeprecationWarning")
+def test_compiled_code_follows_a_copied_state_once_the_quantizer_is_looked_at() -> None:
+    torch._dynamo.reset()
+    signed, unsigned = _other()
+    compiled, x = torch.compile(unsigned, fullgraph=True, backend="aot_eager"), data(6, 30)
+    compiled(x)
+    _copy(signed, unsigned)
+    assert unsigned.spec.signed
+    assert torch.equal(compiled(x), signed(x))
+
+
+def test_making_a_grid_counts_no_guards() -> None:
+    q = ready().train()
+    with torch.no_grad():
+        q.step.fill_(-1.0)
+    q.grid()
+    assert int(q.guarded) == 0
+    q(data(6, 30))
+    assert int(q.guarded) == 1
 
 
 def test_loading_into_another_shape_is_an_error() -> None:

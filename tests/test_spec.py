@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lsquant import QuantSpec, reference
+from lsquant._util.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,14 @@ def test_wrong_values_are_refused_on_construction(wrong: dict[str, Any]) -> None
 def test_the_error_names_the_value(wrong: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         QuantSpec(**wrong)
+
+
+def test_fields_of_earlier_versions_are_read_with_the_value_they_always_had() -> None:
+    old = {"bits": 3, "narrow": True, "step_dtype": "float32", "dynamic": False}
+    assert QuantSpec.from_dict(old) == QuantSpec(3, narrow=True)
+    for other in ({"dynamic": True}, {"step_dtype": "float16"}):
+        with pytest.raises(UsageError, match=next(iter(other))):
+            QuantSpec.from_dict({"bits": 4, **other})
 
 
 def test_unknown_arguments_are_refused() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 import lsquant
 from engines import DEVICE
 from lsquant import kernels, ops
-from lsquant.kernels import triton as engine
+from lsquant.kernels import Grid, triton
 
 needs_triton = pytest.mark.skipif(bool(kernels.why_not("triton")), reason=kernels.why_not("triton"))
 
@@ -63,9 +63,9 @@ def test_it_says_why_it_is_off() -> None:
 
 @needs_triton
 def test_a_tensor_that_it_cannot_reach_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine._arithmetic(), "INTERPRETED", False)
+    monkeypatch.setattr(triton._arithmetic(), "INTERPRETED", False)
     with pytest.raises(lsquant.UsageError, match="on cpu"):
-        engine.quantize(torch.ones(3), torch.ones(1), -8, 7, None, None, None, None)
+        triton.ENGINE.quantize(torch.ones(3), Grid(torch.ones(1), -8, 7))
 
 
 # ---------------------------------------------------------------------------------------------- layout
@@ -76,7 +76,7 @@ def test_a_tensor_that_it_cannot_reach_is_an_error(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("outer", [1, 2, 257, 100000])
 def test_tiles_cover_the_elements_and_no_chain_is_longer_than_256(outer: int, steps: int, inner: int) -> None:
     x = torch.empty(outer, steps, inner, device="meta")
-    m = engine._matrix(x, steps, 1, None)
+    m = triton._matrix(x, Grid(torch.empty(steps, device="meta"), -8, 7, axis=1))
     (rows, columns), (down, across) = m.tile, m.tiles
     assert m.count == outer * steps * inner <= m.rows * m.columns < m.count + 128
     assert rows * down >= m.rows
@@ -93,7 +93,7 @@ def test_tiles_are_added_in_float64() -> None:
     up[:, 5] = torch.tensor([2.0**30, *[1.0] * 300, -(2.0**30)])
     x, step = torch.full((302, 128), 9.0, device=DEVICE), torch.ones(1, device=DEVICE)
     with np.errstate(all="ignore"):
-        _, of_step, _ = engine.quantize_backward(up.to(DEVICE), x, step, -2, 1, 1.0, None, None, None, None)
+        _, of_step, _ = triton.ENGINE.quantize_backward(up.to(DEVICE), x, Grid(step, -2, 1))
     assert of_step.item() == 300.0
 
 
@@ -102,13 +102,13 @@ def test_tiles_are_added_in_float64() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gradients_memory_is_reused_on_demand(shape: tuple, dtype: torch.dtype) -> None:
     x, up = torch.randn(shape, device=DEVICE), torch.randn(shape, device=DEVICE).to(dtype)
-    args = (x.to(dtype), torch.tensor([0.2], device=DEVICE), -8, 7, 0.1, None, None, None, None)
+    args = (x.to(dtype), Grid(torch.tensor([0.2], device=DEVICE), -8, 7, 0.1))
     with np.errstate(all="ignore"):
-        kept = engine.quantize_backward(up, *args)
-        again = engine.quantize_backward(up.clone(), *args)
+        kept = triton.ENGINE.quantize_backward(up, *args)
+        again = triton.ENGINE.quantize_backward(up.clone(), *args)
         mine = up.clone()
-        reused = engine.quantize_backward(mine, *args, reuse=True)
-        float_up = engine.quantize_backward(up.float(), *args, reuse=True)  # as the matrix products give it
+        reused = triton.ENGINE.quantize_backward(mine, *args, reuse=True)
+        float_up = triton.ENGINE.quantize_backward(up.float(), *args, reuse=True)  # as the matrix products give it
     assert reused[0].data_ptr() == mine.data_ptr() != kept[0].data_ptr()
     for other in (again, reused, float_up):
         assert torch.equal(kept[0], other[0])
@@ -171,12 +171,12 @@ def test_kernels_are_launched_without_contraction(name: str, monkeypatch: pytest
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *args, **options: asked.append((grid, options["enable_fp_fusion"]))
 
-    monkeypatch.setattr(engine._arithmetic(), name, Kernel())
+    monkeypatch.setattr(triton._arithmetic(), name, Kernel())
     x, step = torch.ones(5000, device=DEVICE), torch.ones(1, device=DEVICE)
     if name == "forward":
-        engine.quantize(x, step, -8, 7, None, None, None, None)
+        triton.ENGINE.quantize(x, Grid(step, -8, 7))
     else:
-        engine.quantize_backward(x, x, step, -8, 7, 1.0, None, None, None, None)
+        triton.ENGINE.quantize_backward(x, x, Grid(step, -8, 7))
     assert asked == [((3,), False)]
 
 
@@ -189,8 +189,8 @@ from torch._subclasses import FakeTensorMode
 import lsquant
 from lsquant import kernels, ops
 from lsquant.kernels import triton
-triton.why_not = lambda: ""
-kernels._forced = None  # whatever the suite runs under
+triton.TritonEngine.why_not = lambda self: ""
+kernels.choice._forced = None  # whatever the suite runs under
 
 def show(graph, inputs):
     print([str(node.target) for node in graph.graph.nodes])
@@ -204,7 +204,7 @@ with FakeTensorMode(allow_non_fake_inputs=True):
             torch._dynamo.reset()
             torch.compile(f, fullgraph=True, dynamic=dynamic, backend=show)(x, s)
     torch._dynamo.reset()
-    kernels._forced = "eager"
+    kernels.choice._forced = "eager"
     torch.compile(lambda x, s: lsquant.fake_quantize(x, s, -8, 7, 0.1, axis=0), fullgraph=True, backend=show)(x, s)
 """
 
@@ -238,7 +238,7 @@ GRIDS = [(0, 15, -8, 7), (-8, 7, -64, 63), (0, 255, -64, 63), (-128, 127, -4, 3)
 def test_linear_layers_are_the_exact_sum_rounded_once(
     grid: tuple, offset: bool, channel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_fits", lambda *args: True)
+    monkeypatch.setattr(triton, "_fits", lambda *args: True)
     low, high, w_low, w_high = grid
     for dtype, bias in ((torch.float32, True), (torch.bfloat16, False)):
         x, w = torch.randn(3, 7, 136).to(dtype), torch.randn(24, 136)
@@ -248,7 +248,8 @@ def test_linear_layers_are_the_exact_sum_rounded_once(
         z = 0.0 if beta is None else float(torch.clamp(torch.round(-beta / s), low, high))
         moved = [None if t is None else t.to(DEVICE) for t in (x, w, b, s, beta, sw)]
         with np.errstate(all="ignore"):
-            y = engine.linear(moved[0], moved[3], moved[4], low, high, moved[1], moved[5], w_low, w_high, moved[2])
+            x_grid, w_grid = Grid(moved[3], low, high, offset=moved[4]), Grid(moved[5], w_low, w_high)
+            y = triton.ENGINE.linear(moved[0], x_grid, moved[1], w_grid, moved[2])
         assert y is not None
         acc = codes(x.float(), s, low, high, z) @ codes(w, sw[:, None], w_low, w_high).t()
         wanted = acc.float() * (s * sw)
@@ -257,12 +258,12 @@ def test_linear_layers_are_the_exact_sum_rounded_once(
 
 @needs_triton
 def test_what_is_not_finite_poisons_the_outputs_that_it_feeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_fits", lambda *args: True)
+    monkeypatch.setattr(triton, "_fits", lambda *args: True)
     x, w, s = torch.randn(20, 304), torch.randn(16, 304), torch.full((16,), 0.1)
     x[3, 290], x[5, 1], w[7, 150], s[9] = torch.nan, -torch.inf, torch.inf, torch.nan
     x, w, s, step = (t.to(DEVICE) for t in (x, w, s, torch.tensor([0.1])))
     with np.errstate(all="ignore"):
-        y = engine.linear(x, step, None, -8, 7, w, s, -8, 7, torch.zeros(16, device=DEVICE))
+        y = triton.ENGINE.linear(x, Grid(step, -8, 7), w, Grid(s, -8, 7), torch.zeros(16, device=DEVICE))
     bad = torch.zeros(20, 16, dtype=torch.bool)
     bad[[3, 5]], bad[:, [7, 9]] = True, True
     assert y is not None
@@ -272,7 +273,8 @@ def test_what_is_not_finite_poisons_the_outputs_that_it_feeds(monkeypatch: pytes
 def test_products_it_cannot_take_are_left_to_floating_point() -> None:
     def fits(rows: int = 32, inputs: int = 64, out: int = 16, cuda: bool = True, x=(0, 255), w=(-128, 127)) -> bool:
         given = SimpleNamespace(is_cuda=cuda, numel=lambda: rows * inputs)
-        return engine._fits(given, *x, torch.empty(out, inputs, device="meta"), *w)  # type: ignore[arg-type]
+        weight, step = torch.empty(out, inputs, device="meta"), torch.ones(1)
+        return triton._fits(given, Grid(step, *x), weight, Grid(step, *w))  # type: ignore[arg-type]
 
     assert fits()
     assert fits(inputs=32768)

@@ -54,7 +54,7 @@ class _Observer:
                 f"calibrate: all input values of layer {self.name!r} are zero, no step can be set; check the data and "
                 "the layers before, or leave it in floating point (skip=)"
             )
-        if not (self.quantizer.samples_share or self.elements):
+        if not (self.quantizer.elements_per_step or self.elements):
             raise UsageError(
                 f"calibrate: {self.name!r} is a stand-alone Quantizer without N; give Quantizer(..., count=N)"
             )
@@ -62,7 +62,7 @@ class _Observer:
     def initialized(self, method: Method) -> Quantizer:
         """Return a copy of the quantizer with N and step set.  Raises: UsageError where there is none."""
         ready = copy.deepcopy(self.quantizer)
-        if not ready.samples_share:
+        if not ready.elements_per_step:
             ready.set_count(self.elements)
         ready.initialize_from(self.summaries, method)
         return ready

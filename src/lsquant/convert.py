@@ -22,7 +22,7 @@ from lsquant.changes import Change, Changes
 from lsquant.nn import (
     EXACT_TYPES,
     QUANTIZED_TYPES,
-    STEPPED_TYPES,
+    UNFUSED_TYPES,
     QuantizedLayer,
     float_type,
     input_elements,
@@ -299,8 +299,8 @@ def _convert_others(model: nn.Module, integer_layers: bool) -> None:
             module.__class__ = EXACT_TYPES[kind]
         elif not integer_layers and kind in EXACT_TYPES.values():
             module.__class__ = float_type(module)  # type: ignore[assignment]
-        elif kind in STEPPED_TYPES:
-            module.__class__ = STEPPED_TYPES[kind]
+        elif kind in UNFUSED_TYPES:
+            module.__class__ = UNFUSED_TYPES[kind]
 
 
 # ---- what is reported ----

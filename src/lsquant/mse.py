@@ -1,4 +1,4 @@
-"""The step of least squared error, found exactly on all values seen, in bounded memory.
+"""The step of least squared error over all values seen, in bounded memory.
 
 Values are kept as they are up to RAW_LIMIT; beyond it they are counted in bins of 2^-13 relative width with exact first
 and second moments, so that streaming any number of batches costs a few MB.  The error of a step is then a sum over
@@ -21,7 +21,7 @@ GRID_RANGE = (1e-4, 2.0)
 
 
 class ValueSummary:
-    """Everything the search needs of a stream of values: sorted representatives, counts and moments."""
+    """Summarize a stream of values for the search: sorted representatives, counts and moments."""
 
     def __init__(self) -> None:
         self._raw: list[np.ndarray] = []
@@ -31,7 +31,10 @@ class ValueSummary:
         self.low, self.high = np.inf, -np.inf
 
     def add(self, x: Tensor) -> None:
-        """Take in a tensor of any shape.  Raises UsageError for a NaN or an infinity."""
+        """Add the values of a tensor of any shape.
+
+        Raises: UsageError for a NaN or an infinity.
+        """
         values = x.detach().to("cpu", torch.float32).reshape(-1).numpy()
         if not values.size:
             return
@@ -63,7 +66,7 @@ class ValueSummary:
         self._raw, self._bins = [], (keys, moments)
 
     def table(self) -> tuple[np.ndarray, np.ndarray]:
-        """Sorted values (k,) float64 and prefix sums (3, k+1) of count, value, squared value."""
+        """Return sorted values, (k,) float64, and prefix sums of count, value and squared value, (3, k+1) float64."""
         if self._bins is not None:
             self._compress()
             moments = self._bins[1]
@@ -79,7 +82,12 @@ class ValueSummary:
 def squared_errors(
     table: tuple[np.ndarray, np.ndarray], steps: np.ndarray, q_min: int, q_max: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Summed squared error of each step (m,), and the step that is optimal for the same codes (m,)."""
+    """Compute the summed squared error of each step, and the step that is optimal for the same codes.
+
+    table: of ``ValueSummary.table``.
+    steps: (m,) float64.
+    Returns: (m,) and (m,) float64.
+    """
     values, prefix = table
     if values.size <= FEW * (q_max - q_min + 1) and prefix[0, -1] == values.size:
         codes = np.clip(np.rint(values / steps[:, None]), q_min, q_max)
@@ -110,10 +118,12 @@ def _refine(table: tuple[np.ndarray, np.ndarray], start: float, ratio: float, q_
 
 
 def best_step(summary: ValueSummary, q_min: int, q_max: int) -> float:
-    """The step of least squared error (0.0 when all values are 0), a float32 value.
+    """Find the step of least squared error, a float32 value; 0.0 when all values are 0.
 
-    At most the error of the best of 2,000 log-spaced steps in [1e-4, 2] * max|v| while the values are kept raw, at most
-    1.001 times it beyond.  Raises UsageError when there are no values.
+    Its error is at most that of the best of 2,000 log-spaced steps in [1e-4, 2] * max|v| while the values are kept raw,
+    and at most 1.001 times that beyond.
+
+    Raises: UsageError when there are no values.
     """
     if not summary.total:
         raise UsageError("no values to set a step from: the batch is empty")
@@ -127,9 +137,12 @@ def best_step(summary: ValueSummary, q_min: int, q_max: int) -> float:
 
 
 def best_step_and_offset(summary: ValueSummary, q_min: int, q_max: int) -> tuple[float, float]:
-    """LSQ+: step and offset ``b = -z * s`` of least squared error over ranges shrunk from both ends.
+    """Find LSQ+'s step and offset ``b = -z * s`` of least squared error over ranges shrunk from both ends.
 
-    Zero is always a level (z lies between q_min and q_max).  Returns (0.0, 0.0) when all values are 0.
+    Zero is always a level: z lies between q_min and q_max.
+
+    Returns: (step, offset), both 0.0 when all values are 0.
+    Raises: UsageError when there are no values.
     """
     if not summary.total:
         raise UsageError("no values to set a step from: the batch is empty")
@@ -153,14 +166,18 @@ def best_step_and_offset(summary: ValueSummary, q_min: int, q_max: int) -> tuple
 
 
 def rows_per_step(x: Tensor, axis: int | None, group_size: int | None) -> Tensor:
-    """x as (steps, elements that share one): one row for the tensor, or one per index of ``axis`` or group."""
+    """View x as (steps, elements that share one): one row for the tensor, or one per index of ``axis`` or group."""
     if group_size is not None:
         return x.reshape(-1, group_size)
     return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
 
 
 def mse_step(x: Tensor, q_min: int, q_max: int, *, axis: int | None = None, group_size: int | None = None) -> Tensor:
-    """The step of least squared error per tensor, index of ``axis`` or group; 1-D float32, 0 for all-zero values."""
+    """Find the step of least squared error per tensor, index of ``axis`` or group.
+
+    x: any shape, float.
+    Returns: (steps,) float32, 0 for all-zero values.
+    """
     steps = []
     for row in rows_per_step(x, axis, group_size):
         summary = ValueSummary()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +15,56 @@ from lsquant.spec import QuantSpec
 Method = Literal["paper", "mse"]
 
 
-class Quantizer(nn.Module):
-    """A staircase with learned step: ``v_hat = (clip(round(v/s) + z, q_min, q_max) - z) * s``.
+CPU_IS_READ_ALWAYS = True
+"""On a CPU a buffer is read in 0.2 us, so every forward pass does; False treats a CPU as an accelerator, where a read
+waits for everything queued before."""
 
-    spec: what to do.  shape: of the step, 1-D: (1,), (channels,) or (groups,).  axis: the channel dimension.
+
+class _Mirror(NamedTuple):
+    """What the buffers ``signed``, ``count`` and ``initialized`` say, in Python.
+
+    source: the numbers in the buffers, or on an accelerator their identities and versions, that this was read from.
+    """
+
+    spec: QuantSpec
+    count: int
+    initialized: bool
+    source: tuple[Any, ...]
+
+
+class Quantizer(nn.Module):
+    """Fake-quantize by a learned step.
+
+    ``v_hat = (clip(round(v / s) + z, q_min, q_max) - z) * s``
+
+    spec: bits, sign and granularity.
+    shape: of the step, 1-D: (1,), (channels,) or (groups,).
+    axis: the channel dimension, with granularity "channel".
     count: N, the elements of one sample that share a step; needed before the first forward pass.
 
-    Parameters: ``step`` shape, float32; ``offset`` the same with ``spec.offset``.  Buffers: ``initial_step`` like step
-    (s0 of the guard), ``signed`` int8 (-1 undecided), ``count`` int64 (0 unknown), ``initialized`` bool.  They stay
-    float32 under ``.to(dtype)``.  ``guarded`` (int64, not saved) counts training passes of steps below the guard.
+    Parameters, float32 also under ``.to(dtype)``:
+    step: (steps,) float32.
+    offset: (steps,) float32, LSQ+'s b; None without ``spec.offset``.
+
+    Buffers:
+    initial_step: (steps,) float32, s0 of the guard.
+    signed: () int8, -1 while undecided.
+    count: () int64, N, 0 while unknown.
+    initialized: () bool, whether the step is set.
+    guarded: () int64, not saved, the steps below the guard that training passes have met.
+
+    Sign, N and whether a step is set are needed in Python.  In eager mode on a CPU they are read from the buffers in
+    every forward pass.  On an accelerator they are read again where a buffer was replaced or its ``_version`` changed,
+    and in compiled code they are constants, read when the buffers were last loaded, calibrated or looked at outside
+    of it.  So a write through ``.data``, and DistributedDataParallel's broadcast, is not seen on an accelerator:
+    ``lsquant.integrations.distributed.synchronize(model)`` reads the buffers again.
+
+    Raises: UsageError for a shape, axis or count that does not fit the specification.
+
+    >>> quantizer = Quantizer(QuantSpec(4, signed=True), count=3)
+    >>> quantizer.initialize(torch.tensor([-0.8, 0.2, 0.7]))
+    >>> quantizer.codes(torch.tensor([-0.8, 0.2, 9.0])).tolist()
+    [-8, 2, 7]
     """
 
     step: nn.Parameter
@@ -45,7 +86,6 @@ class Quantizer(nn.Module):
         if spec.granularity == "channel" and axis is None:
             raise UsageError("Quantizer: granularity='channel' needs axis=, the channel dimension")
         self.requested = spec
-        self.spec = spec
         self.axis = axis if spec.granularity == "channel" else None
         self.name = ""
         self.enabled = True
@@ -57,9 +97,49 @@ class Quantizer(nn.Module):
         self.register_buffer("count", torch.tensor(count or 0))
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("guarded", torch.tensor(0), persistent=False)
-        self._count, self._initialized = count or 0, False
+        self._mirror = _Mirror(spec, count or 0, False, ())
 
-    # ---- what the forward pass needs, from Python mirrors: no tensor is read back ----
+    # ---- what Python has to know of the buffers ----
+
+    def _state(self) -> _Mirror:
+        """What the buffers say now; in compiled code, what they said when they were last read."""
+        if not torch.compiler.is_compiling():
+            self._follow()
+        return self._mirror
+
+    def _follow(self) -> None:
+        """Read the buffers where they changed; leave the mirror where they cannot be read."""
+        buffers: dict[str, Any] = self._buffers  # an attribute of a module takes longer
+        signed, count, initialized = buffers["signed"], buffers["count"], buffers["initialized"]
+        if type(signed) is not Tensor or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            return  # a fake tensor, or a trace, in which a value would become a constant
+        if signed.is_meta:
+            return
+        try:
+            if signed.is_cpu and CPU_IS_READ_ALWAYS:
+                source = (signed.item(), count.item(), initialized.item())
+            else:
+                source = tuple((id(t), 0 if t.is_inference() else t._version) for t in (signed, count, initialized))
+            if source != self._mirror.source:
+                self._read(source)
+        except RuntimeError:
+            return  # under a mode for fake tensors, as exporters use it, there are no values
+
+    def _read(self, source: tuple[Any, ...]) -> None:
+        numbers = [t.detach().to(torch.int64) for t in (self.signed, self.count, self.initialized)]
+        sign, count, initialized = torch.stack(numbers).tolist()  # one wait for the device
+        spec = self.requested if sign < 0 else self.requested.decide(bool(sign))
+        self._mirror = _Mirror(spec, count, bool(initialized), source)
+
+    def _refresh(self) -> None:
+        """Read the buffers again, also where nothing shows that they changed."""
+        self._mirror = self._mirror._replace(source=())
+        self._follow()
+
+    @property
+    def spec(self) -> QuantSpec:
+        """The specification, with the sign that was decided."""
+        return self._state().spec
 
     @property
     def q_min(self) -> int:
@@ -74,22 +154,27 @@ class Quantizer(nn.Module):
     @property
     def is_initialized(self) -> bool:
         """Whether the step has been set, by ``initialize``, calibration or a loaded checkpoint."""
-        return self._initialized
+        return self._state().initialized
 
     @property
-    def samples_share(self) -> int:
+    def elements_per_step(self) -> int:
         """N, the elements of one sample that share a step; 0 while unknown."""
-        return self._count
+        return self._state().count
 
     @property
     def gradient_scale(self) -> float:
         """``g = 1 / sqrt(N * q_max)``.  Raises UsageError while N is unknown."""
-        if not self._count:
+        return self._gradient_scale(self._state())
+
+    def _gradient_scale(self, state: _Mirror) -> float:
+        if not state.count:
             raise UsageError(
                 f"{self._who()}: N is unknown, so there is no gradient scale; give Quantizer(..., count=N), the "
                 "elements of one sample that share a step, or let lsquant.calibrate set it"
             )
-        return reference.gradient_scale(self._count, self.q_max)
+        return reference.gradient_scale(state.count, state.spec.q_max)
+
+    # ---- the forward pass ----
 
     def effective_step(self) -> Tensor:
         """The guarded step ``s_min where s < s_min, else s``, differentiable with slope 1; raises while none is set."""
@@ -104,18 +189,28 @@ class Quantizer(nn.Module):
         return reference.zero_point(step, self.offset.detach(), self.q_min, self.q_max).to(torch.int32)
 
     def grid(self) -> ops.Grid:
-        """Step, bounds, g, offset and group size as the ops take them; counts guarded steps when training."""
-        step = self.effective_step()
+        """The record that the ops take; raises while no step, sign or N is set."""
+        state = self._state()
+        if not state.initialized:
+            self.require_initialized()
+        spec = state.spec
+        return ops.Grid(
+            reference.guard(self.step, self.initial_step), spec.q_min, spec.q_max, self._gradient_scale(state),
+            self.offset, axis=self.axis, group_size=spec.group_size,
+        )  # fmt: skip
+
+    def count_guarded(self) -> None:
+        """Add the steps below the guard to ``guarded``, in a training pass."""
         if self.training and torch.is_grad_enabled():
             self.guarded += (self.step.detach() < reference.GUARD_FACTOR * self.initial_step).sum()
-        return ops.Grid(step, self.q_min, self.q_max, self.gradient_scale, self.offset, self.spec.group_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize x (any shape that fits the step); x itself while ``enabled`` is False."""
         if not self.enabled:
             return x
-        step, q_min, q_max, scale, offset, size = self.grid()
-        return ops.fake_quantize(x, step, q_min, q_max, scale, axis=self.axis, group_size=size, offset=offset)
+        grid = self.grid()
+        self.count_guarded()
+        return ops.fake_quantize_with(x, grid)
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
@@ -132,7 +227,7 @@ class Quantizer(nn.Module):
 
     def require_initialized(self) -> Quantizer:
         """Itself; raises UsageError naming the remedy while no step is set."""
-        if not self._initialized:
+        if not self.is_initialized:
             raise UsageError(
                 f"{self._who()} has no step yet. Call lsquant.calibrate(model, batches), load a checkpoint with "
                 "lsquant.load, or call .initialize(x) on a stand-alone Quantizer"
@@ -205,32 +300,31 @@ class Quantizer(nn.Module):
             )
         step[tiny] = step[~tiny].median()
         self.filled_steps = int(tiny.sum())
-        self.spec = spec
         self.step.copy_(step)
         if self.offset is not None and offset is not None:
             self.offset.copy_(offset)
         self.initial_step.copy_(step)
         self.signed.fill_(int(bool(spec.signed)))
         self.initialized.fill_(True)
-        self._initialized = True
+        self._refresh()
 
     @torch.no_grad()
     def set_count(self, count: int) -> None:
         """Freeze N, the elements of one sample that share a step."""
         self.count.fill_(count)
-        self._count = count
+        self._refresh()
 
     @torch.no_grad()
     def adopt(self, other: Quantizer) -> None:
         """Take N, sign, step and offset from an initialised quantizer of the same specification."""
-        self.set_count(other.samples_share)
+        self.set_count(other.elements_per_step)
         self._set(other.spec, other.step.detach().clone(), other.offset)
         self.filled_steps = other.filled_steps
 
     def forget(self) -> None:
         """Mark the step as not set; the parameter object stays."""
         self.initialized.fill_(False)
-        self._initialized = False
+        self._refresh()
 
     @torch.no_grad()
     def respecify(self, spec: QuantSpec, rescale: bool) -> None:
@@ -238,21 +332,19 @@ class Quantizer(nn.Module):
 
         Raises: UsageError where the new spec needs a step of another shape or an offset more or less.
         """
-        if (spec.granularity, spec.group_size, spec.offset) != (
-            self.spec.granularity, self.spec.group_size, self.spec.offset,
-        ):  # fmt: skip
-            raise UsageError(f"{self._who()}: {spec} does not keep the step's shape of {self.spec}")
-        old, self.requested = self.spec, spec
-        self.spec = spec.decide(old.signed) if rescale and old.signed is not None else spec
-        if not self._initialized:
-            return
-        if rescale and self.spec.signed == old.signed:
-            ratio = old.q_max / self.spec.q_max
+        old = self.spec
+        if (spec.granularity, spec.group_size, spec.offset) != (old.granularity, old.group_size, old.offset):
+            raise UsageError(f"{self._who()}: {spec} does not keep the step's shape of {old}")
+        new = spec.decide(old.signed) if rescale and old.signed is not None else spec
+        if self.is_initialized and rescale and new.signed == old.signed:
+            ratio = old.q_max / new.q_max
             self.step.mul_(ratio)
             self.initial_step.mul_(ratio)
-            return
-        self.signed.fill_(-1 if spec.signed is None else int(spec.signed))
-        self.forget()
+        else:
+            self.initialized.fill_(False)
+        self.requested = spec
+        self.signed.fill_(-1 if new.signed is None else int(new.signed))
+        self._refresh()
 
     # ---- modules' machinery ----
 
@@ -271,17 +363,9 @@ class Quantizer(nn.Module):
         if not any(key.startswith(prefix) for key in state_dict):
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.read_state()
-
-    def read_state(self) -> None:
-        """Read the decided sign, N and whether a step is set back from the buffers, after these were written to."""
-        if self.initialized.device.type == "meta":
-            return
-        sign = int(self.signed.item())
-        self.spec = self.requested if sign < 0 else self.requested.decide(bool(sign))
-        self._count, self._initialized = int(self.count.item()), bool(self.initialized.item())
+        self._refresh()
 
     def extra_repr(self) -> str:
-        state = "" if self._initialized else ", not calibrated"
+        state = "" if self.is_initialized else ", not calibrated"
         shape = "" if self.step.numel() == 1 else f", {self.step.numel()} steps"
         return f"{self.spec}{shape}{state}" + ("" if self.enabled else ", off")

@@ -37,7 +37,12 @@ def bounds(bits: int, signed: bool, narrow: bool = False) -> tuple[int, int]:
 
 
 def gradient_scale(count: int, q_max: int) -> float:
-    """(M5) ``g = 1 / sqrt(N * q_max)``, LSQ section 2.2.  count: N, the elements of one sample that share the step."""
+    """(M5) Compute ``g = 1 / sqrt(N * q_max)``.
+
+    count: N, the elements of one sample that share the step.
+    Raises: UsageError for a count or q_max below 1.
+    Source: LSQ section 2.2.
+    """
     if count < 1 or q_max < 1:
         raise UsageError(f"gradient_scale: count={count}, q_max={q_max}; both must be at least 1")
     return 1.0 / math.sqrt(count * q_max)
@@ -47,10 +52,11 @@ def gradient_scale(count: int, q_max: int) -> float:
 
 
 def step_view(x: Tensor, step: Tensor, axis: int | None, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """``x`` and ``step`` reshaped so that they broadcast.
+    """Reshape ``x`` and ``step`` so that they broadcast.
 
-    x: any shape.  step: (1,), (x.shape[axis],) or (x.numel() / group_size,), one per run of ``group_size`` elements of
-    the row-major flattened x, a run never crossing a row of dimension 0.
+    x: any shape.
+    step: (1,), (x.shape[axis],) or (x.numel() / group_size,) float32, one per run of ``group_size`` elements of the
+        row-major flattened x, a run never crossing a row of dimension 0.
     Raises: UsageError naming both shapes.
     """
     if step.dtype != torch.float32:
@@ -75,14 +81,24 @@ def step_view(x: Tensor, step: Tensor, axis: int | None, group_size: int | None)
 
 
 def require_layout(
-    x: Tensor, step: Tensor, axis: int | None, group_size: int | None, *zeros: int | Tensor | None
+    x: Tensor,
+    step: Tensor,
+    axis: int | None,
+    group_size: int | None,
+    zero_point: int | Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> None:
-    """Raises UsageError where the steps do not fit the input (see ``step_view``), or zero points, offsets the steps."""
+    """Check that steps, zero points and offsets fit an input.
+
+    Raises: UsageError naming the shapes; see ``step_view``.
+    """
+    if zero_point is not None and offset is not None:
+        raise UsageError("give zero_point (a fixed integer) or offset (learned, LSQ+), not both")
     if axis is not None or group_size is not None or step.shape != (1,) or step.dtype != torch.float32:
         step_view(x, step, axis, group_size)
-    for zero in zeros:
+    for name, zero in (("zero_point", zero_point), ("offset", offset)):
         if isinstance(zero, Tensor) and zero.shape != step.shape:
-            raise UsageError(f"zero_point, offset: the step's shape {tuple(step.shape)}, not {tuple(zero.shape)}")
+            raise UsageError(f"{name} must have the step's shape {tuple(step.shape)}, got {tuple(zero.shape)}")
 
 
 def _expect(step: Tensor, count: int, x: Tensor) -> None:
@@ -91,25 +107,32 @@ def _expect(step: Tensor, count: int, x: Tensor) -> None:
 
 
 def zero_point(step: Tensor, offset: Tensor, q_min: int, q_max: int) -> Tensor:
-    """(M9) LSQ+: ``z = clip(round(-b / s), q_min, q_max)``, float32 integers.  step, offset: (steps,) float32."""
+    """(M9) Compute LSQ+'s ``z = clip(round(-b / s), q_min, q_max)``.
+
+    step, offset: (steps,) float32.
+    Returns: (steps,) float32 integers.
+    """
     return torch.clamp(torch.round(-offset / step), q_min, q_max)
 
 
-def _zero(
-    step: Tensor, q_min: int, q_max: int, fixed: int | Tensor | None, offset: Tensor | None, like: Tensor
-) -> Tensor | int:
-    """The zero point in the shape of ``like`` (the broadcastable step)."""
-    if fixed is not None and offset is not None:
-        raise UsageError("give zero_point (a fixed integer) or offset (learned, LSQ+), not both")
+def _view(
+    x: Tensor,
+    step: Tensor,
+    q_min: int,
+    q_max: int,
+    axis: int | None,
+    group_size: int | None,
+    fixed: int | Tensor | None,
+    offset: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | int]:
+    """x, step and zero point, checked and in shapes that broadcast."""
+    require_layout(x, step, axis, group_size, fixed, offset)
+    v, s = step_view(x, step, axis, group_size)
     if offset is not None:
-        if offset.shape != step.shape:
-            raise UsageError(f"offset must have the step's shape {tuple(step.shape)}, got {tuple(offset.shape)}")
-        return zero_point(step, offset, q_min, q_max).reshape(like.shape)
+        return v, s, zero_point(step, offset, q_min, q_max).reshape(s.shape)
     if isinstance(fixed, Tensor):
-        if fixed.shape != step.shape:
-            raise UsageError(f"zero_point must have the step's shape {tuple(step.shape)}, got {tuple(fixed.shape)}")
-        return fixed.to(torch.float32).reshape(like.shape)
-    return fixed or 0
+        return v, s, fixed.to(torch.float32).reshape(s.shape)
+    return v, s, fixed or 0
 
 
 # ---- forward ----
@@ -138,8 +161,7 @@ def codes(
     offset: Tensor | None = None,
 ) -> Tensor:
     """(M2) ``clip(round(v / s) + z, q_min, q_max)`` as float32 in the shape of x; NaN where x is not finite."""
-    v, s = step_view(x, step, axis, group_size)
-    z = _zero(step, q_min, q_max, zero_point, offset, s)
+    v, s, z = _view(x, step, q_min, q_max, axis, group_size, zero_point, offset)
     return code_of_quotient(v, quotient(v, s), z, q_min, q_max).reshape(x.shape)
 
 
@@ -148,14 +170,14 @@ def quantize(
     step: Tensor,
     q_min: int,
     q_max: int,
-    axis: int | None,
-    group_size: int | None,
-    zero_point: int | Tensor | None,
-    offset: Tensor | None,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+    zero_point: int | Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """(M3) ``v_hat = (codes - z) * s``, in the dtype of x."""
-    v, s = step_view(x, step, axis, group_size)
-    z = _zero(step, q_min, q_max, zero_point, offset, s)
+    v, s, z = _view(x, step, q_min, q_max, axis, group_size, zero_point, offset)
     return ((code_of_quotient(v, quotient(v, s), z, q_min, q_max) - z) * s).reshape(x.shape).to(x.dtype)
 
 
@@ -179,10 +201,12 @@ def step_terms(vs: Tensor, z: Tensor | int, q_min: int, q_max: int, *, learned_o
 
 
 def sum_per_step(terms: Tensor, axis: int | None, group_size: int | None) -> Tensor:
-    """(M6) Sums of float32 terms over the elements that share a step, float64, in an order that never changes.
+    """(M6) Sum terms over the elements that share a step, in an order that never changes.
 
     Blocks of 256 in float32, blocks in float64, 256 at a time: the same bits for any number of threads.
-    terms: the shape ``step_view`` gave.  Returns (steps,) float64.
+
+    terms: the shape ``step_view`` gave, float32.
+    Returns: (steps,) float64.
     """
     rows = rows_per_step(terms, axis, group_size)
     if rows.numel() == 0:
@@ -201,15 +225,19 @@ def quantize_backward(
     q_min: int,
     q_max: int,
     gradient_scale: float,
-    axis: int | None,
-    group_size: int | None,
-    zero_point: int | Tensor | None,
-    offset: Tensor | None,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+    zero_point: int | Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(M4)-(M6), (M10) Gradients of x (dtype of x), step and offset (float32, (steps,)), the latter two times g."""
-    v, s = step_view(x, step, axis, group_size)
+    """(M4)-(M6), (M10) Compute the gradients of x, step and offset, the latter two times g.
+
+    grad: the shape of x, float.
+    Returns: (the shape and dtype of x; (steps,) float32; (steps,) float32 or None without an offset).
+    """
+    v, s, z = _view(x, step, q_min, q_max, axis, group_size, zero_point, offset)
     up = grad.reshape(v.shape).to(torch.float32)
-    z = _zero(step, q_min, q_max, zero_point, offset, s)
     vs = torch.where(torch.isfinite(v), quotient(v, s), torch.nan)
     within = inside(vs, z, q_min, q_max)
     grad_x = torch.where(within, up, 0.0).reshape(x.shape).to(x.dtype)
@@ -223,19 +251,24 @@ def quantize_backward(
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, *rest: Any) -> Tensor:
-        q_min, q_max, _, axis, group_size, fixed = rest
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, bounds: tuple[int, int], scale: float, kind: Any
+    ) -> Tensor:
+        """kind: axis, group_size and zero_point by name."""
         ctx.save_for_backward(x, step, offset)
-        ctx.rest = rest
-        return quantize(x, step, q_min, q_max, axis, group_size, fixed, offset)
+        ctx.bounds, ctx.scale, ctx.kind = bounds, scale, kind
+        q_min, q_max = bounds
+        return quantize(x, step, q_min, q_max, offset=offset, **kind)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         x, step, offset = ctx.saved_tensors
-        q_min, q_max, scale, axis, group_size, fixed = ctx.rest
-        got = quantize_backward(grads[0], x, step, q_min, q_max, scale, axis, group_size, fixed, offset)
-        return (*got, None, None, None, None, None, None)
+        q_min, q_max = ctx.bounds
+        of_x, of_step, of_offset = quantize_backward(
+            grads[0], x, step, q_min, q_max, ctx.scale, offset=offset, **ctx.kind
+        )
+        return of_x, of_step, of_offset, None, None, None
 
 
 def fake_quantize(
@@ -250,11 +283,9 @@ def fake_quantize(
     zero_point: int | Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """(M3) ``(codes(v) - z) * s`` with LSQ's gradients; same arguments as ``lsquant.fake_quantize``, and slow.
-
-    x: any shape, float32, bfloat16 or float16.  step: 1-D float32, guarded, > 0.  Returns the shape and dtype of x.
-    """
-    return _FakeQuantize.apply(x, step, offset, q_min, q_max, gradient_scale, axis, group_size, zero_point)
+    """(M3) Compute ``(codes(v) - z) * s`` with LSQ's gradients, slowly; arguments of ``lsquant.fake_quantize``."""
+    kind = {"axis": axis, "group_size": group_size, "zero_point": zero_point}
+    return _FakeQuantize.apply(x, step, offset, (q_min, q_max), gradient_scale, kind)
 
 
 # ---- the guard, R, initial steps ----
@@ -296,10 +327,13 @@ def step_balance(
     axis: int | None = None,
     group_size: int | None = None,
 ) -> Tensor:
-    """(M8) ``R = (|dL/ds| / s) / (||dL/dw|| / ||w||)`` per step, g included in dL/ds; LSQ section 2.2.
+    """(M8) Compute ``R = (|dL/ds| / s) / (||dL/dw|| / ||w||)`` per step, g included in dL/ds.
 
-    weight, weight_grad: the elements that share the steps (for an activation step: its layer's weight, all of it).
-    step: the guarded step.  Returns (steps,) float32; infinite or NaN where a weight gradient is zero.
+    weight, weight_grad: the elements that share the steps; for an activation step its layer's whole weight.
+    step: (steps,) float32, the guarded step.
+    step_grad: (steps,) float32.
+    Returns: (steps,) float32; infinite or NaN where a weight gradient is zero.
+    Source: LSQ section 2.2.
     """
     if step.numel() == 1:
         axis = group_size = None
@@ -310,6 +344,11 @@ def step_balance(
 
 
 def initial_step(x: Tensor, q_max: int, *, axis: int | None = None, group_size: int | None = None) -> Tensor:
-    """(M11) The paper's ``s0 = 2 mean(|v|) / sqrt(q_max)``, LSQ section 2.1.  Returns 1-D float32, 0 for all-zero v."""
+    """(M11) Compute the paper's first step, ``s0 = 2 mean(|v|) / sqrt(q_max)``.
+
+    x: any shape, float.
+    Returns: (steps,) float32, 0 for all-zero values.
+    Source: LSQ section 2.1.
+    """
     mean = rows_per_step(x.detach().double().abs(), axis, group_size).mean(1)
     return (2.0 * mean / math.sqrt(q_max)).to(torch.float32)

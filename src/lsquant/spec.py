@@ -9,6 +9,8 @@ from lsquant._util.errors import UsageError
 
 MIN_BITS, MAX_BITS = 2, 8
 GRANULARITIES = ("tensor", "channel", "group")
+FORMER = {"step_dtype": "float32", "dynamic": False}
+"""Fields that earlier versions had, each with the only value it could take; files that contain them are read."""
 Granularity = Literal["tensor", "channel", "group"]
 
 
@@ -90,7 +92,11 @@ class QuantSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantSpec:
-        """Return the specification that ``to_dict`` gave.  Raises: UsageError for an unknown field."""
+        """Read what ``to_dict`` wrote, this version's or an earlier one's.
+
+        Raises: UsageError for an unknown field, or one of ``FORMER`` with another value.
+        """
+        values = {k: v for k, v in values.items() if k not in FORMER or v != FORMER[k]}
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UsageError(f"QuantSpec: unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")

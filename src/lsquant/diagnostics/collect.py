@@ -120,7 +120,7 @@ class ValueStatistics:
             step_min=float(step.min()),
             step_max=float(step.max()),
             initial_step=float(q.initial_step.median()),
-            count=q.samples_share,
+            count=q.elements_per_step,
             elements=self.elements,
             clip_low=self.low / total,
             clip_high=self.high / total,
@@ -145,7 +145,7 @@ def balance(layer: QuantizedLayer, kind: str) -> float | None:
     if quantizer is None or layer.weight.grad is None or quantizer.step.grad is None:
         return None
     layout = {"axis": quantizer.axis, "group_size": quantizer.spec.group_size} if kind == "weight" else {}
-    weight, grad = layer.rows(), layer.rearranged(layer.weight.grad)
+    weight, grad = layer.rows(), layer.to_rows(layer.weight.grad)
     ratio = step_balance(weight, grad, quantizer.effective_step(), quantizer.step.grad, **layout)
     ratio = ratio[torch.isfinite(ratio)]  # a dead channel has no gradient at all
     return float(ratio.median()) if ratio.numel() else None

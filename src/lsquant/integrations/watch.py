@@ -54,7 +54,7 @@ class Watch:
     def begin(self, model: nn.Module, optimizers: Any) -> None:
         """Check model and optimizers before the first step. Raises: UsageError listing what is wrong and what to do."""
         for _, quantizer in quantizers(model):
-            quantizer.read_state()  # DDP has copied the first process's buffers
+            quantizer._refresh()  # DDP has copied the first process's buffers
         self.oscillation = Oscillation(model, self.oscillation.every)
         if self.state is not None:
             self.oscillation.load_state_dict(self.state)

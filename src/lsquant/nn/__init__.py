@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch import nn as _nn
 
+from lsquant.nn import layout as _layout
 from lsquant.nn import norm as _norm
 from lsquant.nn import pool as _pool
 from lsquant.nn.base import QuantizedLayer as QuantizedLayer
 from lsquant.nn.elements_per_step import input_elements as input_elements
 from lsquant.nn.elements_per_step import weight_steps as weight_steps
 from lsquant.nn.embedding import QuantEmbedding as QuantEmbedding
-from lsquant.nn.encoder import SteppedEncoder, SteppedEncoderLayer
+from lsquant.nn.encoder import UnfusedEncoder, UnfusedEncoderLayer
+from lsquant.nn.layout import WeightLayout as WeightLayout
 from lsquant.nn.matmul import QuantConv1d as QuantConv1d
 from lsquant.nn.matmul import QuantConv2d as QuantConv2d
 from lsquant.nn.matmul import QuantConv3d as QuantConv3d
@@ -46,8 +48,8 @@ QUANTIZED_TYPES: dict[type, type[QuantizedLayer]] = {cls.float_type: cls for cls
 EXACT_TYPES: dict[type, Any] = {cls.float_type: cls for cls in _EXACT}
 """Float type -> the same layer with an eval mode that runtimes can repeat bit for bit."""
 
-STEPPED_TYPES: dict[type, Any] = {cls.float_type: cls for cls in (SteppedEncoderLayer, SteppedEncoder)}
-"""Float type -> the same module without a fast path that goes round its layers."""
+UNFUSED_TYPES: dict[type, Any] = {cls.float_type: cls for cls in (UnfusedEncoderLayer, UnfusedEncoder)}
+"""Float type -> the same module without a fused fast path that bypasses its layers."""
 
 FOREIGN_TYPES = {
     "transformers.pytorch_utils.Conv1D": "lsquant.nn.transformers_conv1d:QuantConv1D",
@@ -69,8 +71,9 @@ def quantized_type(layer: _nn.Module) -> type[QuantizedLayer] | None:
 
 def row_shape(layer: Any) -> torch.Size:
     """The shape of a layer's weight with output channels first; the layer is a float one or a quantized one."""
-    kind: Any = quantized_type(layer)
-    return kind.rearranged(layer, layer.weight).shape
+    kind = quantized_type(layer)
+    assert kind is not None
+    return kind.weight_layout.row_shape(layer.weight.shape, _layout.conv_groups(layer))
 
 
 def float_type(module: _nn.Module) -> type[_nn.Module] | None:

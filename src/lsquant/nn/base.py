@@ -9,27 +9,39 @@ from torch import Tensor, nn
 
 from lsquant import ops, reference
 from lsquant._util.errors import UsageError
+from lsquant.nn.layout import WeightLayout, conv_groups
 from lsquant.quantizer import Quantizer
 
 
 class QuantizedLayer(nn.Module):
-    """Mixed in before the float layer's class.  ``weight_quantizer`` and ``input_quantizer`` may be None."""
+    """Mixed in before the float layer's class.  ``weight_quantizer`` and ``input_quantizer`` may be None.
+
+    float_type: the class of the float layer.
+    weight_layout: where the weight has its output channels.
+    takes_codes: whether the input can be quantized.
+    takes_groups: whether the weight can have a step per group.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     float_type: type[nn.Module]
-    takes_codes = True  # whether the input can be quantized
-    takes_groups = True  # whether the weight can have a step per group
+    weight_layout = WeightLayout.OUTPUT_FIRST
+    takes_codes = True
+    takes_groups = True
 
-    def rearranged(self, t: Tensor) -> Tensor:
-        """From the weight's own layout to rows, output channels first, and back: its own inverse, differentiable."""
-        return t
+    def to_rows(self, weight: Tensor) -> Tensor:
+        """Rows, output channels first, from a tensor that lies as the layer's weight does; differentiable."""
+        return self.weight_layout.rows(weight, conv_groups(self))
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """A tensor that lies as the layer's weight does, from rows; differentiable."""
+        return self.weight_layout.weight(rows, conv_groups(self))
 
     def rows(self) -> Tensor:
         """The weight with output channels first, as steps per channel and groups see it."""
-        return self.rearranged(self.weight)
+        return self.to_rows(self.weight)
 
     def attach(self, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None) -> None:
         """Give the layer its quantizers; a weight step that is not set is set from the weight, if it can be."""
@@ -60,10 +72,15 @@ class QuantizedLayer(nn.Module):
         x, w = self.input_quantizer, self.weight_quantizer
         return (x.grid(), w.grid()) if x is not None and w is not None and x.enabled and w.enabled else None
 
+    def count_guarded(self) -> None:
+        """Count the guarded steps of both quantizers, for a forward pass that takes ``grids``."""
+        for quantizer in self.own_quantizers():
+            quantizer.count_guarded()
+
     def float_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Input and weight, each fake-quantized where it has a quantizer: for layers quantized in one of the two."""
         xq, wq = self.input_quantizer, self.weight_quantizer
-        return x if xq is None else xq(x), self.weight if wq is None else self.rearranged(wq(self.rows()))
+        return x if xq is None else xq(x), self.weight if wq is None else self.from_rows(wq(self.rows()))
 
     @torch.no_grad()
     def integer_weight(self) -> tuple[Tensor, Tensor, None]:
@@ -75,7 +92,7 @@ class QuantizedLayer(nn.Module):
         quantizer = self.weight_quantizer
         if quantizer is None:
             raise UsageError("integer_weight: this layer's weight is not quantized")
-        return self.rearranged(quantizer.codes(self.rows())), quantizer.effective_step().detach().clone(), None
+        return self.from_rows(quantizer.codes(self.rows())), quantizer.effective_step().detach().clone(), None
 
     @torch.no_grad()
     def dequantized_weight(self) -> Tensor:
@@ -83,9 +100,9 @@ class QuantizedLayer(nn.Module):
         codes, step, _ = self.integer_weight()
         quantizer = self.weight_quantizer
         assert quantizer is not None
-        rows = self.rearranged(codes).to(torch.float32)
+        rows = self.to_rows(codes).to(torch.float32)
         values, steps = reference.step_view(rows, step, quantizer.axis, quantizer.spec.group_size)
-        return self.rearranged((values * steps).reshape(rows.shape))
+        return self.from_rows((values * steps).reshape(rows.shape))
 
     def require_size(self, found: int, wanted: int) -> None:
         """Raises UsageError naming the layer where the input has another number of features or channels."""

@@ -34,13 +34,13 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
         return torch.where((input == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
 
     def _quantized(self, found: Tensor, input: Tensor, quantizer: Quantizer) -> Tensor:
-        step, q_min, q_max, scale, _, group_size = quantizer.grid()
-        if step.numel() == 1:
-            return ops.fake_quantize(found, step, q_min, q_max, scale)
-        steps = step.reshape(self.num_embeddings, -1).index_select(0, input.reshape(-1)).reshape(-1)
+        quantizer.count_guarded()
+        grid = quantizer.grid()
+        if grid.step.numel() == 1:
+            return ops.fake_quantize_with(found, grid._replace(axis=None, group_size=None))
+        steps = grid.step.reshape(self.num_embeddings, -1).index_select(0, input.reshape(-1)).reshape(-1)
         rows = found.reshape(-1, self.embedding_dim)
-        quantized = ops.fake_quantize(rows, steps, q_min, q_max, scale, axis=0, group_size=group_size)
-        return quantized.reshape(found.shape)
+        return ops.fake_quantize_with(rows, grid._replace(step=steps, axis=0)).reshape(found.shape)
 
     @staticmethod
     def unsupported(layer: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Torch's transformer encoder without its eval-mode fast path, which computes with the float weights directly."""
+"""Torch's transformer encoder without its fused eval-mode path, which computes with the float weights directly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-class SteppedEncoderLayer(nn.TransformerEncoderLayer):
+class UnfusedEncoderLayer(nn.TransformerEncoderLayer):
     """``nn.TransformerEncoderLayer`` that always calls its layers, so that quantized ones are used in eval mode."""
 
     float_type = nn.TransformerEncoderLayer
@@ -22,7 +22,7 @@ class SteppedEncoderLayer(nn.TransformerEncoderLayer):
         vars(self)["activation_relu_or_gelu"] = value
 
 
-class SteppedEncoder(nn.TransformerEncoder):
+class UnfusedEncoder(nn.TransformerEncoder):
     """``nn.TransformerEncoder`` that makes no nested tensors, which belong to the fast path."""
 
     float_type = nn.TransformerEncoder

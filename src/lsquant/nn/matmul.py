@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsquant import ops
 from lsquant._util.errors import UsageError
 from lsquant.nn.base import QuantizedLayer
+from lsquant.nn.layout import WeightLayout
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
@@ -26,8 +26,11 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         self.require_size(input.shape[-1], self.in_features)
         grids = self.grids()
         if grids is None:
-            return F.linear(*self.float_operands(input), self.bias)
-        return ops.linear(input, self.weight, self.bias, *grids)
+            x, weight = self.float_operands(input)
+            return F.linear(x, weight, self.bias)
+        self.count_guarded()
+        x_grid, w_grid = grids
+        return ops.linear(input, self.weight, self.bias, x_grid, w_grid)
 
 
 class _QuantConv(QuantizedLayer):
@@ -66,10 +69,13 @@ class _QuantConv(QuantizedLayer):
         """Over exact integer sums, or in floating point where only one side is quantized."""
         self.require_size(x.shape[1], self.in_channels)
         grids = self.grids()
-        conv = (self.stride, padding, self.dilation, transposed, output_padding, self.groups)
+        conv = ops.Conv(self.stride, padding, self.dilation, transposed, output_padding, self.groups)
         if grids is None:
-            return torch.convolution(*self.float_operands(x), self.bias, *conv)
-        return ops.convolution(x, self.rows(), self.bias, *grids, *conv)
+            values, weight = self.float_operands(x)
+            return conv.convolve(values, weight, self.bias)
+        self.count_guarded()
+        x_grid, w_grid = grids
+        return ops.convolution(x, self.rows(), self.bias, x_grid, w_grid, conv)
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -95,12 +101,11 @@ class QuantConv3d(_QuantConv, nn.Conv3d):
 
 
 class _QuantConvTranspose(_QuantConv):
-    """Transposed convolutions: their weight is (in, out / groups, *kernel), so rows are rearranged from it."""
+    """The forward pass of transposed convolutions."""
+
+    weight_layout = WeightLayout.INPUT_FIRST
 
     output_padding: tuple[int, ...]
-
-    def rearranged(self, t: Tensor) -> Tensor:
-        return ops.exchanged(t, self.groups)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         batched = input.dim() == self.weight.dim()
@@ -113,7 +118,10 @@ class _QuantConvTranspose(_QuantConv):
 
 
 def output_padding(layer: Any, x: Tensor, output_size: list[int] | None) -> Sequence[int]:
-    """A transposed convolution's own, or what reaches ``output_size``.  Raises UsageError for a size out of reach."""
+    """Return a transposed convolution's own output padding, or that which reaches ``output_size``.
+
+    Raises: UsageError for a size out of reach.
+    """
     if output_size is None:
         return layer.output_padding
     wanted = list(output_size)[-(x.dim() - 2) :]

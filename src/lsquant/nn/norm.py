@@ -1,4 +1,4 @@
-"""BatchNorm whose eval mode every runtime can repeat."""
+"""BatchNorm in a fixed order of operations, so that a runtime can repeat its eval mode bit for bit."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from lsquant import ops
+from lsquant.nn.exact import ExactLayer
 
 
-class ExactBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm; in eval mode ``fl(fl(x * alpha) + beta)`` with float32 alpha and beta, two roundings.
+class ExactBatchNorm(ExactLayer, nn.modules.batchnorm._BatchNorm):
+    """Normalize by ``fl(fl(x * alpha) + beta)`` in eval mode, with float32 alpha and beta, two roundings.
 
     PyTorch's own eval kernel uses a fused multiply-add, which ONNX Runtime does not.  Training mode is unchanged.
     """
-
-    dims: int  # spatial dimensions of the input
 
     def affine_constants(self) -> tuple[Tensor, Tensor]:
         """``alpha = gamma / sqrt(var + eps)``, ``beta - mean * alpha``, both (C,) float32; differentiable.

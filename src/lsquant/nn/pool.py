@@ -1,4 +1,4 @@
-"""Average pooling with a fixed order of additions: rows first, then columns, then one division.
+"""Average pooling in a fixed order, so that a runtime can repeat it bit for bit: rows, columns, one division.
 
 In eval mode (and without gradients) the same float operations in the same order run in PyTorch and in the exported
 graph, where they are Slice, Add and Div.  Training with gradients uses PyTorch's own kernel.
@@ -12,6 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lsquant.nn.exact import ExactLayer
 
 Windows = list[tuple[int, int]]
 
@@ -62,10 +64,9 @@ def _box_counts(per_dim: list[list[int]], device: torch.device) -> Tensor | int:
     return torch.Size([sizes[0] for sizes in per_dim]).numel() if same else counts
 
 
-class _AvgPool(nn.Module):
+class _AvgPool(ExactLayer):
     """Average pooling over the last ``dims`` dimensions with a fixed order of additions in eval mode."""
 
-    dims: int
     kernel_size: int | tuple[int, ...]
     stride: int | tuple[int, ...]
     padding: int | tuple[int, ...]
@@ -90,10 +91,9 @@ class _AvgPool(nn.Module):
         return "ceil_mode=True has no exact form here" if getattr(layer, "ceil_mode", False) else ""
 
 
-class _AdaptiveAvgPool(nn.Module):
+class _AdaptiveAvgPool(ExactLayer):
     """Adaptive average pooling over the last ``dims`` dimensions with a fixed order of additions in eval mode."""
 
-    dims: int
     output_size: int | tuple[int | None, ...] | None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -106,10 +106,6 @@ class _AdaptiveAvgPool(nn.Module):
             windows.append([(i * size // n, -(-(i + 1) * size // n)) for i in range(n)])
         counts = _box_counts([[end - start for start, end in one] for one in windows], input.device)
         return exact_average(input, windows, counts)
-
-    @staticmethod
-    def unsupported(layer: nn.Module) -> str:
-        return ""
 
 
 class ExactAvgPool1d(_AvgPool, nn.AvgPool1d):

@@ -8,15 +8,14 @@ from transformers.pytorch_utils import Conv1D  # type: ignore[import-not-found, 
 
 from lsquant import ops
 from lsquant.nn.base import QuantizedLayer
+from lsquant.nn.layout import WeightLayout
 
 
 class QuantConv1D(QuantizedLayer, Conv1D):
     """transformers' ``Conv1D`` with learned steps; a channel is an output column.  x: (..., in) to (..., out)."""
 
     float_type = Conv1D
-
-    def rearranged(self, t: Tensor) -> Tensor:
-        return t.t()
+    weight_layout = WeightLayout.INPUT_FIRST
 
     def forward(self, x: Tensor) -> Tensor:
         self.require_size(x.shape[-1], self.weight.shape[0])
@@ -24,4 +23,6 @@ class QuantConv1D(QuantizedLayer, Conv1D):
         if grids is None:
             values, weight = self.float_operands(x)
             return F.linear(values, weight.t(), self.bias)
-        return ops.linear(x, self.rows(), self.bias, *grids)
+        self.count_guarded()
+        x_grid, w_grid = grids
+        return ops.linear(x, self.rows(), self.bias, x_grid, w_grid)

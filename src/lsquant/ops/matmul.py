@@ -1,12 +1,10 @@
 """Quantized linear and convolution: codes, exact integer sums, one scale; LSQ's gradients for input, weight and steps.
 
-The backward pass keeps the float input and weight, as the float layer does, and recomputes codes from them.  Both ops
-take the arguments of ``_INPUT`` and ``_WEIGHT``, a bias and a group size; ``conv`` below is empty for linear.
+The backward pass keeps the float input and weight, as the float layer does, and recomputes codes from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,215 +13,295 @@ from torch import Tensor
 
 from lsquant import reference
 from lsquant._util.errors import UsageError
-from lsquant.kernels import engine
-from lsquant.ops.registration import Op, laid_out_like, memory_format
-from lsquant.ops.sums import arranged, convolution_of_codes, linear_of_codes
+from lsquant.kernels import Conv, Engine, Grid, engine_for
+from lsquant.ops.registration import Op, keep, kept, laid_out_like, memory_format
+from lsquant.ops.sums import convolution_of_codes, linear_of_codes
 
 
-class Grid(NamedTuple):
-    """One quantizer as the ops see it: guarded step (1-D float32), bounds, g, LSQ+'s offset, size of its groups."""
+class Product(NamedTuple):
+    """What a quantized layer multiplies.
 
-    step: Tensor
-    q_min: int
-    q_max: int
-    gradient_scale: float
-    offset: Tensor | None = None
-    group_size: int | None = None
+    x: (..., in), or (batch, in, *spatial) with a geometry; float.
+    x_grid: of the input, one step.
+    weight: (out, in), or rows (out, in / groups, *kernel); float.
+    w_grid: of the weight, with one step, one per output channel or one per group.
+    conv: a convolution's geometry, None for a linear layer.
+    """
 
+    x: Tensor
+    x_grid: Grid
+    weight: Tensor
+    w_grid: Grid
+    conv: Conv | None
 
-_INPUT = "Tensor x, Tensor x_step, Tensor? x_offset, int x_min, int x_max, float x_scale"
-_WEIGHT = "Tensor weight, Tensor w_step, int w_min, int w_max, float w_scale"
-_CONV = ", int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
-_WANTED = ", bool need_x, bool has_bias, ScalarType? low"
-_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"  # x, its step and offset; weight, its step; bias
-
-
-def _centred(x: Tensor, step: Tensor, offset: Tensor | None, q_min: int, q_max: int) -> Tensor:
-    """``q_x - z`` as float32 integers."""
-    codes = reference.codes(x, step, q_min, q_max, offset=offset)
-    return codes if offset is None else codes.sub_(reference.zero_point(step, offset, q_min, q_max).reshape(()))
+    @property
+    def engine(self) -> Engine:
+        return engine_for(self.x.device.type, torch.promote_types(self.x.dtype, self.weight.dtype))
 
 
-def _axis(w_step: Tensor, group_size: int | None) -> int | None:
-    return 0 if group_size is None and w_step.numel() > 1 else None
+class Gradients(NamedTuple):
+    """Of a product; empty tensors where there is none to give."""
+
+    x: Tensor
+    x_step: Tensor
+    x_offset: Tensor
+    weight: Tensor
+    w_step: Tensor
+    bias: Tensor
 
 
-def _engine(x: Tensor, weight: Tensor) -> Any:
-    return engine(x.device.type, torch.promote_types(x.dtype, weight.dtype))
+# ---- forward ----
 
 
-def _forward(x_args: Sequence[Any], w_args: Sequence[Any], bias: Tensor | None, group_size: int | None,
-             conv: Sequence[Any], out_dtype: torch.dtype | None) -> Tensor:  # fmt: skip
-    x, x_step, x_offset, x_min, x_max, _ = x_args
-    weight, w_step, w_min, w_max, _ = w_args
-    y = None
-    if group_size is None and (fused := getattr(_engine(x, weight), "convolution" if conv else "linear", None)):
-        y = fused(*x_args[:5], weight, w_step, w_min, w_max, bias, *([conv] if conv else []))
-    if y is not None:
-        return y.to(out_dtype or x.dtype)
-    qx = _centred(x, x_step, x_offset, x_min, x_max)
-    qw = reference.codes(weight, w_step, w_min, w_max, axis=_axis(w_step, group_size), group_size=group_size)
-    # the largest possible sum |q_x - z||q_w|: when z is learned, |q_x - z| is at most the whole range
-    terms = group_size or weight[0].numel()
-    top_x = x_max - x_min if x_offset is not None else max(abs(x_min), abs(x_max))
-    bound = terms * top_x * max(abs(w_min), abs(w_max))
-    if conv:
-        y = convolution_of_codes(qx, qw, x_step * w_step, bias, bound, *conv, group_size=group_size)
-        return y.to(out_dtype or x.dtype).contiguous(memory_format=memory_format(x))
-    scale = x_step * w_step if group_size is None else (x_step * w_step).reshape(weight.shape[0], -1)
-    y = linear_of_codes(qx, qw, scale, bias, bound, group_size)
-    return y.to(out_dtype or x.dtype).contiguous()
+def _forward(p: Product, bias: Tensor | None, autocast_dtype: torch.dtype | None) -> Tensor:
+    """autocast_dtype: of the output instead of x's."""
+    dtype = autocast_dtype or p.x.dtype
+    if p.conv is None:
+        fused = p.engine.linear(p.x, p.x_grid, p.weight, p.w_grid, bias)
+    else:
+        fused = p.engine.convolution(p.x, p.x_grid, p.weight, p.w_grid, bias, p.conv)
+    return _over_codes(p, bias, dtype) if fused is None else fused.to(dtype)
+
+
+def _over_codes(p: Product, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The output by floating point over codes."""
+    codes_x, codes_w = _centred_codes(p.x, p.x_grid), _centred_codes(p.weight, p.w_grid)
+    group_size = p.w_grid.group_size
+    terms = group_size or p.weight[0].numel()
+    bound = terms * p.x_grid.largest_code * p.w_grid.largest_code
+    scale = p.x_grid.step * p.w_grid.step
+    if p.conv is not None:
+        y = convolution_of_codes(codes_x, codes_w, scale, bias, bound, p.conv, group_size)
+        return y.to(dtype).contiguous(memory_format=memory_format(p.x))
+    if group_size is not None:
+        scale = scale.reshape(p.weight.shape[0], -1)
+    return linear_of_codes(codes_x, codes_w, scale, bias, bound, group_size).to(dtype).contiguous()
+
+
+def _centred_codes(v: Tensor, grid: Grid) -> Tensor:
+    """``q - z`` as float32 integers."""
+    step, offset = grid.step, grid.offset
+    codes = reference.codes(
+        v, step, grid.q_min, grid.q_max, axis=grid.axis, group_size=grid.group_size, offset=offset
+    )
+    if offset is None:
+        return codes
+    return codes.sub_(reference.zero_point(step, offset, grid.q_min, grid.q_max).reshape(()))
+
+
+# ---- backward ----
 
 
 def _backward(
-    grad: Tensor, x_args: Sequence[Any], w_args: Sequence[Any], group_size: int | None, conv: Sequence[Any],
-    need_x: bool, has_bias: bool, low: torch.dtype | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """low: autocast's dtype, in which the two products are computed then; steps, codes and their sums are not."""
-    x, x_step, x_offset, x_min, x_max, x_scale = x_args
-    weight, w_step, w_min, w_max, _ = w_args
-    w_layout = (_axis(w_step, group_size), group_size, None, None)
-    dtype = low or torch.float32
-    empty, up = x_step.new_empty(0), grad.to(dtype)
-    kernels = _engine(x, weight)
-    grad_x: Tensor | None = None
-    grad_w: Tensor | None = None
-    if conv and group_size is None and low is None and (fused := getattr(kernels, "weight_gradient", None)):
-        grad_w = fused(up, *x_args[:5], weight, conv)
-    x_layout = (None, None, None, x_offset)
-    if grad_w is None:
-        x_hat = kernels.quantize(x.float(), x_step, x_min, x_max, *x_layout).to(dtype)
-    else:  # only its shape is looked at
-        x_hat = x if x.dtype == torch.float32 else torch.empty_like(x, dtype=torch.float32)
-
-    def quantized_weight() -> Tensor:
-        return kernels.quantize(weight.float(), w_step, w_min, w_max, *w_layout).to(dtype)
-
-    if conv:
-        w_hat = quantized_weight()
-        if need_x and grad_w is not None and (fused := getattr(kernels, "input_gradient", None)):
-            grad_x = fused(up, x, w_hat, conv)
-        mask = [need_x and grad_x is None, grad_w is None, False]
-        if any(mask):
-            grads = torch.ops.aten.convolution_backward(up, x_hat, arranged(w_hat, conv), None, *conv, mask)
-            grad_x = grads[0] if mask[0] else grad_x
-            grad_w = arranged(grads[1], conv) if mask[1] else grad_w
-        del x_hat, w_hat
-        grad_bias = up.sum([0, *range(2, up.dim())], dtype=torch.float32) if has_bias else empty.clone()
+    grad: Tensor, p: Product, need_x: bool, has_bias: bool, autocast_dtype: torch.dtype | None
+) -> Gradients:
+    """autocast_dtype: of the two products instead of float32; steps, codes and sums over codes stay float32."""
+    up = grad.to(autocast_dtype or torch.float32)
+    of_x: Tensor | None = None
+    if p.conv is None:
+        of_w = _linear_weight_gradient(up, p)
     else:
-        rows = up.reshape(-1, weight.shape[0])
-        grad_w = rows.t() @ x_hat.reshape(-1, weight.shape[1])
-        del x_hat  # as large as grad_x: they never exist together, and the float layer's peak is this one's
-        grad_bias = rows.sum(0, dtype=torch.float32) if has_bias else empty.clone()
-    assert grad_w is not None
-    of_w, grad_ws, _ = kernels.quantize_backward(grad_w.to(torch.float32), *w_args, *w_layout, reuse=True)
-    by_x = x.new_empty(0), empty, empty.clone()
-    if need_x:
-        if grad_x is None:
-            grad_x = (up.reshape(-1, weight.shape[0]) @ quantized_weight()).reshape(x.shape)
-        grids = (x, x_step, x_min, x_max, x_scale, *x_layout)
-        grad_x = grad_x if grad_x.dtype == x.dtype else grad_x.to(torch.float32)
-        of_x, grad_step, grad_b = kernels.quantize_backward(grad_x, *grids, reuse=True)
-        by_x = laid_out_like(of_x, x), grad_step, empty if grad_b is None else grad_b
-    return *by_x, laid_out_like(of_w, weight), grad_ws, grad_bias
+        of_x, of_w = _convolution_gradients(up, p, p.conv, need_x)
+    none = p.x_grid.step.new_empty(0)
+    bias = _bias_gradient(up, p) if has_bias else none.clone()
+    weight, w_step, _ = p.engine.quantize_backward(of_w.to(torch.float32), p.weight, p.w_grid, reuse=True)
+    weight = laid_out_like(weight, p.weight)
+    if not need_x:
+        return Gradients(p.x.new_empty(0), none, none.clone(), weight, w_step, bias)
+    if of_x is None:
+        of_x = _linear_input_gradient(up, p)
+    of_x = of_x if of_x.dtype == p.x.dtype else of_x.to(torch.float32)
+    x, x_step, x_offset = p.engine.quantize_backward(of_x, p.x, p.x_grid, reuse=True)
+    return Gradients(laid_out_like(x, p.x), x_step, none if x_offset is None else x_offset, weight, w_step, bias)
 
 
-def _fake_backward(grad: Tensor, x_args: Sequence[Any], w_args: Sequence[Any], need_x: bool,
-                   has_bias: bool) -> tuple[Tensor, ...]:  # fmt: skip
-    (x, x_step, offset, *_), (weight, w_step, *_) = x_args, w_args
-    none = x_step.new_empty(0)
-    by_x = (torch.empty_like(x), torch.empty_like(x_step)) if need_x else (x.new_empty(0), none)
-    grad_b = torch.empty_like(x_step) if need_x and offset is not None else none.clone()
-    by_bias = w_step.new_empty(weight.shape[0] if has_bias else 0)
-    return *by_x, grad_b, torch.empty_like(weight), torch.empty_like(w_step), by_bias
+def _bias_gradient(up: Tensor, p: Product) -> Tensor:
+    if p.conv is None:
+        return up.reshape(-1, p.weight.shape[0]).sum(0, dtype=torch.float32)
+    return up.sum([0, *range(2, up.dim())], dtype=torch.float32)
 
 
-def _fake_linear(*a: Any) -> Tensor:
-    return a[0].new_empty((*a[0].shape[:-1], a[6].shape[0]), dtype=a[13] or a[0].dtype)
+def _linear_weight_gradient(up: Tensor, p: Product) -> Tensor:
+    """Of the dequantized weight.  The dequantized input ends here: it and the input's gradient are equally large, and
+    as they never exist together, the peak of memory is the float layer's."""
+    x_hat = p.engine.quantize(p.x.float(), p.x_grid).to(up.dtype)
+    return up.reshape(-1, p.weight.shape[0]).t() @ x_hat.reshape(-1, p.weight.shape[1])
 
 
-def _fake_convolution(*a: Any) -> Tensor:
-    x, weight = (t.to("meta", torch.float32) for t in (a[0], a[6]))
-    shape = torch.convolution(x, arranged(weight, a[13:19]), None, *a[13:19]).shape
-    return torch.empty(shape, dtype=a[19] or a[0].dtype, device=a[0].device, memory_format=memory_format(a[0]))
+def _linear_input_gradient(up: Tensor, p: Product) -> Tensor:
+    """Of the dequantized input."""
+    w_hat = p.engine.quantize(p.weight.float(), p.w_grid).to(up.dtype)
+    return (up.reshape(-1, p.weight.shape[0]) @ w_hat).reshape(p.x.shape)
 
 
-_linear = Op(
-    "linear",
-    f"({_INPUT}, {_WEIGHT}, Tensor? bias, int? group_size, ScalarType? out_dtype) -> Tensor",
-    lambda *a: _forward(a[:6], a[6:11], a[11], a[12], (), a[13]),
-    _fake_linear,
+def _convolution_gradients(up: Tensor, p: Product, conv: Conv, need_x: bool) -> tuple[Tensor | None, Tensor]:
+    """Of the dequantized input (None where it is not needed) and weight.
+
+    By the engine's own products where it has them and autocast does not ask for another type.
+    """
+    of_x: Tensor | None = None
+    of_w: Tensor | None = None
+    if p.w_grid.group_size is None and up.dtype == torch.float32:
+        of_w = p.engine.weight_gradient(up, p.x, p.x_grid, list(p.weight.shape[2:]), conv)
+    if of_w is None:
+        x_hat = p.engine.quantize(p.x.float(), p.x_grid).to(up.dtype)
+    else:  # only its shape is looked at
+        x_hat = p.x if p.x.dtype == torch.float32 else torch.empty_like(p.x, dtype=torch.float32)
+    w_hat = p.engine.quantize(p.weight.float(), p.w_grid).to(up.dtype)
+    if need_x and of_w is not None:
+        of_x = p.engine.input_gradient(up, p.x, w_hat, conv)
+    left_x, left_w = need_x and of_x is None, of_w is None
+    if left_x or left_w:
+        x, w = conv.gradients(up, x_hat, conv.weight_of(w_hat), left_x, left_w)
+        of_x = x if left_x else of_x
+        of_w = conv.rows_of(w) if w is not None and left_w else of_w
+    assert of_w is not None
+    return of_x, of_w
+
+
+# ---- registration: the arguments of the ops are flat, a product's last ----
+
+_PRODUCT = (
+    "Tensor x, Tensor x_step, Tensor? x_offset, int x_min, int x_max, float x_gradient_scale, "
+    "Tensor weight, Tensor w_step, int w_min, int w_max, float w_gradient_scale, int? group_size"
 )
-_linear_backward = Op(
-    "linear_backward",
-    f"(Tensor grad, {_INPUT}, {_WEIGHT}, int? group_size{_WANTED}) -> {_GRADIENTS}",
-    lambda grad, *a: _backward(grad, a[:6], a[6:11], a[11], (), *a[12:]),
-    lambda grad, *a: _fake_backward(grad, a[:6], a[6:11], *a[12:14]),
-)
-_convolution = Op(
-    "convolution",
-    f"({_INPUT}, {_WEIGHT}, Tensor? bias, int? group_size{_CONV}, ScalarType? out_dtype) -> Tensor",
-    lambda *a: _forward(a[:6], a[6:11], a[11], a[12], a[13:19], a[19]),
-    _fake_convolution,
-)
-_convolution_backward = Op(
-    "convolution_backward",
-    f"(Tensor grad, {_INPUT}, {_WEIGHT}, int? group_size{_CONV}{_WANTED}) -> {_GRADIENTS}",
-    lambda grad, *a: _backward(grad, a[:6], a[6:11], a[11], a[12:18], *a[18:]),
-    lambda grad, *a: _fake_backward(grad, a[:6], a[6:11], *a[18:20]),
-)
+_CONV = ", int[] stride, int[] padding, int[] dilation, bool transposed, int[] output_padding, int groups"
+_FORWARD = "Tensor? bias, ScalarType? autocast_dtype"
+_BACKWARD = "Tensor grad, bool need_x, bool has_bias, ScalarType? autocast_dtype"
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"  # those of Gradients
+
+
+def _flat(p: Product) -> tuple[Any, ...]:
+    x, w, conv = p.x_grid, p.w_grid, p.conv
+    if x.zero_point is not None or w.zero_point is not None:
+        raise UsageError("the layers take no fixed zero point; give offset=-zero_point * step")
+    of_x = (p.x, x.step, x.offset, x.q_min, x.q_max, x.gradient_scale)
+    of_w = (p.weight, w.step, w.q_min, w.q_max, w.gradient_scale, w.group_size)
+    if conv is None:
+        return (*of_x, *of_w)
+    geometry = (
+        list(conv.stride), list(conv.padding), list(conv.dilation), conv.transposed, list(conv.output_padding),
+        conv.groups,
+    )  # fmt: skip
+    return (*of_x, *of_w, *geometry)
+
+
+def _product(
+    x: Tensor, x_step: Tensor, x_offset: Tensor | None, x_min: int, x_max: int, x_gradient_scale: float,
+    weight: Tensor, w_step: Tensor, w_min: int, w_max: int, w_gradient_scale: float, group_size: int | None,
+    *conv: Any,
+) -> Product:  # fmt: skip
+    axis = 0 if group_size is None and w_step.numel() > 1 else None
+    x_grid = Grid(x_step, x_min, x_max, x_gradient_scale, offset=x_offset)
+    w_grid = Grid(w_step, w_min, w_max, w_gradient_scale, axis=axis, group_size=group_size)
+    return Product(x, x_grid, weight, w_grid, Conv(*conv) if conv else None)
+
+
+def _fake_forward(bias: Tensor | None, autocast_dtype: torch.dtype | None, *flat: Any) -> Tensor:
+    p = _product(*flat)
+    dtype = autocast_dtype or p.x.dtype
+    if p.conv is None:
+        return p.x.new_empty((*p.x.shape[:-1], p.weight.shape[0]), dtype=dtype)
+    x, weight = p.x.to("meta", torch.float32), p.weight.to("meta", torch.float32)
+    shape = p.conv.convolve(x, p.conv.weight_of(weight)).shape
+    return torch.empty(shape, dtype=dtype, device=p.x.device, memory_format=memory_format(p.x))
+
+
+def _fake_backward(
+    grad: Tensor, need_x: bool, has_bias: bool, autocast_dtype: torch.dtype | None, *flat: Any
+) -> Gradients:
+    p = _product(*flat)
+    none = p.x_grid.step.new_empty(0)
+    return Gradients(
+        x=torch.empty_like(p.x) if need_x else p.x.new_empty(0),
+        x_step=torch.empty_like(p.x_grid.step) if need_x else none,
+        x_offset=torch.empty_like(p.x_grid.step) if need_x and p.x_grid.offset is not None else none.clone(),
+        weight=torch.empty_like(p.weight),
+        w_step=torch.empty_like(p.w_grid.step),
+        bias=p.w_grid.step.new_empty(p.weight.shape[0] if has_bias else 0),
+    )
+
+
+def _run_forward(bias: Tensor | None, autocast_dtype: torch.dtype | None, *flat: Any) -> Tensor:
+    return _forward(_product(*flat), bias, autocast_dtype)
+
+
+def _run_backward(
+    grad: Tensor, need_x: bool, has_bias: bool, autocast_dtype: torch.dtype | None, *flat: Any
+) -> tuple[Tensor, ...]:
+    return _backward(grad, _product(*flat), need_x, has_bias, autocast_dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, x_step, x_offset, *ctx.x_numbers = inputs[:6]
-    weight, w_step, *ctx.w_numbers = inputs[6:11]
-    ctx.save_for_backward(x, x_step, weight, w_step, *([] if x_offset is None else [x_offset]))
-    ctx.bias_dtype, ctx.rest, ctx.low = None if inputs[11] is None else inputs[11].dtype, inputs[12:-1], inputs[-1]
+    bias, ctx.autocast_dtype, *flat = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype  # a bias is not kept
+    keep(ctx, flat)
 
 
-def _differentiate(ctx: Any, grad: Tensor, backward: Any) -> Any:
-    x, x_step, weight, w_step, *offset = ctx.saved_tensors
-    need_x, has_bias = any(ctx.needs_input_grad[:3]), ctx.bias_dtype is not None
-    x_args = (x, x_step, offset[0] if offset else None, *ctx.x_numbers)
-    gx, gs, gb, gw, gws, g_bias = backward(
-        grad, *x_args, weight, w_step, *ctx.w_numbers, *ctx.rest, need_x, has_bias, ctx.low
+def _differentiate(ctx: Any, grad: Tensor, op: Op, backward: Op) -> Any:
+    flat = kept(ctx)
+    need_x = op.needs_gradient(ctx, "x", "x_step", "x_offset")
+    has_offset = _product(*flat).x_grid.offset is not None
+    found = Gradients(*backward(grad, need_x, ctx.bias_dtype is not None, ctx.autocast_dtype, *flat))
+    return op.gradients(
+        x=found.x if need_x else None,
+        x_step=found.x_step if need_x else None,
+        x_offset=found.x_offset if need_x and has_offset else None,
+        weight=found.weight,
+        w_step=found.w_step,
+        bias=None if ctx.bias_dtype is None else found.bias.to(ctx.bias_dtype),
     )
-    by_x = (gx, gs, gb if offset else None) if need_x else (None, None, None)
-    by_bias = None if ctx.bias_dtype is None else g_bias.to(ctx.bias_dtype)
-    return *by_x, None, None, None, gw, gws, None, None, None, by_bias, *([None] * (len(ctx.rest) + 1))
 
 
-for _op, _back in ((_linear, _linear_backward), (_convolution, _convolution_backward)):
-    _op.differentiate(partial(_differentiate, backward=_back), _setup)
-    _op.under_autocast(lambda args, dtype: (*args[:-1], dtype))
-    _back.refuse_derivative()
+def _register(name: str, geometry: str) -> Op:
+    op = Op(name, f"({_FORWARD}, {_PRODUCT}{geometry}) -> Tensor", _run_forward, _fake_forward)
+    schema = f"({_BACKWARD}, {_PRODUCT}{geometry}) -> {_GRADIENTS}"
+    backward = Op(name + "_backward", schema, _run_backward, _fake_backward)
+    op.differentiate(partial(_differentiate, op=op, backward=backward), _setup)
+    op.under_autocast(_with_dtype)
+    backward.refuse_derivative()
+    return op
 
 
-def _flat(x_grid: Grid, x: Tensor, w_grid: Grid, weight: Tensor) -> tuple[Any, ...]:
-    (xs, x_min, x_max, xg, xb, _), (ws, w_min, w_max, wg, *_) = x_grid, w_grid
-    return x, xs, xb, x_min, x_max, xg, weight, ws, w_min, w_max, wg
+def _with_dtype(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    bias, _, *flat = arguments
+    return (bias, dtype, *flat)
+
+
+_linear = _register("linear", "")
+_convolution = _register("convolution", _CONV)
+
+
+# ---- the calls ----
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, x_grid: Grid, w_grid: Grid) -> Tensor:
-    """A quantized linear layer: ``y = fl(fl(acc * fl(s_x s_w)) + b)``, ``acc`` the exact sum of ``(q_x - z) q_w``.
+    """Compute a quantized linear layer over exact integer sums, differentiable.
 
-    x: (..., in); weight: (out, in); bias: (out,) or None; float32, bfloat16 or float16.  w_grid.step: (1,), (out,) or,
-    with groups, (out * in / group_size,).  Returns (..., out) in x's dtype (autocast's under autocast).
+    ``y = fl(fl(acc * fl(s_x s_w)) + b)``, ``acc`` the exact sum of ``(q_x - z) q_w``
+
+    x: (..., in) float32, bfloat16 or float16.
+    weight: (out, in), likewise.
+    bias: (out,), likewise, or None.
+    x_grid: of the input, one step.
+    w_grid: of the weight; step: (1,), (out,) or, with groups, (out * in / group_size,).
+    Returns: (..., out) in x's dtype, autocast's under autocast.
+    Raises: UsageError where input and weight do not fit.
     """
     if x.shape[-1] != weight.shape[1]:
         raise UsageError(f"linear: the input's last dimension is {x.shape[-1]}, the weight {tuple(weight.shape)}")
-    return _linear(*_flat(x_grid, x, w_grid, weight), bias, w_grid.group_size, None)
+    return _linear(bias, None, *_flat(Product(x, x_grid, weight, w_grid, None)))
 
 
-def convolution(
-    x: Tensor, rows: Tensor, bias: Tensor | None, x_grid: Grid, w_grid: Grid, stride: Sequence[int],
-    padding: Sequence[int], dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
-) -> Tensor:  # fmt: skip
-    """A quantized N-d convolution: ``y = fl(fl(acc * fl(s_x s_w)) + b)`` with exact integer sums; padding is z.
+def convolution(x: Tensor, rows: Tensor, bias: Tensor | None, x_grid: Grid, w_grid: Grid, conv: Conv) -> Tensor:
+    """Compute a quantized N-d convolution over exact integer sums, differentiable; see ``linear``.
 
-    x: (batch, in, *spatial); rows: (out, in / groups, *kernel), also when transposed; bias: (out,) or None.
-    w_grid.step: (1,), (out,) or, with groups, one per run of the flattened (in / groups * kernel) weights.
-    Returns (batch, out, *spatial) in x's dtype (autocast's under autocast) and memory format.
+    x: (batch, in, *spatial) float32, bfloat16 or float16; padding is the zero point in code space.
+    rows: (out, in / groups, *kernel), likewise, also when transposed.
+    bias: (out,), likewise, or None.
+    x_grid: of the input, one step.
+    w_grid: of the weight; step: (1,), (out,) or, with groups, one per run of an output channel's weights.
+    conv: the geometry.
+    Returns: (batch, out, *spatial) in x's dtype, autocast's under autocast, and x's memory format.
     """
-    conv = (list(stride), list(padding), list(dilation), transposed, list(output_padding), groups)
-    return _convolution(*_flat(x_grid, x, w_grid, rows), bias, w_grid.group_size, *conv, None)
+    return _convolution(bias, None, *_flat(Product(x, x_grid, rows, w_grid, conv)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,19 @@ class Op:
         _LIBRARY.impl(name, lambda *args: _no_view(function(*args)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"lsquant::{name}", fake, lib=_LIBRARY)
         self._call = getattr(torch.ops.lsquant, name).default
+        self._arguments = tuple(argument.name for argument in self._call._schema.arguments)
+
+    def gradients(self, **found: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Put gradients, given by the names of arguments, in the arguments' order, None where none is given."""
+        ordered = tuple(found.pop(name, None) for name in self._arguments)
+        if found:
+            raise TypeError(f"{self.name} has no argument {', '.join(found)}")
+        return ordered
+
+    def needs_gradient(self, ctx: Any, *names: str) -> bool:
+        """Whether any of the named arguments wants a gradient."""
+        wanted = zip(self._arguments, ctx.needs_input_grad, strict=True)
+        return any(needed for name, needed in wanted if name in names)
 
     def __call__(self, *args: Any) -> Any:
         return self._call(*args)
@@ -53,6 +66,20 @@ class Op:
                     return self(*adapted)
 
             _LIBRARY.impl(self.name, kernel, "Autocast" + device.upper())
+
+
+def keep(ctx: Any, arguments: Sequence[Any]) -> None:
+    """Save the arguments of an op for its derivative; ``kept`` gives them back."""
+    ctx.save_for_backward(*(value for value in arguments if isinstance(value, Tensor)))
+    ctx.others = tuple(None if isinstance(value, Tensor) else value for value in arguments)
+    ctx.are_tensors = tuple(isinstance(value, Tensor) for value in arguments)
+
+
+def kept(ctx: Any) -> tuple[Any, ...]:
+    """The arguments that ``keep`` saved, in their order."""
+    tensors = iter(ctx.saved_tensors)
+    pairs = zip(ctx.others, ctx.are_tensors, strict=True)
+    return tuple(next(tensors) if is_tensor else value for value, is_tensor in pairs)
 
 
 def _no_view(result: Any) -> Any:

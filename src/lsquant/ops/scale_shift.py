@@ -5,25 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lsquant.kernels import engine
+from lsquant.kernels import engine_for
+from lsquant.kernels.engine import per_channel
 from lsquant.ops.registration import Op, laid_out_like
 
 
-def _channels(t: Tensor, x: Tensor) -> Tensor:
-    return t.reshape([-1 if d == 1 else 1 for d in range(x.dim())])
-
-
 def _forward(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    if fused := getattr(engine(x.device.type, x.dtype), "scale_shift", None):
-        return laid_out_like(fused(x, alpha, beta), x)
-    y = (x.to(torch.float32) * _channels(alpha, x)).add_(_channels(beta, x))
-    return laid_out_like(y.to(x.dtype), x)
+    return laid_out_like(engine_for(x.device.type, x.dtype).scale_shift(x, alpha, beta), x)
 
 
 def _backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     up = grad.to(torch.float32)
     others = [d for d in range(x.dim()) if d != 1]
-    grad_x = laid_out_like((up * _channels(alpha, x)).to(x.dtype), x)
+    grad_x = laid_out_like((up * per_channel(alpha, x)).to(x.dtype), x)
     return grad_x, (up * x.to(torch.float32)).sum(others), up.sum(others)
 
 
@@ -38,10 +32,15 @@ _op.differentiate(
     lambda ctx, grad: _backward_op(grad, *ctx.saved_tensors),
     lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], inputs[1]),
 )
-_op.under_autocast(lambda args, dtype: args)
+_op.under_autocast(lambda arguments, dtype: arguments)
 _backward_op.refuse_derivative()
 
 
 def scale_shift(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """``fl(fl(x * alpha) + beta)`` per channel.  x: (batch, C, ...); alpha, beta: (C,) float32.  Returns x's dtype."""
+    """Scale and shift each channel: ``fl(fl(x * alpha) + beta)``, two roundings, differentiable.
+
+    x: (batch, C, ...), float.
+    alpha, beta: (C,) float32.
+    Returns: the shape, dtype and memory format of x.
+    """
     return _op(x, alpha, beta)

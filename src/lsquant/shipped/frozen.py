@@ -46,7 +46,9 @@ class FrozenQuantizer(nn.Module):
     def grid(self) -> ops.Grid:
         """Return the quantizer as the ops take it.  The offset ``-z s`` rounds to z again."""
         offset = None if self.zero_point is None else -self.zero_point * self.step
-        return ops.Grid(self.step, self.q_min, self.q_max, 1.0, offset, self.group_size)
+        return ops.Grid(
+            self.step, self.q_min, self.q_max, offset=offset, axis=self.axis, group_size=self.group_size
+        )
 
     def float_codes(self, x: Tensor) -> Tensor:
         """Return the codes of x as float32 integers in its shape, NaN where x is not finite."""
@@ -62,8 +64,7 @@ class FrozenQuantizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.marker is not None:
             return mark("Quantizer", x, self.marker, x.shape)
-        step, q_min, q_max, _, offset, size = self.grid()
-        return ops.fake_quantize(x, step, q_min, q_max, 1.0, axis=self.axis, group_size=size, offset=offset)
+        return ops.fake_quantize_with(x, self.grid())
 
     def extra_repr(self) -> str:
         steps = "" if self.step.numel() == 1 else f", {self.step.numel()} steps"

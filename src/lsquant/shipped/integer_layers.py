@@ -127,7 +127,8 @@ class IntegerLinear(IntegerLayer):
         return (*x.shape[:-1], self.rows().shape[0])
 
     def sums(self, x: Tensor, weight: Tensor, grids: tuple[ops.Grid, ops.Grid], *extra: Any) -> Tensor:
-        return ops.linear(x, weight, self.bias, *grids)
+        inputs, weights = grids
+        return ops.linear(x, weight, self.bias, inputs, weights)
 
     def in_float(self, x: Tensor, weight: Tensor, *extra: Any) -> Tensor:
         return F.linear(x, weight, self.bias)
@@ -181,20 +182,21 @@ class IntegerConv(IntegerLayer):
             spatial = [(n + a + b - d * (k - 1) - 1) // s + 1 for n, (a, b), k, d, s, _ in sides]
         return (x.shape[0], self.rows().shape[0], *spatial)
 
-    def _operands(self, x: Tensor, extra: list[int]) -> tuple[Tensor, list[Any]]:
-        """Return the input, padded where sides differ, and the arguments of torch.convolution after the bias."""
+    def _operands(self, x: Tensor, extra: list[int]) -> tuple[Tensor, ops.Conv]:
+        """Return the input, padded where sides differ, and the geometry that is left."""
         padding = [a for a, _ in self.node_padding]
         if any(a != b for a, b in self.node_padding):
             x, padding = F.pad(x, _flat(self.node_padding)), [0] * len(padding)
-        return x, [self.stride, padding, self.dilation, self.transposed, extra, self.groups]
+        return x, ops.Conv(self.stride, padding, self.dilation, self.transposed, extra, self.groups)
 
     def sums(self, x: Tensor, weight: Tensor, grids: tuple[ops.Grid, ops.Grid], extra: list[int]) -> Tensor:
         x, conv = self._operands(x, extra)
-        return ops.convolution(x, weight, self.bias, *grids, *conv)
+        inputs, weights = grids
+        return ops.convolution(x, weight, self.bias, inputs, weights, conv)
 
     def in_float(self, x: Tensor, weight: Tensor, extra: list[int]) -> Tensor:
         x, conv = self._operands(x, extra)
-        return torch.convolution(x, self.own_layout(weight), self.bias, *conv)
+        return conv.convolve(x, self.own_layout(weight), self.bias)
 
 
 def _flat(sides: list[tuple[int, int]]) -> list[int]:

@@ -16,7 +16,8 @@ from lsquant import nn as lsq_nn
 from lsquant import ops
 from lsquant._util.batches import unwrapped
 from lsquant._util.errors import UsageError
-from lsquant.nn import QuantizedLayer
+from lsquant.nn import QuantizedLayer, WeightLayout
+from lsquant.nn.layout import conv_groups
 from lsquant.quantizer import Quantizer
 from lsquant.spec import QuantSpec
 
@@ -151,7 +152,7 @@ def ship(model: nn.Module) -> Shipped:
         if getattr(layer, "max_norm", None) is not None:
             raise UsageError(f"{label}: an Embedding with max_norm changes its weight in use, so it has no fixed codes")
         if layer.weight_quantizer is not None and layer.weight_quantizer not in weights:
-            codes = layer.rearranged(layer.integer_weight()[0])
+            codes = layer.to_rows(layer.integer_weight()[0])
             weight_name = f"{name}.weight".lstrip(".")
             weights[layer.weight_quantizer] = ShippedWeight(weight_name, codes, exchanged_groups(layer))
     found = {}
@@ -165,7 +166,7 @@ def ship(model: nn.Module) -> Shipped:
             step=quantizer.effective_step().detach().clone(),
             zero_point=quantizer.zero_point(),
             axis=quantizer.axis,
-            count=quantizer.samples_share,
+            count=quantizer.elements_per_step,
             weight=weights.get(quantizer),
         )
     shipped_layers = {}
@@ -206,11 +207,9 @@ def is_shippable(step: Tensor) -> Tensor:
 
 def exchanged_groups(layer: QuantizedLayer) -> int:
     """Return how the layer's weight is laid out: 0 with output channels first, else ``ShippedWeight.exchanged``."""
-    if type(layer).rearranged is QuantizedLayer.rearranged:
-        return 0
-    return getattr(layer, "groups", 1)
+    return 0 if layer.weight_layout is WeightLayout.OUTPUT_FIRST else conv_groups(layer)
 
 
 def own_layout(rows: Tensor, exchanged: int) -> Tensor:
     """Return a weight in its own layout.  rows: (out, ...), output channels first; exchanged: as in ShippedWeight."""
-    return ops.exchanged(rows, exchanged) if exchanged else rows
+    return ops.swap_channels(rows, exchanged) if exchanged else rows

@@ -1,13 +1,11 @@
 """The C++ engine: the fused quantizer, and layers over 8-bit codes, on torch's own threads.
 
-Built at first use (``build.py``).  Functions that return None where they do not apply leave the work to floating point
-over codes, which gives the same bits.
+Built at first use (``build.py``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,13 +13,97 @@ from torch import Tensor
 
 from lsquant import reference
 from lsquant.kernels.cpp.build import CannotBuild, library
-from lsquant.kernels.eager import convolution_sums as convolution_sums
-from lsquant.kernels.eager import linear_sums as linear_sums
+from lsquant.kernels.engine import Conv, Engine, Grid
+
+SUM_LIMIT = 2**30
+"""Of a sum of codes in int32, with the correction of the shift."""
 
 
-@cache
-def why_not() -> str:
-    """Why this engine cannot run; empty when it can."""
+class CppEngine(Engine):
+    """The operators ``lsquant_cpp::*``, whose arguments are flat: this class turns records into them."""
+
+    name = "cpp"
+    _reason: str | None = None
+
+    def why_not(self) -> str:
+        if self._reason is None:
+            self._reason = _load()
+        return self._reason
+
+    def fake_quantize(self, x: Tensor, grid: Grid) -> Tensor:
+        """The quantizer with its derivative registered in C++."""
+        step, zero, offset = grid.step, grid.zero_point, grid.offset
+        reference.require_layout(x, step, grid.axis, grid.group_size, zero, offset)
+        fixed, zeros = (0, zero) if isinstance(zero, Tensor) else (zero or 0, None)
+        return torch.ops.lsquant_cpp.fake_quantize(
+            x, step, grid.q_min, grid.q_max, grid.gradient_scale, grid.axis, grid.group_size, fixed, zeros, offset
+        )
+
+    def quantize(self, x: Tensor, grid: Grid) -> Tensor:
+        return self.fake_quantize(x, grid)
+
+    def quantize_backward(
+        self, grad: Tensor, x: Tensor, grid: Grid, reuse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        ops = torch.ops.lsquant_cpp
+        backward = ops.fake_quantize_backward_reusing if reuse else ops.fake_quantize_backward
+        zero, offset = grid.zero_point, grid.offset
+        fixed, zeros = (0, zero) if isinstance(zero, Tensor) else (zero or 0, None)
+        of_x, of_step, of_offset = backward(
+            grad, x, grid.step, grid.q_min, grid.q_max, grid.gradient_scale, grid.axis, grid.group_size, fixed, zeros,
+            offset,
+        )  # fmt: skip
+        return of_x, of_step, None if offset is None else of_offset
+
+    def scale_shift(self, x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+        return torch.ops.lsquant_cpp.scale_shift(x, alpha, beta)
+
+    def linear(self, x: Tensor, x_grid: Grid, weight: Tensor, w_grid: Grid, bias: Tensor | None) -> Tensor | None:
+        if not _fits(x, x_grid, weight, w_grid):
+            return None
+        return torch.ops.lsquant_cpp.linear(
+            x, x_grid.step, x_grid.offset, x_grid.q_min, x_grid.q_max,
+            weight, w_grid.step, w_grid.q_min, w_grid.q_max, bias,
+        )  # fmt: skip
+
+    def convolution(
+        self, x: Tensor, x_grid: Grid, rows: Tensor, w_grid: Grid, bias: Tensor | None, conv: Conv
+    ) -> Tensor | None:
+        """2-d, neither transposed nor grouped."""
+        if not (_is_plain(x, conv) and _fits(x, x_grid, rows, w_grid)):
+            return None
+        return torch.ops.lsquant_cpp.convolution(
+            x, x_grid.step, x_grid.offset, x_grid.q_min, x_grid.q_max,
+            rows, w_grid.step, w_grid.q_min, w_grid.q_max, bias, conv.stride, conv.padding, conv.dilation,
+        )  # fmt: skip
+
+    def weight_gradient(
+        self, grad: Tensor, x: Tensor, x_grid: Grid, kernel: Sequence[int], conv: Conv
+    ) -> Tensor | None:
+        """2-d, neither transposed nor grouped, at most 2^17 weights."""
+        weights = grad.shape[1] * x.shape[1] * torch.Size(kernel).numel()
+        if not (_is_plain(x, conv) and x.numel() and weights <= 2**17):
+            return None
+        return torch.ops.lsquant_cpp.weight_gradient(
+            grad, x, x_grid.step, x_grid.offset, x_grid.q_min, x_grid.q_max, kernel,
+            conv.stride, conv.padding, conv.dilation,
+        )  # fmt: skip
+
+    def input_gradient(self, grad: Tensor, x: Tensor, w_hat: Tensor, conv: Conv) -> Tensor | None:
+        """3x3, stride 1, at least 32 channels, channels last, by minimal filtering; the result is channels last."""
+        out, channels = w_hat.shape[:2]
+        fits = _is_plain(x, conv) and w_hat.shape[2:] == (3, 3) and min(out, channels) >= 32 and out % 8 == 0
+        if not fits or w_hat.numel() > 2**18 or not x.numel():
+            return None
+        if {*conv.stride, *conv.dilation} != {1} or max(conv.padding) > 2:
+            return None
+        if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+            return None
+        return torch.ops.lsquant_cpp.input_gradient(grad, w_hat, list(x.shape), conv.padding)
+
+
+def _load() -> str:
+    """Build and load the library; returns why that cannot be done, empty when it is."""
     try:
         torch.ops.load_library(str(library()))
     except (CannotBuild, OSError, ImportError) as error:
@@ -31,96 +113,24 @@ def why_not() -> str:
     return ""
 
 
-def _fake_backward(grad: Tensor, x: Tensor, step: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(step), step.new_empty(0) if rest[-1] is None else step.clone()
+def _fake_backward(
+    grad: Tensor, x: Tensor, step: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_, offset = rest
+    return torch.empty_like(x), torch.empty_like(step), step.new_empty(0) if offset is None else step.clone()
 
 
-def fake_quantize(
-    x: Tensor, step: Tensor, q_min: int, q_max: int, gradient_scale: float, axis: int | None, group_size: int | None,
-    fixed_zero: int, zero_point: Tensor | None, offset: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The quantizer with its derivative registered in C++; arguments of ``lsquant::fake_quantize``."""
-    reference.require_layout(x, step, axis, group_size, zero_point, offset)
-    rest = (axis, group_size, fixed_zero, zero_point, offset)
-    return torch.ops.lsquant_cpp.fake_quantize(x, step, q_min, q_max, gradient_scale, *rest)
+def _fits(x: Tensor, x_grid: Grid, weight: Tensor, w_grid: Grid) -> bool:
+    """Whether no groups share steps, there is something to sum, codes fit 8 bits and sums int32."""
+    levels = x_grid.q_max - x_grid.q_min
+    if levels >= 256 or w_grid.group_size is not None or not x.numel() or not weight.numel():
+        return False
+    return weight.numel() // weight.shape[0] * levels * w_grid.largest_code < SUM_LIMIT
 
 
-def _split(zero_point: int | Tensor | None) -> tuple[int, Tensor | None]:
-    return (0, zero_point) if isinstance(zero_point, Tensor) else (zero_point or 0, None)
+def _is_plain(x: Tensor, conv: Conv) -> bool:
+    """Whether a convolution is 2-d and neither transposed nor grouped."""
+    return x.dim() == 4 and not conv.transposed and conv.groups == 1
 
 
-def quantize(x: Tensor, step: Tensor, q_min: int, q_max: int, axis: int | None, group_size: int | None,
-             zero_point: int | Tensor | None, offset: Tensor | None) -> Tensor:  # fmt: skip
-    """See ``lsquant.reference.quantize``."""
-    return fake_quantize(x, step, q_min, q_max, 1.0, axis, group_size, *_split(zero_point), offset)
-
-
-def quantize_backward(
-    grad: Tensor, x: Tensor, step: Tensor, q_min: int, q_max: int, gradient_scale: float, axis: int | None,
-    group_size: int | None, zero_point: int | Tensor | None, offset: Tensor | None, reuse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """See ``lsquant.reference.quantize_backward``; with ``reuse`` the memory of grad may become the result's."""
-    ops = torch.ops.lsquant_cpp
-    op = ops.fake_quantize_backward_reusing if reuse else ops.fake_quantize_backward
-    rest = (gradient_scale, axis, group_size, *_split(zero_point), offset)
-    grad_x, grad_step, grad_offset = op(grad, x, step, q_min, q_max, *rest)
-    return grad_x, grad_step, None if offset is None else grad_offset
-
-
-def scale_shift(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
-    """``fl(fl(x * alpha) + beta)`` in x's dtype and strides.  x: (batch, C, ...); alpha, beta: (C,) float32."""
-    return torch.ops.lsquant_cpp.scale_shift(x, alpha, beta)
-
-
-def _fits(x: Tensor, weight: Tensor, x_min: int, x_max: int, w_min: int, w_max: int) -> bool:
-    """Whether codes fit 8 bits and sums int32, with the correction of the shift."""
-    top = (x_max - x_min) * max(abs(w_min), abs(w_max))
-    return x_max - x_min < 256 and weight[0].numel() * top < 2**30 and x.numel() > 0
-
-
-def linear(x: Tensor, x_step: Tensor, x_offset: Tensor | None, x_min: int, x_max: int, weight: Tensor, w_step: Tensor,
-           w_min: int, w_max: int, bias: Tensor | None) -> Tensor | None:  # fmt: skip
-    """``y = fl(fl(acc * fl(s_x s_w)) + b)`` float32, from float input (..., in) and weight (out, in)."""
-    if not weight.numel() or not _fits(x, weight, x_min, x_max, w_min, w_max):
-        return None
-    return torch.ops.lsquant_cpp.linear(x, x_step, x_offset, x_min, x_max, weight, w_step, w_min, w_max, bias)
-
-
-def _plain(x: Tensor, conv: Sequence[Any]) -> bool:
-    """A 2-d convolution that is neither transposed nor grouped."""
-    return x.dim() == 4 and not conv[3] and conv[5] == 1
-
-
-def convolution(
-    x: Tensor, x_step: Tensor, x_offset: Tensor | None, x_min: int, x_max: int, weight: Tensor, w_step: Tensor,
-    w_min: int, w_max: int, bias: Tensor | None, conv: Sequence[Any],
-) -> Tensor | None:  # fmt: skip
-    """As ``linear`` for a 2-d convolution; conv: stride, padding, dilation, transposed, output_padding, groups."""
-    if not (_plain(x, conv) and weight.numel() and _fits(x, weight, x_min, x_max, w_min, w_max)):
-        return None
-    grid = (x, x_step, x_offset, x_min, x_max, weight, w_step, w_min, w_max)
-    return torch.ops.lsquant_cpp.convolution(*grid, bias, *conv[:3])
-
-
-def weight_gradient(grad: Tensor, x: Tensor, x_step: Tensor, x_offset: Tensor | None, x_min: int, x_max: int,
-                    weight: Tensor, conv: Sequence[Any]) -> Tensor | None:  # fmt: skip
-    """The gradient of a convolution's dequantized weight, float32, from the float input; None where it does not fit."""
-    if not (_plain(x, conv) and x.numel() and weight.numel() <= 2**17):
-        return None
-    kernel = list(weight.shape[2:])
-    return torch.ops.lsquant_cpp.weight_gradient(grad, x, x_step, x_offset, x_min, x_max, kernel, *conv[:3])
-
-
-def input_gradient(grad: Tensor, x: Tensor, w_hat: Tensor, conv: Sequence[Any]) -> Tensor | None:
-    """The gradient of a convolution's dequantized input, float32, channels last; None where it does not fit.
-
-    3x3, stride 1, at least 32 channels, by minimal filtering.
-    """
-    stride, padding, dilation = conv[:3]
-    out, channels = w_hat.shape[:2]
-    fits = _plain(x, conv) and w_hat.shape[2:] == (3, 3) and min(out, channels) >= 32 and w_hat.numel() <= 2**18
-    if not fits or {*stride, *dilation} != {1} or max(padding) > 2 or out % 8 or not x.numel():
-        return None
-    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
-        return None
-    return torch.ops.lsquant_cpp.input_gradient(grad, w_hat, list(x.shape), padding)
+ENGINE = CppEngine()

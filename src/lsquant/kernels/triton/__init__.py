@@ -1,7 +1,6 @@
 """The Triton engine: the fused quantizer on CUDA, and linear layers over 8-bit codes by ``torch._int_mm``.
 
 Under TRITON_INTERPRET=1 Triton's interpreter runs the same kernels on CPU tensors: how they are tested without a GPU.
-Functions that return None where they do not apply leave the work to floating point over codes: the same bits.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from torch import Tensor
 
 from lsquant import reference
 from lsquant._util.errors import UsageError
-from lsquant.kernels.eager import convolution_sums as convolution_sums
-from lsquant.kernels.eager import linear_sums as linear_sums
+from lsquant.kernels.engine import Engine, Grid
 
 ACROSS = 128  # columns of a tile, at most; where steps go by row, the longest float32 chain of a sum
 DOWN = 256  # rows of a tile, at most, where steps go by column: likewise
@@ -26,15 +24,6 @@ def _arithmetic() -> Any:
     from lsquant.kernels.triton import arithmetic
 
     return arithmetic
-
-
-def why_not() -> str:
-    """Why this engine cannot run; empty when it can."""
-    try:
-        interpreted = _arithmetic().INTERPRETED
-    except ImportError as error:
-        return f"Triton, which comes with PyTorch for CUDA, is not installed ({error})"
-    return "" if interpreted or torch.cuda.is_available() else "there is no CUDA device"
 
 
 class _Matrix(NamedTuple):
@@ -65,8 +54,9 @@ def _power(n: int, most: int) -> int:
     return p
 
 
-def _matrix(x: Tensor, steps: int, axis: int | None, group_size: int | None) -> _Matrix:
+def _matrix(x: Tensor, grid: Grid) -> _Matrix:
     """Where the elements of a dense tensor have their step; groups lie along its row-major order."""
+    steps, axis, group_size = grid.step.numel(), grid.axis, grid.group_size
     count, outer, inner = x.numel(), 1, group_size or 1
     if steps == 1:
         return _Matrix(-(-count // ACROSS), ACROSS, count, 1, 1, "tensor")
@@ -84,90 +74,105 @@ def _run(kernel: str, m: _Matrix, *args: Any, **constants: Any) -> None:
     if not (args[0].is_cuda or _arithmetic().INTERPRETED):
         raise UsageError(f"the engine triton is forced and computes on CUDA; a tensor is on {args[0].device}")
     launch, (rows, columns) = getattr(_arithmetic(), kernel)[(prod(m.tiles),)], m.tile
+    places = (m.rows, m.columns, m.count, m.steps, m.inner)
     if torch.compiler.is_compiling():
-        return launch(*args, *m[:5], **constants, ROWS=rows, COLUMNS=columns)
+        return launch(*args, *places, **constants, ROWS=rows, COLUMNS=columns)
     with torch.cuda.device_of(args[0]):
-        return launch(*args, *m[:5], **constants, ROWS=rows, COLUMNS=columns, enable_fp_fusion=False)
+        return launch(*args, *places, **constants, ROWS=rows, COLUMNS=columns, enable_fp_fusion=False)
 
 
-def _quantizer(
-    step: Tensor, q_min: int, q_max: int, zero_point: int | Tensor | None, offset: Tensor | None
-) -> tuple[Any, ...]:
-    """The kernels' arguments: steps; zero points, or the one number for all; bounds."""
-    zero = zero_point if offset is None else reference.zero_point(step, offset, q_min, q_max)
+def _numbers(grid: Grid) -> tuple[Any, ...]:
+    """A quantizer as the kernels take it: steps; zero points, or the one number for all; bounds."""
+    zero = grid.zero_point
+    if grid.offset is not None:
+        zero = reference.zero_point(grid.step, grid.offset, grid.q_min, grid.q_max)
     single = 0.0 if isinstance(zero, Tensor) else float(zero or 0)
     zeros = zero.to(torch.float32).contiguous() if isinstance(zero, Tensor) else None
-    return step.contiguous(), zeros, single, float(q_min), float(q_max)
+    return grid.step.contiguous(), zeros, single, float(grid.q_min), float(grid.q_max)
 
 
-def _dense(x: Tensor, step: Tensor, axis: int | None, group_size: int | None, *zeros: int | Tensor | None) -> Tensor:
+def _dense(x: Tensor, grid: Grid) -> Tensor:
     """x without gaps, row-major for groups.  Raises: UsageError where the shapes do not fit."""
-    x = x if group_size is None else x.contiguous()
-    reference.require_layout(x, step, axis, group_size, *zeros)
+    x = x if grid.group_size is None else x.contiguous()
+    reference.require_layout(x, grid.step, grid.axis, grid.group_size, grid.zero_point, grid.offset)
     return x if x.stride() == torch.empty_like(x, device="meta").stride() else torch.empty_like(x).copy_(x)
 
 
-def quantize(x: Tensor, step: Tensor, q_min: int, q_max: int, axis: int | None, group_size: int | None,
-             zero_point: int | Tensor | None, offset: Tensor | None) -> Tensor:  # fmt: skip
-    """See ``lsquant.reference.quantize``."""
-    x = _dense(x, step, axis, group_size, zero_point, offset)
-    y = torch.empty_like(x)
-    if x.numel():
-        m = _matrix(x, step.numel(), axis, group_size)
-        _run("forward", m, x, y, None, 0.0, *_quantizer(step, q_min, q_max, zero_point, offset), BY=m.by)
-    return y
+class TritonEngine(Engine):
+    """The kernels of ``arithmetic.py``, launched over tiles."""
+
+    name = "triton"
+
+    def why_not(self) -> str:
+        try:
+            interpreted = _arithmetic().INTERPRETED
+        except ImportError as error:
+            return f"Triton, which comes with PyTorch for CUDA, is not installed ({error})"
+        return "" if interpreted or torch.cuda.is_available() else "there is no CUDA device"
+
+    def quantize(self, x: Tensor, grid: Grid) -> Tensor:
+        x = _dense(x, grid)
+        y = torch.empty_like(x)
+        if x.numel():
+            m = _matrix(x, grid)
+            _run("forward", m, x, y, None, 0.0, *_numbers(grid), BY=m.by)
+        return y
+
+    def quantize_backward(
+        self, grad: Tensor, x: Tensor, grid: Grid, reuse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        x = _dense(x, grid)
+        if grad.stride() != x.stride():
+            grad, reuse = torch.empty_like(x, dtype=grad.dtype).copy_(grad), True
+        to = grad if reuse and grad.dtype == x.dtype else torch.empty_like(x)
+        learned = grid.offset is not None
+        if not x.numel():
+            return to, torch.zeros_like(grid.step), torch.zeros_like(grid.step) if learned else None
+        m = _matrix(x, grid)
+        (down, across), columns, kinds = m.tiles, m.by == "column", 2 if learned else 1
+        sums = torch.empty((kinds, down * m.columns if columns else m.rows * across), device=x.device)
+        flags = {"BY": m.by, "LEARNED": learned, "IN_PLACE": to is grad}
+        _run("backward", m, grad, x, to, sums, sums.shape[1], *_numbers(grid), **flags)
+        terms = sums.view(kinds, -1, m.steps, m.inner if columns else across).sum((1, 3), dtype=torch.float64)
+        by_step, *by_offset = (terms * grid.gradient_scale).to(torch.float32).unbind()
+        return to, by_step, by_offset[0] if by_offset else None
+
+    def linear(self, x: Tensor, x_grid: Grid, weight: Tensor, w_grid: Grid, bias: Tensor | None) -> Tensor | None:
+        """``acc = sum (q_x - shift) q_w + (shift - z) sum q_w``, int32."""
+        if not _fits(x, x_grid, weight, w_grid):
+            return None
+        shift, z = 128 if x_grid.q_max > 127 else 0, 0
+        if x_grid.offset is not None:
+            zeros = reference.zero_point(x_grid.step, x_grid.offset, x_grid.q_min, x_grid.q_max)
+            z = zeros.to(torch.int32)
+        qx, bad = _codes(x.reshape(-1, weight.shape[1]).contiguous(), shift, x_grid)
+        qw, bad_w = _codes(weight.contiguous(), 0, w_grid)
+        more = (shift - z) * qw.sum(1, dtype=torch.int32) if shift or x_grid.offset is not None else None
+        y = torch.empty((qx.shape[0], qw.shape[0]), device=x.device)
+        m = _Matrix(y.shape[0], y.shape[1], y.numel(), 1, 1, "tensor")
+        scale = x_grid.step * w_grid.step + bad_w
+        _run("finish", m, torch.ops.aten._int_mm(qx, qw.t()), more, bad, scale, bias, y)
+        return y.view(*x.shape[:-1], qw.shape[0])
 
 
-def quantize_backward(
-    grad: Tensor, x: Tensor, step: Tensor, q_min: int, q_max: int, gradient_scale: float, axis: int | None,
-    group_size: int | None, zero_point: int | Tensor | None, offset: Tensor | None, reuse: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """See ``lsquant.reference.quantize_backward``; with ``reuse`` the memory of grad may become the result's."""
-    x = _dense(x, step, axis, group_size, zero_point, offset)
-    if grad.stride() != x.stride():
-        grad, reuse = torch.empty_like(x, dtype=grad.dtype).copy_(grad), True
-    to = grad if reuse and grad.dtype == x.dtype else torch.empty_like(x)
-    if not x.numel():
-        return to, torch.zeros_like(step), None if offset is None else torch.zeros_like(step)
-    m = _matrix(x, step.numel(), axis, group_size)
-    (down, across), columns, kinds = m.tiles, m.by == "column", 1 if offset is None else 2
-    sums = torch.empty((kinds, down * m.columns if columns else m.rows * across), device=x.device)
-    grid = _quantizer(step, q_min, q_max, zero_point, offset)
-    flags = {"BY": m.by, "LEARNED": kinds == 2, "IN_PLACE": to is grad}
-    _run("backward", m, grad, x, to, sums, sums.shape[1], *grid, **flags)
-    terms = sums.view(kinds, -1, m.steps, m.inner if columns else across).sum((1, 3), dtype=torch.float64)
-    by_step, *by_offset = (terms * gradient_scale).to(torch.float32).unbind()
-    return to, by_step, by_offset[0] if by_offset else None
-
-
-def linear(x: Tensor, x_step: Tensor, x_offset: Tensor | None, x_min: int, x_max: int, weight: Tensor, w_step: Tensor,
-           w_min: int, w_max: int, bias: Tensor | None) -> Tensor | None:  # fmt: skip
-    """``y = fl(fl(acc * fl(s_x s_w)) + b)`` float32; ``acc = sum (q_x - shift) q_w + (shift - z) sum q_w``, int32."""
-    if not _fits(x, x_min, x_max, weight, w_min, w_max):
-        return None
-    shift, z = 128 if x_max > 127 else 0, 0
-    if x_offset is not None:
-        z = reference.zero_point(x_step, x_offset, x_min, x_max).to(torch.int32)
-    qx, bad = _codes(x.reshape(-1, weight.shape[1]).contiguous(), shift, x_step, x_min, x_max, x_offset)
-    qw, bad_w = _codes(weight.contiguous(), 0, w_step, w_min, w_max, None)
-    more = (shift - z) * qw.sum(1, dtype=torch.int32) if shift or x_offset is not None else None
-    y = torch.empty((qx.shape[0], qw.shape[0]), device=x.device)
-    m = _Matrix(y.shape[0], y.shape[1], y.numel(), 1, 1, "tensor")
-    _run("finish", m, torch.ops.aten._int_mm(qx, qw.t()), more, bad, x_step * w_step + bad_w, bias, y)
-    return y.view(*x.shape[:-1], qw.shape[0])
-
-
-def _fits(x: Tensor, x_min: int, x_max: int, weight: Tensor, w_min: int, w_max: int) -> bool:
+def _fits(x: Tensor, x_grid: Grid, weight: Tensor, w_grid: Grid) -> bool:
     """Whether ``torch._int_mm`` takes the shapes (on CPU it may saturate), codes fit int8 and sums int32."""
+    if w_grid.group_size is not None:
+        return False
     out, inputs = weight.shape
-    narrow = x_max - x_min < 256 and w_min >= -128 and w_max < 128
-    narrow = narrow and inputs * (x_max - x_min) * max(abs(w_min), abs(w_max)) < 2**30
+    levels = x_grid.q_max - x_grid.q_min
+    narrow = levels < 256 and w_grid.q_min >= -128 and w_grid.q_max < 128
+    narrow = narrow and inputs * levels * w_grid.largest_code < 2**30
     return narrow and x.is_cuda and weight.numel() > 0 and out % 8 == inputs % 8 == 0 and x.numel() // inputs > 16
 
 
-def _codes(x: Tensor, shift: int, step: Tensor, q_min: int, q_max: int, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+def _codes(x: Tensor, shift: int, grid: Grid) -> tuple[Tensor, Tensor]:
     """``q - shift`` of x: (rows, columns), int8; and per row 0, or NaN where a part of it is not finite."""
-    m = _Matrix(x.shape[0], x.shape[1], x.numel(), step.numel(), 1, "tensor" if step.numel() == 1 else "row")
+    steps = grid.step.numel()
+    m = _Matrix(x.shape[0], x.shape[1], x.numel(), steps, 1, "tensor" if steps == 1 else "row")
     q, bad = torch.empty_like(x, dtype=torch.int8), torch.empty((m.rows, m.tiles[1]), device=x.device)
-    _run("forward", m, x, q, bad, float(shift), *_quantizer(step, q_min, q_max, None, offset), BY=m.by)
+    _run("forward", m, x, q, bad, float(shift), *_numbers(grid), BY=m.by)
     return q, bad.sum(1)
+
+
+ENGINE = TritonEngine()

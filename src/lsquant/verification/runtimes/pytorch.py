@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lsquant._util.batches import Forward, evaluating, run_batch
 from lsquant.convert import revert
 from lsquant.formats.packed import load_packed
-from lsquant.kernels import engine
+from lsquant.kernels import engine_for
 from lsquant.verification.recorder import Call, LayerCall, input_codes, layer_input, recording, watched
 from lsquant.verification.runtimes.protocol import Observed, Opened, Runtime
 
@@ -40,7 +40,7 @@ def opened_model(twin: nn.Module, how: str) -> Iterator[Opened]:
 def engine_of(model: nn.Module) -> str:
     """Return the name of the engine that a model runs on."""
     device = next(iter(model.state_dict().values())).device.type
-    return f"engine {engine(device).__name__.rpartition('.')[2]}"
+    return f"engine {engine_for(device).name}"
 
 
 class ModelRunner:
