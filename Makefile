@@ -57,9 +57,9 @@ test-all: $(STAMP)
 
 # with each engine that runs on a CPU forced, and with the instructions of AVX2 only; benchmarks and pages do not depend on them
 test-engines: $(STAMP)
-	LSQUANT_ENGINE=eager $(PYTEST) --ignore tests/test_packaging.py --ignore tests/test_benchmarks.py
-	LSQUANT_ENGINE=cpp $(PYTEST) --ignore tests/test_packaging.py --ignore tests/test_benchmarks.py
-	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) --ignore tests/test_packaging.py --ignore tests/test_benchmarks.py
+	LSQUANT_ENGINE=eager $(PYTEST) --ignore tests/project/test_packaging.py --ignore tests/benchmarks/test_benchmarks.py
+	LSQUANT_ENGINE=cpp $(PYTEST) --ignore tests/project/test_packaging.py --ignore tests/benchmarks/test_benchmarks.py
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) --ignore tests/project/test_packaging.py --ignore tests/benchmarks/test_benchmarks.py
 
 # takes long, and wants a machine that does nothing else
 bench: $(STAMP)
@@ -76,7 +76,7 @@ long-runs-commit: $(STAMP)
 
 # the wheel, built, checked and installed into an environment of its own; the digits line run with it from elsewhere
 package: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "" tests/test_packaging.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "" tests/project/test_packaging.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests benchmarks studies examples

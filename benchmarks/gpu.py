@@ -6,7 +6,7 @@
 
 Needs PyTorch with CUDA and safetensors; lsquant need not be installed, and no C++ is built.  The sections, in order:
 
-cases      the table of tests/cases.py against tests/oracle.py: codes, outputs and gradients; layers over codes
+cases      the table of tests/helpers/cases.py against tests/oracle.py: codes, outputs and gradients; layers over codes
 quantizer  forward and backward over ``x * 1.0`` forward and backward, each checked first
 int_mm     ``torch._int_mm`` over int8 codes: its sums, and its time over that of a bfloat16 product
 compile    a compiled model is one graph and gives the codes of the eager one
@@ -171,7 +171,7 @@ TINY_LAYERS = {"Linear": ((20, 24), (16, 24)), "Conv2d": ((2, 3, 5, 5), (8, 3, 3
 
 def cases(options: Options) -> Iterator[Task]:
     """The shared table, and layers over codes."""
-    from cases import CASES, some
+    from helpers.cases import CASES, some
 
     chosen = some(*FEW) if options.tiny else CASES
     for first in range(0, len(chosen), CHUNK):
@@ -195,7 +195,7 @@ def shared(what: str, part: Sequence[Any]) -> list[Row]:
 
 def mistake(case: Any) -> str:
     """What the engine gets wrong in a case; empty when nothing."""
-    from engines import assert_same, assert_within, gradients, value
+    from helpers.engines import assert_same, assert_within, gradients, value
 
     built, found = case.build(), []
 
@@ -225,7 +225,7 @@ def mistake(case: Any) -> str:
 def codes(built: Any) -> Tensor:
     """The integers behind the output: of the values in float32, where no two of them have the same output."""
     import oracle
-    from engines import value
+    from helpers.engines import value
 
     y = value(ENGINE, replace(built, x=built.x.float())).double()
     step, z = (torch.tensor(oracle.spread(v, y.shape, **built.layout)) for v in (built.step.numpy(), built.z))

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     a = parser.parse_args()
     sys.path.insert(0, str(ROOT / "tests"))
-    from real_nets import real_net
+    from helpers.real_nets import real_net
 
     pixels = np.fromfile(a.cifar, np.uint8).reshape(-1, 3073)[: a.images, 1:].reshape(-1, 3, 32, 32)
     images = torch.from_numpy(pixels.astype(np.float32))

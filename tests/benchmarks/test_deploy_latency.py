@@ -1,0 +1,35 @@
+"""The benchmark of latency runs in a tiny size, and its rows make the table of docs/deployment.md."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.benchmarks import BENCHMARKS, assert_sound, bench  # noqa: F401  (bench is a fixture)
+
+
+@pytest.mark.slow
+def test_rows_and_table(tmp_path: Path, bench) -> None:  # noqa: F811
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    command = [sys.executable, str(BENCHMARKS / "deploy_latency.py"), "--tiny", "--bits", "w2a2", "--batches", "1", "2"]
+    command += ["--repeats", "1", "--threads", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tables = bench("tables")
+    rows = tables.read(tmp_path / "deploy.csv")
+    files = ("float", "exact", "small", "qdq", "exact, ConvInteger")
+    names = {f"{file}, {runtime}" for file in files for runtime in ("ONNX Runtime", "OpenVINO")}
+    assert_sound(rows, names, groups=2)
+    for row in rows:
+        if row["contender"] == "small, OpenVINO":  # it has no type of 2 bits
+            assert (row["repeats"], row["check"]) == ("0", "left out: Unsupported type"), row
+            continue
+        assert row["repeats"] == "1", row
+        if row["contender"] in ("exact, ONNX Runtime", "small, ONNX Runtime", "exact, ConvInteger, ONNX Runtime"):
+            assert row["check"].endswith("other than trained: 0.00% of outputs"), row
+    page = tables.filled("<!-- table: deploy -->\n<!-- end of deploy -->", tmp_path)
+    assert "| ResNet-20, w2a2, batch 2 |" in page

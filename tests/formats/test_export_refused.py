@@ -1,0 +1,113 @@
+"""What export_onnx refuses, and that a refusal or a full disk costs nothing."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lsquant
+from helpers.export_onnx import Small, ready, small, tiny
+from lsquant import QuantSpec, Recipe, Rule
+from lsquant._util.errors import DiskFull, MissingExtra, MissingFile, UsageError
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+
+@pytest.mark.parametrize("profile, words", [("fast", "unknown"), ("exat", "unknown")])
+def test_profiles_that_are_not_there(profile: str, words: str, tmp_path: Path) -> None:
+    model, x = tiny()
+    with pytest.raises(UsageError, match=rf"{words}; choose from 'exact', 'qdq'"):
+        lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile=profile)
+    assert not list(tmp_path.iterdir())
+
+
+def test_group_wise_convolution_has_no_exact_form(tmp_path: Path) -> None:
+    model, x = small(rules=[Rule("conv2", QuantSpec(4, granularity="group", group_size=9))])
+    with pytest.raises(UsageError, match="conv2: a convolution with group-wise"):
+        lsquant.export_onnx(model, tmp_path / "m.onnx", x)
+    path = lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile="qdq")
+    verdict = lsquant.verify(model, path, [x])
+    assert verdict.level == "weights"
+    assert verdict.checks[-1].largest < 1e-5
+
+
+def test_what_is_not_ready_is_named(tmp_path: Path) -> None:
+    model, x = Small(), torch.randn(2, 3, 6, 6)
+    with pytest.raises(UsageError, match="no quantized layer"):
+        lsquant.export_onnx(model, tmp_path / "m.onnx", x)
+    lsquant.prepare(model, Recipe(4, 4))
+    with pytest.raises(UsageError, match=r"conv1\.input_quantizer.*calibrate"):
+        lsquant.export_onnx(model, tmp_path / "m.onnx", x)
+    lsquant.calibrate(model, [x])
+    with lsquant.disabled(model, "conv2*"), pytest.raises(UsageError, match=r"conv2\..*switched off"):
+        lsquant.export_onnx(model, tmp_path / "m.onnx", x)
+    with pytest.raises(UsageError, match="float32"):
+        lsquant.export_onnx(model, tmp_path / "m.onnx", x.double())
+    with pytest.raises(UsageError, match="empty batch"):
+        lsquant.export_onnx(model, tmp_path / "m.onnx", ())
+    with pytest.raises(MissingFile, match="folder"):
+        lsquant.export_onnx(model, tmp_path / "nowhere" / "m.onnx", x)
+    assert not list(tmp_path.iterdir())
+
+
+class FixedBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.reshape(2, -1, 4))
+
+
+def test_a_model_of_fixed_batch_size_says_so(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    model = ready(FixedBatch(), Recipe(4, 4), x)
+    with pytest.raises(UsageError, match="dynamic batch"):
+        lsquant.export_onnx(model, tmp_path / "m.onnx", torch.randn(3, 5))
+    with pytest.raises(UsageError, match=re.escape("torch cannot trace this model with a dynamic batch dimension")):
+        lsquant.export_onnx(model, tmp_path / "m.onnx", x)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = tiny()
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"old")
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DiskFull, match="no space"):
+        lsquant.export_onnx(model, path, x)
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+@pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_names_the_extra(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = tiny()
+    real = builtins.__import__
+
+    def without(module: str, *args: Any, **kwargs: Any) -> Any:
+        if module.split(".")[0] == name:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(module, *args, **kwargs)
+
+    path = lsquant.export_onnx(model, tmp_path / "m.onnx", x)
+    for loaded in [m for m in sys.modules if m.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr("importlib.import_module", lambda module: without(module) and sys.modules[module])
+    reading = name == "onnxruntime"
+    with pytest.raises(MissingExtra, match=r"lsquant\[onnx\]"):
+        lsquant.onnx_session(path) if reading else lsquant.export_onnx(model, path, x)

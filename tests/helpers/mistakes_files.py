@@ -1,0 +1,181 @@
+"""Mistakes with optimizers, files, export and the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lsquant
+from helpers.mistakes import W4A4, Net, Reversed, command, images, mistake, prepared, ready
+from lsquant import Quantizer, QuantSpec, Recipe, Rule
+
+# ---- the optimizer ----
+
+
+@mistake("stem.weight_quantizer.step", "after prepare")
+def an_optimizer_from_before_prepare(_: Path) -> Any:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    lsquant.prepare(model, W4A4)
+    lsquant.calibrate(model, [images()])
+    return lsquant.check(model, optimizer)
+
+
+@mistake("weight decay 0.0001", "param_groups")
+def an_optimizer_that_decays_the_steps(_: Path) -> Any:
+    model = ready()
+    return lsquant.check(model, torch.optim.SGD(model.parameters(), 0.1, weight_decay=1e-4))
+
+
+@mistake("head.input_quantizer.step", "requires_grad_(True)")
+def a_frozen_step(_: Path) -> Any:
+    model = ready()
+    model.head.input_quantizer.step.requires_grad_(False)
+    return lsquant.check(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+@mistake("the optimizer is a generator", "give a torch optimizer")
+def parameters_for_an_optimizer(_: Path) -> Any:
+    model = ready()
+    lsquant.check(model, model.parameters())
+
+
+@mistake("Net has no quantizers", "lsquant.prepare")
+def a_float_model_checked(_: Path) -> Any:
+    return lsquant.check(Net())
+
+
+@mistake("stem.input_quantizer", "calibrate again on data like these")
+def data_of_another_scale(_: Path) -> Any:
+    return lsquant.check(ready(), batches=[images() * 100])
+
+
+# ---- files ----
+
+
+@mistake("no quantized layer", "lsquant.prepare")
+def a_float_model_saved(tmp: Path) -> Any:
+    lsquant.save(Net(), tmp / "m")
+
+
+@mistake("none", "does not exist")
+def a_file_that_is_not_there(tmp: Path) -> Any:
+    lsquant.load(Net(), tmp / "none")
+
+
+@mistake("stem.weight is (4, 1, 3, 3) in the file and (8, 1, 3, 3)", "Build the model that was saved")
+def a_model_of_another_size_loaded(tmp: Path) -> Any:
+    lsquant.save(ready(), tmp / "m")
+    lsquant.load(Net(8), tmp / "m")
+
+
+@mistake("the model lacks norm.bias", "Build the model that was saved")
+def another_architecture_loaded(tmp: Path) -> Any:
+    lsquant.save(ready(), tmp / "m")
+    lsquant.load(Reversed(), tmp / "m")
+
+
+@mistake("no recipe", "load_state_dict")
+def a_float_checkpoint_loaded(tmp: Path) -> Any:
+    from safetensors.torch import save_file
+
+    save_file(Net().state_dict(), tmp / "float.safetensors")
+    lsquant.load(Net(), tmp / "float.safetensors")
+
+
+@mistake("damaged", "m")
+def a_file_that_was_cut(tmp: Path) -> Any:
+    lsquant.save(ready(), tmp / "m")
+    content = (tmp / "m").read_bytes()
+    (tmp / "m").write_bytes(content[: len(content) // 2])
+    lsquant.load(Net(), tmp / "m")
+
+
+@mistake("folder", "create it first")
+def a_folder_that_is_not_there(tmp: Path) -> Any:
+    lsquant.save(ready(), tmp / "none" / "m")
+
+
+# ---- export and verify ----
+
+
+@mistake("stem.input_quantizer", "lsquant.calibrate")
+def exported_before_calibration(tmp: Path) -> Any:
+    lsquant.export_onnx(prepared(), tmp / "m.onnx", images())
+
+
+@mistake("profile='int8'", "'exact', 'qdq'")
+def an_unknown_profile(tmp: Path) -> Any:
+    lsquant.export_onnx(ready(), tmp / "m.onnx", images(), profile="int8")
+
+
+@mistake("profile='fast'", "'exact', 'qdq'")
+def a_profile_that_is_not_built(tmp: Path) -> Any:
+    lsquant.export_onnx(ready(), tmp / "m.onnx", images(), profile="fast")
+
+
+@mistake("opset=10", "ReduceMean needs")
+def an_opset_that_is_too_low(tmp: Path) -> Any:
+    lsquant.export_onnx(ready(), tmp / "m.onnx", images(), opset=10)
+
+
+@mistake("no quantized layer", "lsquant.prepare")
+def a_float_model_exported(tmp: Path) -> Any:
+    lsquant.export_onnx(Net(), tmp / "m.onnx", images())
+
+
+@mistake("another model", "'body'")
+def verified_with_another_model(tmp: Path) -> Any:
+    lsquant.export_onnx(ready(), tmp / "m.onnx", images())
+    other = ready(Recipe(4, 4, [Rule("body", None, None)]))
+    lsquant.verify(other, tmp / "m.onnx", [images()])
+
+
+@mistake("batches is a Tensor", "pass [batch]")
+def verified_with_a_bare_tensor(tmp: Path) -> Any:
+    lsquant.export_onnx(ready(), tmp / "m.onnx", images())
+    lsquant.verify(ready(), tmp / "m.onnx", images())
+
+
+@mistake("N is unknown", "count=N")
+def a_quantizer_of_ones_own_without_n(_: Path) -> Any:
+    q = Quantizer(QuantSpec(4))
+    q.initialize(torch.randn(20))
+    q(torch.randn(20))
+
+
+@mistake("no step yet", ".initialize(x)")
+def a_quantizer_of_ones_own_without_a_step(_: Path) -> Any:
+    Quantizer(QuantSpec(4, signed=True), count=20)(torch.randn(20))
+
+
+@mistake("granularity='channel'", "axis=")
+def a_quantizer_of_ones_own_without_an_axis(_: Path) -> Any:
+    Quantizer(QuantSpec(4, granularity="channel"), (3,), count=20)
+
+
+@mistake("step has shape (3,)", "need 4")
+def a_quantizer_of_ones_own_of_another_shape(_: Path) -> Any:
+    Quantizer(QuantSpec(4, granularity="channel"), (3,), axis=0, count=20).initialize(torch.randn(4, 20))
+
+
+# ---- the command line ----
+
+
+@mistake("'mnist'", "digits")
+def an_unknown_task(tmp: Path) -> Any:
+    return command("train", "mnist", "--out", tmp / "run")
+
+
+@mistake("exists", "--overwrite")
+def a_run_that_exists(tmp: Path) -> Any:
+    (tmp / "run").mkdir()
+    (tmp / "run" / "config.toml").write_text("")
+    return command("train", "digits", "--bits", 2, "--out", tmp / "run")
+
+
+@mistake("'nonsense'", "package.module:name")
+def a_model_named_without_a_function(tmp: Path) -> Any:
+    return command("calibrate", "--model", "nonsense", "--data", "nonsense", "--bits", "4", "--out", tmp / "m")

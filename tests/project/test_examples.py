@@ -1,0 +1,66 @@
+"""The examples run as scripts run: their main function, in an empty folder, with less training."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import lsquant
+from lsquant.tasks import Task
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples"
+
+
+def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_run_here():
+    text = Path(__file__).read_text()
+    for path in FOLDER.glob("*.py"):
+        assert f'example("{path.stem}"' in text
+
+
+def test_own_cnn(in_tmp, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    own = example("own_cnn", monkeypatch)
+    result = own.main(epochs=3)
+    assert result["float32"] > 0.8
+    assert result["2 bits, learned steps"] > result["2 bits, not trained"]
+    assert lsquant.load(own.network(), "own_cnn.safetensors")[3].weight_quantizer.spec.bits == 2
+    if Path("own_cnn.onnx").exists():
+        assert "exact: equal outputs" in capsys.readouterr().out
+
+
+def test_own_loop_transformer(in_tmp, monkeypatch):
+    own = example("own_loop_transformer", monkeypatch)
+    result = own.main(steps=60)
+    assert result["float32"] > 0.5
+    assert result["3 bits, learned steps"] > result["3 bits, not trained"]
+    symbols = own.task.example_input()
+    loaded = lsquant.load(own.Network(), "own_transformer.safetensors").eval()
+    assert loaded(symbols).shape == (1, own.SYMBOLS)
+
+
+def test_the_transformer_as_a_task(monkeypatch):
+    task: Task = example("own_loop_transformer", monkeypatch).task
+    first = [x for x, _ in task.batches("train", batch_size=4, seed=1, epoch=2)]
+    again = [x for x, _ in task.batches("train", batch_size=4, seed=1, epoch=2)]
+    other = next(iter(task.batches("train", batch_size=4, seed=1, epoch=3)))[0]
+    assert len(first) == task.steps_per_epoch(4)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other)
+    model = task.model().train()
+    assert 0.0 <= task.metric(model)["accuracy"] <= 100.0
+    assert model.training
