@@ -23,7 +23,7 @@ from lsquant import kernels
 
 torch.set_num_threads(int(os.environ.get("LSQUANT_TEST_THREADS", "1")))
 # engines of the tests: name -> module, as in lsquant.kernels.ENGINES
-OWN_ENGINES = {"quantizer_only": "quantizer_only"}
+OWN_ENGINES = {"quantizer_only": "helpers.quantizer_only"}
 
 # LSQUANT_TEST_SEED=n runs every test from other seeds
 BASE_SEED = int(os.environ.get("LSQUANT_TEST_SEED", "0"))

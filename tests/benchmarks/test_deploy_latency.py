@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from helpers.benchmarks import BENCHMARKS, assert_sound, bench  # noqa: F401  (bench is a fixture)
+from helpers.benchmarks import BENCHMARKS, assert_sound
 
 
 @pytest.mark.slow
-def test_rows_and_table(tmp_path: Path, bench) -> None:  # noqa: F811
+def test_rows_and_table(tmp_path: Path, bench) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("openvino")
     command = [sys.executable, str(BENCHMARKS / "deploy_latency.py"), "--tiny", "--bits", "w2a2", "--batches", "1", "2"]

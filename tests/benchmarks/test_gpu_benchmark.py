@@ -16,7 +16,7 @@ import torch
 
 import lsquant
 from helpers import engines
-from helpers.benchmarks import BENCHMARKS, bench  # noqa: F401  (bench is a fixture)
+from helpers.benchmarks import BENCHMARKS
 from lsquant import reference
 
 SCRIPT, ROOT = BENCHMARKS / "gpu.py", BENCHMARKS.parent
@@ -29,7 +29,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @pytest.fixture
-def gpu(bench):  # noqa: F811
+def gpu(bench):
     return bench("gpu")
 
 
@@ -349,5 +349,5 @@ def test_the_sizes_for_a_gpu_are_there(gpu) -> None:
     assert all(rows > 16 and inputs % 8 == outputs % 8 == 0 for rows, inputs, outputs in gpu.SHAPES)
     whats = {name: [task.what for task in make(real)] for name, make in gpu.SECTIONS.items()}
     assert all(len(set(found)) == len(found) > 3 for found in whats.values())
-    assert whats["cases"][-7].endswith("of " + str(len(importlib.import_module("cases").CASES)))
+    assert whats["cases"][-7].endswith("of " + str(len(importlib.import_module("helpers.cases").CASES)))
     assert len(whats["quantizer"]) == 4 * 2 * 3

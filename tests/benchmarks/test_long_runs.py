@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import lsquant
+from helpers.benchmarks import ROOT
 from helpers.cifar_files import joined, six_parts
-from helpers.long_runs import ROOT
 from lsquant import reference
 from lsquant._util.errors import UsageError
 from lsquant.runs import training

@@ -13,10 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import lsquant
-from helpers.long_runs import bench, words  # noqa: F401  (fixtures)
+from helpers.benchmarks import ROOT
 from lsquant.tasks import get_task, open_run
 
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("w2a2", "w3a3", "w3a3-taught", "w4a4")
 
 
@@ -57,7 +56,7 @@ def test_accuracy_where_the_images_are(name: str, cifar10_folder: Path) -> None:
     assert task.metric(network)["accuracy"] == facts["accuracy"]
 
 
-def test_the_page_is_what_the_command_makes(tmp_path: Path, bench: Any) -> None:  # noqa: F811
+def test_the_page_is_what_the_command_makes(tmp_path: Path, bench: Any) -> None:
     texts = {name: (ROOT / "docs" / name).read_text() for name in ("results.md", "pilot.md")}
     for name, text in texts.items():
         emptied = re.sub(r"(<!-- table: \w+ -->\n).*?(<!-- end)", r"\1\2", text, flags=re.DOTALL)
@@ -82,7 +81,7 @@ def test_the_rate_of_the_pilot_is_near_its_target() -> None:
 
 
 @pytest.mark.slow
-def test_files_verdicts_and_page_of_a_run(bench: Any, words: list[str], tmp_path: Path) -> None:  # noqa: F811
+def test_files_verdicts_and_page_of_a_run(bench: Any, words: list[str], tmp_path: Path) -> None:
     """A run of an epoch on made-up images: what is kept is what was trained; unfinished runs only get a line."""
     folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results" / "long")]
     bench("long_runs").main([*words, "--epochs", "1", "--threads", "1", "--only", "w2a2", *folders])

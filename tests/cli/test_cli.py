@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lsquant
-from helpers.command_line import TINY, Result, line, refused, run  # noqa: F401  (line is a fixture)
+from helpers.command_line import TINY, Result, refused, run
 from helpers.report_pages import page_data
 from lsquant.cli.main import parser
 from lsquant.tasks import open_run
@@ -25,7 +25,7 @@ COMMANDS = ("train", "eval", "export", "verify", "report", "figure", "env")
 # ---- the line ----
 
 
-def test_train(line):  # noqa: F811
+def test_train(line):
     path, results = line
     train = results["train"]
     assert train.code == 0
@@ -42,7 +42,7 @@ def test_train(line):  # noqa: F811
     assert (run_.settings.float_epochs, run_.settings.epochs, run_.settings.batch_size) == (2, 1, 80)
 
 
-def test_eval(line):  # noqa: F811
+def test_eval(line):
     path, results = line
     metrics = json.loads((path / "metrics.json").read_text())["lsq"]
     assert results["eval"].code == results["eval json"].code == 0
@@ -50,7 +50,7 @@ def test_eval(line):  # noqa: F811
     assert results["eval"].out == f"accuracy {metrics['accuracy']:.2f} %, test_loss {metrics['test_loss']:.4f}\n"
 
 
-def test_export_and_verify(line):  # noqa: F811
+def test_export_and_verify(line):
     path, results = line
     file = path / "export" / "exact.onnx"
     assert results["export"].code == 0
@@ -68,7 +68,7 @@ def test_export_and_verify(line):  # noqa: F811
     assert json.loads((path / "export" / "exact.verdict.json").read_text()) == verdict
 
 
-def test_verify_fails_where_the_file_is_not_exact_and_require_relaxes_it(line):  # noqa: F811
+def test_verify_fails_where_the_file_is_not_exact_and_require_relaxes_it(line):
     path, results = line
     assert results["export qdq"].code == 0
     level = json.loads((path / "export" / "qdq.verdict.json").read_text())["level"]
@@ -79,7 +79,7 @@ def test_verify_fails_where_the_file_is_not_exact_and_require_relaxes_it(line): 
     assert run("verify", path, "--profile", "qdq", "--require", level).code == 0
 
 
-def test_report(line):  # noqa: F811
+def test_report(line):
     path, results = line
     assert results["report"].code == results["report json"].code == 0
     metrics = json.loads((path / "metrics.json").read_text())
@@ -102,7 +102,7 @@ def test_report(line):  # noqa: F811
     assert told["files"]["the same packed, with steps"] == packed
 
 
-def test_the_page_has_the_numbers(line):  # noqa: F811
+def test_the_page_has_the_numbers(line):
     path, _ = line
     shown = page_data(path / "report.html")
     (of_run,) = shown["runs"]
@@ -122,7 +122,7 @@ def test_the_page_has_the_numbers(line):  # noqa: F811
     assert shown["version"] == lsquant.__version__
 
 
-def test_check_of_a_run_knows_the_guarded_steps_of_its_log(line, tmp_path):  # noqa: F811
+def test_check_of_a_run_knows_the_guarded_steps_of_its_log(line, tmp_path):
     """The counter is not saved with the model."""
     path = shutil.copytree(line[0], tmp_path / "run")
     rows = [json.loads(row) for row in (path / "log.jsonl").read_text().splitlines()]
@@ -134,7 +134,7 @@ def test_check_of_a_run_knows_the_guarded_steps_of_its_log(line, tmp_path):  # n
     assert "guarded_often" not in run("check", line[0], "--json").out
 
 
-def test_a_report_without_the_other_files_says_what_is_missing(line, tmp_path):  # noqa: F811
+def test_a_report_without_the_other_files_says_what_is_missing(line, tmp_path):
     path, _ = line
     folder = tmp_path / "moved"
     folder.mkdir()
@@ -156,7 +156,7 @@ def test_a_report_without_the_other_files_says_what_is_missing(line, tmp_path): 
 # ---- an output that exists ----
 
 
-def test_an_existing_directory(line, tmp_path):  # noqa: F811
+def test_an_existing_directory(line, tmp_path):
     path, results = line
     before = (path / "model.safetensors").read_bytes()
     refused(2, "--resume .* --overwrite", "train", "digits", "--bits", "2", "--out", path, *TINY)
@@ -173,7 +173,7 @@ def test_an_existing_directory(line, tmp_path):  # noqa: F811
     assert (tmp_path / "mine.txt").read_text() == "x"
 
 
-def test_resume_refuses_what_the_run_does_not_have(line):  # noqa: F811
+def test_resume_refuses_what_the_run_does_not_have(line):
     path, _ = line
     for option, value in (("--lr", "7"), ("--epochs", "99"), ("--seed", "5"), ("--bits", "3")):
         refused(2, "is another run", "train", "--out", path, "--resume", option, value)
@@ -190,7 +190,7 @@ def test_wrong_input_leaves_no_run_behind(tmp_path):
     assert not out.exists()
 
 
-def test_an_output_that_is_a_folder(line, tmp_path):  # noqa: F811
+def test_an_output_that_is_a_folder(line, tmp_path):
     refused(2, "is a folder", "report", line[0], "--out", tmp_path)
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from helpers.cli_own import own, result, run  # noqa: F401  (own is a fixture)
+from helpers.cli_own import result, run
 
 
 @pytest.mark.parametrize("name", ["task", "Points", "make"])
-def test_train_a_task_of_ones_own(own, capsys, name):  # noqa: F811
+def test_train_a_task_of_ones_own(own, capsys, name):
     where = f"points.py:{name}"
     facts = result(capsys, "train", where, "--bits", "4", "--out", "run", "--quiet")
     assert facts["lsq"]["accuracy"] > 80
@@ -24,7 +24,7 @@ def test_train_a_task_of_ones_own(own, capsys, name):  # noqa: F811
     assert "leave out --model and --data" in capsys.readouterr().err
 
 
-def test_a_run_is_opened_from_another_folder(own, capsys, monkeypatch):  # noqa: F811
+def test_a_run_is_opened_from_another_folder(own, capsys, monkeypatch):
     """The task's file is found where the run was started, so that `report` does not replace a page by a poorer one."""
     facts = result(capsys, "train", "points.py:task", "--bits", "4", "--out", "run", "--quiet")
     elsewhere = own / "elsewhere"
@@ -38,7 +38,7 @@ def test_a_run_is_opened_from_another_folder(own, capsys, monkeypatch):  # noqa:
     assert "points.py does not exist" in capsys.readouterr().err
 
 
-def test_a_run_of_a_built_in_task_is_opened_from_another_folder(own, capsys, monkeypatch):  # noqa: F811
+def test_a_run_of_a_built_in_task_is_opened_from_another_folder(own, capsys, monkeypatch):
     pytest.importorskip("sklearn")
     short = ["--float-epochs", "0", "--epochs", "0", "--quiet"]
     facts = result(capsys, "train", "digits", "--bits", "4", "--out", "run", *short)
@@ -47,7 +47,7 @@ def test_a_run_of_a_built_in_task_is_opened_from_another_folder(own, capsys, mon
     assert result(capsys, "eval", "../run") == facts["lsq"]
 
 
-def test_train_wrong_tasks(own, capsys):  # noqa: F811
+def test_train_wrong_tasks(own, capsys):
     for where, text in (
         ("points.py:tsak", "points.py has no 'tsak'; near names: task"),
         ("points.py:half", "is a Linear and no task: it lacks batches, example_input"),
@@ -60,7 +60,7 @@ def test_train_wrong_tasks(own, capsys):  # noqa: F811
     assert not Path("run").exists()
 
 
-def test_check_of_a_digits_run(own, capsys):  # noqa: F811
+def test_check_of_a_digits_run(own, capsys):
     pytest.importorskip("sklearn")
     short = ["--float-epochs", "1", "--epochs", "1", "--quiet"]
     run("train", "digits", "--bits", "4", "--out", "run", *short)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import lsquant
-from helpers.cli_own import CNN, calibrated, own, result  # noqa: F401  (fixtures)
+from helpers.cli_own import CNN, result
 from helpers.command_line import TINY, Result, refused, run
 from helpers.report_pages import page_data
 from lsquant.tasks import open_run
@@ -125,7 +125,7 @@ def tmp_path_of(path: Path, folder: Path) -> Path:
     return moved
 
 
-def test_a_model_of_ones_own(calibrated, capsys):  # noqa: F811
+def test_a_model_of_ones_own(calibrated, capsys):
     told = result(capsys, "export", "model.safetensors", *CNN, "--profile", "packed", "--vectors", "v.npz")
     assert told["file"] == "model.packed.safetensors"
     assert told["vectors"] == "v.npz"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.command_line import line, refused, run  # noqa: F401  (line is a fixture)
+from helpers.command_line import refused, run
 from lsquant.cli import commands, training
 
 for package in ("sklearn", "onnx", "onnxruntime", "onnxscript"):
@@ -59,7 +59,7 @@ def test_missing_files(says, in_tmp):
     assert not list(in_tmp.iterdir())
 
 
-def test_what_is_missing_or_damaged_in_a_run(line, tmp_path):  # noqa: F811
+def test_what_is_missing_or_damaged_in_a_run(line, tmp_path):
     path, _ = line
     refused(3, r"none\.onnx does not exist", "verify", path, "--file", tmp_path / "none.onnx")
     refused(3, r"lsquant export .* --profile small", "verify", path, "--profile", "small")
@@ -89,7 +89,7 @@ def test_what_is_missing_or_damaged_in_a_run(line, tmp_path):  # noqa: F811
         ("tensorboard", "tensorboard", ("train", "digits", "--bits", "2", "--tensorboard", "--out", "OUT")),
     ],
 )
-def test_a_missing_extra_is_named(package, extra, command, line, in_tmp, monkeypatch):  # noqa: F811
+def test_a_missing_extra_is_named(package, extra, command, line, in_tmp, monkeypatch):
     for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)

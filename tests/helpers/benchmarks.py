@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import lsquant
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 
 COLUMNS = [
     "workload", "configuration", "phase", "contender", "unit", "p20", "p50", "p80", "repeats", "ratio", "baseline",
@@ -19,9 +21,10 @@ COLUMNS = [
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch):
-    """Imports a module of benchmarks/ as the scripts there do."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of benchmarks/ or studies/ as a script there does."""
+    for folder in ("studies", "benchmarks"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
     return importlib.import_module
 
 

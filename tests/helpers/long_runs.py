@@ -1,10 +1,6 @@
-"""What the tests of long runs share with others."""
+"""Made-up files for the long runs."""
 
 from __future__ import annotations
-
-import importlib
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,16 +8,6 @@ from safetensors.torch import save_file
 
 from helpers.cifar_files import six_parts, write_binary
 from lsquant.tasks.resnet import cifar_resnet
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of benchmarks/ or studies/ as a script does."""
-    for folder in ("benchmarks", "studies"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")

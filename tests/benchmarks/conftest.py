@@ -1,0 +1,4 @@
+"""Fixtures of the tests of benchmarks/ and studies/."""
+
+from helpers.benchmarks import bench as bench
+from helpers.long_runs import words as words
