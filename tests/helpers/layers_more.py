@@ -1,16 +1,19 @@
-"""What the tests of layers more share with others."""
+"""Convolutions of one and three dimensions, transposed ones, transformers' Conv1D: cases, and outputs by the oracle."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from helpers.layers import ready
+import oracle
+from helpers.layers import array, ready
 from lsquant import QuantSpec
 
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CHANNEL = QuantSpec(4, granularity="channel")
 
 KINDS: dict[str, tuple[Any, Any]] = {
@@ -67,3 +70,38 @@ def made(name: str, kind: str) -> tuple[Any, torch.Tensor]:
     make, shape = LAYERS[name]
     x = torch.randn(shape) + 0.2
     return ready(make(), x, *KINDS[kind]), x
+
+
+def expected(layer: Any, x: torch.Tensor, extra: Any = None) -> torch.Tensor:
+    """The layer's output by the oracle.  extra: the output padding, where it is not the layer's own."""
+    xq, wq = layer.input_quantizer, layer.weight_quantizer
+    s_x, s_w = array(xq.effective_step()), array(wq.effective_step())
+    values, w = array(x), array(layer.weight)
+    z = 0.0
+    if xq.offset is not None:
+        z = float(oracle.lsq_plus_zero_point(array(xq.offset), s_x, xq.q_min, xq.q_max)[0])
+    bias = None if layer.bias is None else array(layer.bias)
+    if isinstance(layer, TRANSPOSED):
+        per_weight = s_w[oracle.output_channels(w.shape, layer.groups)] if len(s_w) > 1 else np.full(w.shape, s_w[0])
+        q_w = np.clip(np.rint(w / per_weight), wq.q_min, wq.q_max)
+        q_x = oracle.codes(values, s_x, xq.q_min, xq.q_max, z)
+        options = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        extra = layer.output_padding if extra is None else extra
+        return torch.tensor(oracle.transposed_convolution(q_x, z, s_x[0], q_w, s_w, bias, *options, extra))
+    kind = {"axis": layer.weight.dim() - 1 if w.ndim == 2 else 0} if len(s_w) > 1 else {}
+    q_w = oracle.codes(w, s_w, wq.q_min, wq.q_max, **kind)
+    if w.ndim == 2:  # transformers' Conv1D: (in, out)
+        return torch.tensor(
+            oracle.linear(oracle.codes(values, s_x, xq.q_min, xq.q_max, z), z, s_x[0], q_w.T, s_w, bias)
+        )
+    sides = [(p, p) for p in layer.padding] if not isinstance(layer.padding, str) else [(0, 0)] * (w.ndim - 2)
+    if layer.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        sides = [(t // 2, t - t // 2) for t in totals]
+    if layer.padding_mode != "zeros":
+        mode = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}[layer.padding_mode]
+        values, sides = np.pad(values, ((0, 0), (0, 0), *sides), mode), [(0, 0)] * len(sides)
+    q_x = oracle.codes(values, s_x, xq.q_min, xq.q_max, z)
+    return torch.tensor(
+        oracle.convolution(q_x, z, s_x[0], q_w, s_w, bias, layer.stride, sides, layer.dilation, layer.groups)
+    )

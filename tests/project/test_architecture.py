@@ -150,3 +150,13 @@ def test_private_names_of_torch():
     for file in FILES:
         for number, line in enumerate(file.read_text().splitlines(), 1):
             assert not banned.search(line), f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+
+
+def test_the_files_that_the_documentation_names_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    walks = re.findall(r"^\d\. (?:Back: )?((?:`[^`]+`(?:, )?)+)", text, re.MULTILINE)
+    index = re.findall(r"^\| [^|]+\? \| ([^|]+) \|", text, re.MULTILINE)
+    named = {name for part in walks + index for name in re.findall(r"`([^`]+)`", part)}
+    assert len(index) >= 15
+    files = [name for name in sorted(named) if "/" in name or name.endswith(".py")]
+    assert [name for name in files if not (PACKAGE / name).exists()] == []

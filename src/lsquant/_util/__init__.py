@@ -1,1 +1,1 @@
-"""Small helpers without any quantization in them: errors, files, optional imports, progress, batches."""
+"""Small helpers without any quantization in them: errors, files, optional imports, batches."""

@@ -73,12 +73,12 @@ def param_groups(
     kinds: dict[nn.Parameter, str] = {}  # a parameter that is shared is a step or a norm's if it is so anywhere
     for where, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, Quantizer) and relative_step_lr is None:
+            if isinstance(module, Quantizer):
                 kinds[parameter] = "steps"
-            elif isinstance(module, Quantizer):
-                kind, rate = f"steps/{where}", relative_step_lr * float(module.initial_step.median())
-                kinds[parameter] = kind
-                groups[kind] = {"params": [], "lr": rate, "weight_decay": 0.0}
+                if relative_step_lr is not None:
+                    kinds[parameter] = f"steps/{where}"
+                    rate = relative_step_lr * float(module.initial_step.median())
+                    groups[kinds[parameter]] = {"params": [], "lr": rate, "weight_decay": 0.0}
             elif isinstance(module, _NORMS) or name.endswith("bias") or parameter.ndim < 2:
                 kinds.setdefault(parameter, "no_decay")
     for parameter in model.parameters():
