@@ -25,8 +25,6 @@ NETWORKS = {"float", "LSQ formulation, eager", OURS}
 COMPILED = {"float, compiled", "LSQ formulation, compiled", "lsquant, compiled"}
 
 
-
-
 def speed(out: Path, *arguments: str) -> dict[str, list[dict[str, str]]]:
     """Run benchmarks/speed.py in a tiny size; the rows of every CSV file it wrote."""
     command = [sys.executable, str(BENCHMARKS / "speed.py"), *arguments, "--tiny", "--repeats", "1", "--threads", "1"]
@@ -37,8 +35,6 @@ def speed(out: Path, *arguments: str) -> dict[str, list[dict[str, str]]]:
         with path.open(newline="") as file:
             found[path.stem] = list(csv.DictReader(file))
     return found
-
-
 
 
 @pytest.mark.parametrize("everything", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -22,8 +22,6 @@ def same(first: str, second: str) -> bool:
     return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
 
 
-
-
 # ---- calibrate ----
 
 

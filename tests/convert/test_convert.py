@@ -19,22 +19,6 @@ from lsquant.nn import ExactBatchNorm2d, QuantConv2d, QuantLinear, quantizers
 KEYS = {"step", "initial_step", "signed", "count", "initialized"}
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 # ---- in place ----
 
 

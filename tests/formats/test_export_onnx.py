@@ -22,14 +22,6 @@ onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
 
-
-
-
-
-
-
-
-
 def run(path: Path, *arrays: Tensor) -> list[np.ndarray]:
     session = lsquant.onnx_session(path)
     return session.run(None, {i.name: a.numpy() for i, a in zip(session.get_inputs(), arrays, strict=True)})

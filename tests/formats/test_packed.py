@@ -81,8 +81,6 @@ def test_recipes_and_what_is_loaded_into(name, into, tmp_path):
     assert (tmp_path / "again").read_bytes() == (tmp_path / "p").read_bytes()
 
 
-
-
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name, bits, tmp_path):

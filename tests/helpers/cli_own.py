@@ -105,6 +105,7 @@ def own(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if name.split(".")[0] in {"mine", "points", "network"}:
             del sys.modules[name]
 
+
 CNN = ["--model", "mine.network:build", "--data", "mine.network:batches"]
 
 

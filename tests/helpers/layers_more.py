@@ -30,6 +30,7 @@ def conv1d_of_transformers(out: int, features: int) -> nn.Module:
     nn.init.normal_(layer.bias)
     return layer
 
+
 LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
     "conv1d, stride, dilation, groups": (

@@ -23,7 +23,6 @@ every_layer = pytest.mark.parametrize("name", LAYERS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-
 @every_kind
 @every_layer
 def test_forward(name, kind):

@@ -42,7 +42,6 @@ LAYERS = {
     "formats": 13,
     "verification": 14,
     "integrations": 15,
-    "importers": 15,
     "runs": 16,
     "report": 17,
     "tasks": 17,

@@ -25,12 +25,6 @@ CASES = [(name, bits) for name in ("ResNet-20", "ResNet-8") for bits in (8, 4, 3
 TARGETS = ("integer model", "packed file")
 
 
-
-
-
-
-
-
 @dataclass
 class Comparison:
     """One network over its test set: outputs against the trained ones, and verdicts over a part of it.

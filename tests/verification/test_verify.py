@@ -22,12 +22,6 @@ from lsquant.verification.verdict import LEVELS, Check, Differences, Verdict, di
 pytest.importorskip("onnxruntime")
 
 
-
-
-
-
-
-
 def batches(x: Tensor, size: int = 16) -> list[Tensor]:
     return list(x.split(size))
 
@@ -46,10 +40,6 @@ def test_exact(trained: Any, exported: Path) -> None:
     assert outputs == 40 * (8 * 16 + 8 * 4 + 3)
     assert whole == 40 * 3
     assert weights == 8 * 18 + 8 * 72 + 24 + (8 + 8 + 3) + 3  # codes, fl(s_x s_w), s_x
-
-
-
-
 
 
 def one_scale(arrays: dict[str, Any], model: Any) -> None:
