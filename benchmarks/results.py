@@ -26,7 +26,7 @@ from tables import ROOT, replaced, table
 
 from lsquant import Verdict, export_onnx, export_packed, load_packed, to_integer, verify
 from lsquant._util.files import atomic_write, atomic_write_text, read_json, write_json
-from lsquant.cli.words import file_name
+from lsquant.formats import file_format
 from lsquant.tasks import get_task, is_run, open_run
 
 PILOT = "pilot: "  # how a run of the pilot of equal budgets begins in the table of runs
@@ -48,7 +48,7 @@ def publish(path: Path, data: str | None, networks: Path) -> None:
     name, example = f"{run.task.name}-{run.task.options['model']}-{path.name}", run.task.example_input()
     files: dict[str, Any] = {}
     for profile in PROFILES:
-        file = run.file(f"export/{file_name(profile)}")
+        file = run.file(f"export/{file_format(profile).file_name}")
         if profile == "packed":
             export_packed(model, file)
         else:
