@@ -29,7 +29,7 @@ def test_the_weight_of_transformers_conv1d_is_in_by_out() -> None:
 
 
 def check_model_type(name: str) -> None:
-    model_types = pytest.importorskip("model_types")
+    model_types = pytest.importorskip("helpers.model_types")
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, TYPES[name].cls):
         pytest.skip(f"transformers {transformers.__version__} has no {TYPES[name].cls}")

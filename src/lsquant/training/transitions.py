@@ -106,7 +106,7 @@ class TransitionRate:
         self.trace: list[tuple[int, float, float, float]] = []
         self._before: list[Tensor] = []
         self._fixed: list[Tensor] = []
-        self._effective: list[Tensor] = []
+        self._grids: list[ops.Grid] = []
         self._learned = [p for _, quantizer in self.layers for p in quantizer.parameters()]
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._before_step),
@@ -164,7 +164,8 @@ class TransitionRate:
         """Return a tensor a layer that changes where a code does: while steps are fixed, the quantized weight."""
         if not self.fix_steps:
             return [_codes(layer, quantizer) for layer, quantizer in self.layers]
-        return [_quantized(layer, q, step) for (layer, q), step in zip(self.layers, self._effective, strict=True)]
+        layers = [layer for layer, _ in self.layers]
+        return [ops.fake_quantize_with(layer.rows(), grid) for layer, grid in zip(layers, self._grids, strict=True)]
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -173,7 +174,7 @@ class TransitionRate:
         self._set_lr()
         if self.fix_steps:
             self._fixed = torch._foreach_add(self._learned, 0.0)  # pyright: ignore  (copies)
-            self._effective = [quantizer.effective_step() for _, quantizer in self.layers]
+            self._grids = [quantizer.grid() for _, quantizer in self.layers]
         self._before = self._marks()
 
     @torch.no_grad()
@@ -203,12 +204,6 @@ class TransitionRate:
                 "they are. steps counts those of the whole training",
                 stacklevel=2,
             )
-
-
-def _quantized(layer: Any, quantizer: Quantizer, step: Tensor) -> Tensor:
-    """Return the weight as its layer multiplies with it."""
-    kind = {"axis": quantizer.axis, "group_size": quantizer.spec.group_size, "offset": quantizer.offset}
-    return ops.fake_quantize(layer.rows(), step, quantizer.q_min, quantizer.q_max, 1.0, **kind)
 
 
 def _codes(layer: Any, quantizer: Quantizer) -> Tensor:
