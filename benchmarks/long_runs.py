@@ -172,6 +172,7 @@ def keep_state(path: Path, results: Path) -> Path:
         about["commits"] = path.with_suffix(".commits").read_text()
     about["sha256"] = {name: sha256(given) for name in FILES if (given := getattr(run, name)) is not None}
     content = {name: checkpoint if name == CHECKPOINT else run.file(name).read_bytes() for name in STATE}
+    content["config.toml"] = to_toml(_without_folders(run)).encode()
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
         for name, data in {**content, "about.json": json_text(about).encode()}.items():
@@ -188,6 +189,13 @@ def keep_state(path: Path, results: Path) -> Path:
         if result.is_file() and read_json(result)["finished"]:
             other.unlink()
     return file
+
+
+def _without_folders(run: Run) -> dict[str, Any]:
+    """The config of a run with names of files instead of this machine's paths; `restore` writes paths of its own."""
+    config = run.config()
+    names = {name: Path(config[name]).name for name in FILES if config.get(name) is not None}
+    return config | names | {"options": config["options"] | {"data": "data"}, "folder": "."}
 
 
 def read_state(kept: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
