@@ -1,4 +1,4 @@
-"""What the tests of benchmarks share with others."""
+"""Modules of benchmarks/ and studies/ imported as scripts do it, and what every CSV row must be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of checkpoint share with others."""
+"""Models with every kind of quantizer, trained a little, to be saved and loaded."""
 
 from __future__ import annotations
 

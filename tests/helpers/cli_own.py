@@ -1,4 +1,4 @@
-"""What the tests of cli own share with others."""
+"""A user's own module with model, data and task, and the command line called on them."""
 
 from __future__ import annotations
 

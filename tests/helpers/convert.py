@@ -1,4 +1,4 @@
-"""What the tests of convert share with others."""
+"""Small networks to prepare, the same twice, and their states compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of diagnostics share with others."""
+"""What a quantizer does to values, counted by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of exact layers share with others."""
+"""A layer as `prepare` makes it exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of export onnx share with others."""
+"""Small prepared networks to export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of layers share with others."""
+"""A quantized layer made ready, and its output by the oracle."""
 
 from __future__ import annotations
 

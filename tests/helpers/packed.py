@@ -1,4 +1,4 @@
-"""What the tests of packed share with others."""
+"""Layers of every kind whose weights are packed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of readme share with others."""
+"""The fenced code blocks of a page."""
 
 from __future__ import annotations
 

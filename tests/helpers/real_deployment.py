@@ -1,4 +1,4 @@
-"""What the tests of real deployment share with others."""
+"""The real data, unpacked, for whole test sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of verify share with others."""
+"""A trained network and its exported file, and ways to damage the file."""
 
 from __future__ import annotations
 

@@ -161,12 +161,18 @@ def strip(checkpoint, folder):
     return folder / "stripped.ckpt"
 
 
-def test_a_callback_that_trains_twice_begins_anew_and_manual_steps_are_given(tmp_path):
+def test_a_callback_that_trains_again_begins_anew(tmp_path):
+    """Also after a training that was resumed, whose state Lightning gives to the callback before it begins."""
     callback = TransitionCallback(0.05)
-    for _ in range(2):
+    trainer(tmp_path, callback, max_epochs=1).fit(Controlled(), loader())
+    assert callback.control.done == callback.control.steps == 4
+    callback.load_state_dict({**callback.state_dict(), "done": 0})
+    for rows in (8, 4):  # of the state and of this training; of this one alone
         trainer(tmp_path, callback, max_epochs=1).fit(Controlled(), loader())
-        assert callback.control.done == callback.control.steps == 4
-    callback.state = callback.control.state_dict()  # as after a resumed training
+        assert (callback.control.done, len(callback.control.trace)) == (4, rows)
+
+
+def test_manual_optimization_needs_steps(tmp_path):
     module = Controlled()
     module.automatic_optimization = False
     with pytest.raises(UsageError, match="manual optimization give steps="):

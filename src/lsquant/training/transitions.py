@@ -163,7 +163,7 @@ class TransitionRate:
     def _marks(self) -> list[Tensor]:
         """Return a tensor a layer that changes where a code does: while steps are fixed, the quantized weight."""
         if not self.fix_steps:
-            return [_codes(layer, quantizer) for layer, quantizer in self.layers]
+            return [_codes(layer, quantizer.grid()) for layer, quantizer in self.layers]
         layers = [layer for layer, _ in self.layers]
         return [ops.fake_quantize_with(layer.rows(), grid) for layer, grid in zip(layers, self._grids, strict=True)]
 
@@ -206,12 +206,10 @@ class TransitionRate:
             )
 
 
-def _codes(layer: Any, quantizer: Quantizer) -> Tensor:
-    """Return the codes as int8, or uint8 for unsigned ones; NaN, which has no code, gives 0."""
-    low, high = quantizer.q_min, quantizer.q_max
-    kind = {"axis": quantizer.axis, "group_size": quantizer.spec.group_size, "offset": quantizer.offset}
-    codes = reference.codes(layer.rows(), quantizer.effective_step(), low, high, **kind)
-    return torch.nan_to_num_(codes).to(torch.int8 if low < 0 else torch.uint8)
+def _codes(layer: Any, grid: ops.Grid) -> Tensor:
+    """Return the codes of a layer's weight as float32 integers; of NaN, NaN."""
+    kind = {"axis": grid.axis, "group_size": grid.group_size, "offset": grid.offset}
+    return reference.codes(layer.rows(), grid.step, grid.q_min, grid.q_max, **kind)
 
 
 def _pre_hooks(optimizer: torch.optim.Optimizer) -> list[Any]:
