@@ -1,4 +1,4 @@
-"""The step of least squared error over all values seen, in bounded memory.
+"""Find the step of least squared error over all values seen, in bounded memory.
 
 Values are kept as they are up to RAW_LIMIT; beyond it they are counted in bins of 2^-13 relative width with exact first
 and second moments, so that streaming any number of batches costs a few MB.  The error of a step is then a sum over
@@ -84,8 +84,8 @@ def squared_errors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute the summed squared error of each step, and the step that is optimal for the same codes.
 
-    table: of ``ValueSummary.table``.
-    steps: (m,) float64.
+    table: of ``ValueSummary.table``
+    steps: (m,) float64
     Returns: (m,) and (m,) float64.
     """
     values, prefix = table
@@ -106,7 +106,7 @@ def squared_errors(
 
 
 def _refine(table: tuple[np.ndarray, np.ndarray], start: float, ratio: float, q_min: int, q_max: int) -> float:
-    """The best step near ``start``: a fine geometric grid, then alternating codes and closed-form step."""
+    """Find the best step near ``start``: a fine geometric grid, then codes and closed-form step in turns."""
     steps = start * np.geomspace(1 / ratio, ratio, 129)
     for _ in range(4):
         steps = np.unique(np.float32(np.concatenate([steps, [start]]))).astype(np.float64)

@@ -1,4 +1,4 @@
-"""What the page says of a model: a row a quantizer, the size of each layer, the findings of ``check``."""
+"""Collect what the page says of a model: a row per quantizer, the size of each layer, the findings of ``check``."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ CHECKED = 8  # batches that ``check`` sees again
 def model_facts(
     model: nn.Module, batches: Iterable[Any] | None, *, max_batches: int | None = 32, forward: Forward | None = None
 ) -> dict[str, Any]:
-    """quantizers, layers, sizes, bits, findings and recipe of a model, as the page's script takes them.
+    """Return quantizers, layers, sizes, bits, findings and recipe of a model, as the page's script takes them.
 
-    batches: as for ``calibrate``; without them only weights are looked at.  Raises: UsageError for a step that is not
-    set.
+    batches: as for ``calibrate``; without them the facts are of weights only
+
+    Raises: UsageError for a step that is not set.
     """
     kept: list[Any] = []
 
@@ -56,7 +57,7 @@ def model_facts(
 
 
 def quantizer_row(name: str, kind: str, tally: Values, layer: QuantizedLayer | None) -> dict[str, Any]:
-    """``QuantizerFacts`` as a dictionary, with bounds, sign, granularity and what can be drawn."""
+    """Return ``QuantizerFacts`` as a dictionary, with bounds, sign, granularity and drawings."""
     q, facts = tally.quantizer, tally.facts(name, kind, layer)
     row = asdict(facts) | {"name": facts.name, "signed": bool(q.spec.signed), "q_min": q.q_min, "q_max": q.q_max}
     size = f" of {q.spec.group_size}" if q.spec.group_size else ""
@@ -66,7 +67,7 @@ def quantizer_row(name: str, kind: str, tally: Values, layer: QuantizedLayer | N
 
 
 def bits_in_words(model: nn.Module) -> list[list[Any]]:
-    """[weight bits / input bits, number of layers], the most frequent first."""
+    """Return ["weight bits/input bits", number of layers], the most frequent first."""
 
     def bits(q: Quantizer | None) -> str:
         return "float" if q is None else str(q.spec.bits)
@@ -76,8 +77,10 @@ def bits_in_words(model: nn.Module) -> list[list[Any]]:
 
 
 def _sizes(model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Per layer with a quantized weight, and in all, in bytes: as float32, as packed codes and steps.  rest: all other
-    tensors in float32.  A shared weight counts once."""
+    """Return sizes in bytes, per layer with a quantized weight and in all: as float32, and as packed codes and steps.
+
+    `rest` is that of all other tensors in float32. A shared weight counts once.
+    """
     layers, seen = [], set[Tensor]()
     for q, (name, layer) in weight_quantizers(model).items():
         elements = layer.weight.numel()

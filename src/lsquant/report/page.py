@@ -31,13 +31,14 @@ def write_report(
     title: str | None = None,
     verdicts: Iterable[dict[str, Any]] = (),
 ) -> None:
-    """Write a self-contained HTML page about a model's quantizers: bits, step, R, clip rates, levels used, SQNR, size,
-    the staircase of each over the histogram of its values, and what ``check`` finds.
+    """Write a self-contained HTML page about a model's quantizers.
 
-    R is shown where the parameters hold gradients (call it after ``backward``).
+    The page has bits, step, R, clip rates, levels used, SQNR and size of each quantizer, its staircase over the
+    histogram of its values, and the findings of ``check``. R is there where parameters hold gradients (after
+    ``backward``).
 
     batches, forward: as for ``calibrate``; without batches the page has the weights only
-    max_batches: use no more than these; None uses all
+    max_batches: the largest number of batches to use; None uses all
     title: of the page; by default the model's class
     verdicts: ``Verdict.to_dict()`` of files that were compared with the model
 

@@ -1,4 +1,4 @@
-"""What the page draws of a quantizer: histograms of its values, and how good its step is beside other steps."""
+"""Compute what the page draws of a quantizer: histograms of its values, and the error of its step and of others."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ from lsquant.mse import ValueSummary, best_step, rows_per_step
 from lsquant.quantizer import Quantizer
 
 Table = tuple[np.ndarray, np.ndarray]
-SAMPLE = (
-    1 << 20
-)  # values of one batch that go into histogram and least squared error; all others columns see all values
-KEPT = 64  # steps of one quantizer that have a histogram of their own
+SAMPLE = 1 << 20  # values of one batch in the histogram and the least squared error; the other columns see all values
+KEPT = 64  # steps of one quantizer that get a histogram of their own
 BINS, CHANNEL_BINS = 640, 64
-ATOMS, CHANNEL_ATOMS = 256, 48  # so few distinct values are kept as they are
+ATOMS, CHANNEL_ATOMS = 256, 48  # up to so many distinct values are counted one by one
 REACH = 4.25  # the histogram reaches so many times beyond the clip points, as the page's slider does
 
 
 class Values(ValueStatistics):
-    """Statistics with a bounded summary of the values: one of all, and one for each of the kept steps."""
+    """Summarize the values of a quantizer in bounded memory: all of them, and those of each kept step."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__(quantizer)
@@ -53,8 +51,11 @@ class Values(ValueStatistics):
             self.damage = str(error)
 
     def views(self) -> list[dict[str, Any]]:
-        """What can be chosen to be drawn: all values, in units of their steps where there are several; then the kept
-        steps.  Empty without values, or where some are not finite."""
+        """Return the drawings to choose from.
+
+        The first is of all values, in units of their steps where there are several; one for each kept step follows.
+        Empty without values, or where some are not finite.
+        """
         q = self.quantizer
         if self.damage or not self.all.total:
             return []
@@ -77,7 +78,7 @@ class Values(ValueStatistics):
 
 
 def kept_steps(step: Tensor) -> list[int]:
-    """Indices of at most KEPT steps, ascending: all, or the 8 smallest, the 8 largest and others evenly spaced."""
+    """Return at most KEPT indices, ascending: the 8 smallest, the 8 largest and evenly spaced other steps."""
     total = len(step)
     if total <= KEPT:
         return list(range(total))
@@ -98,7 +99,11 @@ def _view(
     bins: int,
     atoms: int,
 ) -> dict[str, Any]:
-    """One drawing.  best: the step of least squared error with the zero point as it is, None where all values are 0."""
+    """Return one drawing, as the page's script takes it.
+
+    zero: the zero point, subtracted from the bounds
+    Returns: among others `best`, the step of least squared error at this zero point, None where all values are 0.
+    """
     low, high = q.q_min - zero, q.q_max - zero
     table = summary.table()
     best = best_step(summary, low, high) or None
@@ -116,9 +121,11 @@ def _view(
 
 
 def judge(table: Table, step: float, low: int, high: int) -> dict[str, Any]:
-    """What a step does to values: mean squared error, SQNR in dB (None without noise), shares clipped, levels used.
+    """Measure what a step does to values: mean squared error, SQNR, shares clipped, levels used.
 
-    table: of ``ValueSummary``.  The values are clipped to ``low * step .. high * step``.
+    table: of ``ValueSummary.table``
+    low, high: bounds in units of the step, the zero point subtracted
+    Returns: `error`, `sqnr` in dB (None without noise), `clip_low` and `clip_high` from 0 to 1, `used`.
     """
     values, prefix = table
     codes = np.arange(low, high + 1, dtype=np.float64)
@@ -139,8 +146,12 @@ def judge(table: Table, step: float, low: int, high: int) -> dict[str, Any]:
 
 
 def histogram(table: Table, low: float, high: float, bins: int, atoms: int) -> dict[str, Any]:
-    """Counts of values.  Few distinct ones: {"values", "counts"}; else equal bins from `from` to `to`, which lie within
-    the values and within low .. high, the exact zeros apart, and beyond both ends (count, sum, sum of squares).
+    """Count values.
+
+    low, high: the range to draw, in units of the values
+    Returns: at most `atoms` distinct values as {"values", "counts"}; more in equal bins between `from` and `to`, which
+    lie within the values and within low .. high. Exact zeros are counted apart (`zeros`); `below` and `above` hold
+    count, sum and sum of squares of the values beyond both ends.
     """
     values, prefix = table
     distinct, where = np.unique(np.float32(values), return_inverse=True)
@@ -165,5 +176,5 @@ def histogram(table: Table, low: float, high: float, bins: int, atoms: int) -> d
 
 
 def short(value: float, digits: int = 7) -> float | None:
-    """Rounded to so many significant digits, as the page's curves need; None where not finite."""
+    """Round to that many significant digits; None where not finite."""
     return float(f"{value:.{digits}g}") if math.isfinite(value) else None
