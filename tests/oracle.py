@@ -352,3 +352,75 @@ def batchnorm_eval(x, alpha, beta):
     """fl(fl(x*alpha) + beta) over channel axis 1."""
     shape = (1, -1) + (1,) * (np.ndim(x) - 2)
     return np.asarray(x, F32) * np.asarray(alpha, F32).reshape(shape) + np.asarray(beta, F32).reshape(shape)
+
+
+# ---------------------------------------------------------------------- integer-only networks, (M13) to (M18)
+
+
+def folded(s_w, alpha, beta, s_x, s_y, bias=None):
+    """Per channel: s_w alpha in float32, 2^-10 s_y / s_x where it is 0; b = rint of float64; (step, b as int)."""
+    steps, shifts = [], []
+    for c in range(len(alpha)):
+        step = F32(s_w[c % len(s_w)]) * F32(alpha[c])
+        if step == 0:
+            step = F32(F32(2.0**-10) * F32(s_y)) / F32(s_x)
+        shift = float(F32(beta[c])) + (0.0 if bias is None else float(F32(alpha[c])) * float(F32(bias[c])))
+        steps.append(step)
+        shifts.append(int(np.rint(shift / float(F32(s_x) * step))))
+    return np.array(steps, F32), shifts
+
+
+def _code(u, z, low, high):
+    """clip(rint(u) + z, low, high) of a float32 number."""
+    return int(min(max(int(np.rint(F32(u))) + z, low), high))
+
+
+def integer_layer(acc, b, s_x, s_w, s_y, z, low, high):
+    """Codes of one layer from its sums; acc: (N, C) integers, b: (C,) integers, s_w: (C,)."""
+    result = np.zeros(np.shape(acc), np.int64)
+    for n, c in np.ndindex(*np.shape(acc)):
+        m = F32(F32(s_x) * F32(s_w[c])) / F32(s_y)
+        result[n, c] = _code(F32(int(acc[n, c]) + int(b[c])) * m, z, low, high)
+    return result
+
+
+def _rounded_ratio(n, s, s_y):
+    """n s / s_y, exact, rounded half to even: with Python's integers."""
+    (a, b), (c, d) = float(F32(s)).as_integer_ratio(), float(F32(s_y)).as_integer_ratio()
+    top, bottom = n * a * d, b * c
+    whole, rest = divmod(top, bottom)
+    if 2 * rest > bottom or (2 * rest == bottom and whole % 2):
+        whole += 1
+    return whole
+
+
+def integer_add(qa, qb, za, zb, s, s_y, z, low, high):
+    """Codes of a sum of two tensors with one step."""
+    return np.vectorize(lambda i, j: min(max(_rounded_ratio(int(i) - za + int(j) - zb, s, s_y) + z, low), high))(qa, qb)
+
+
+def distance_to_tie(n, s, s_y):
+    """|n s / s_y - nearest half|, exact up to the last division."""
+    (a, b), (c, d) = float(F32(s)).as_integer_ratio(), float(F32(s_y)).as_integer_ratio()
+    rest, bottom = (n * a * d) % (b * c), b * c
+    return abs(2 * rest - bottom) / (2 * bottom)
+
+
+def integer_average(q, z_x, s_x, s_y, z, low, high):
+    """Codes of the mean over all positions; q: (N, C, positions)."""
+    result = np.zeros(q.shape[:2], np.int64)
+    factor = F32(s_x) / F32(F32(s_y) * F32(q.shape[2]))
+    for n, c in np.ndindex(*q.shape[:2]):
+        result[n, c] = _code(F32(sum(int(v) - z_x for v in q[n, c])) * factor, z, low, high)
+    return result
+
+
+def integer_reader(q, z_x, s, s_n, z, low, high):
+    """Codes of a reader with fewer bits."""
+    return np.vectorize(lambda v: _code(F32(F32(int(v) - z_x) * F32(s)) / F32(s_n), z, low, high))(q)
+
+
+def integer_table(f, q_min, q_max, z_x, s, s_y, z, low, high):
+    """One code for each code of the input; f: on Python floats."""
+    values = [F32(f(float(F32(F32(q - z_x) * F32(s))))) for q in range(q_min, q_max + 1)]
+    return np.array([_code(v / F32(s_y), z, low, high) for v in values])

@@ -26,6 +26,7 @@ LAYERS = {
     "mse": 1,
     "changes": 1,
     "reference": 2,
+    "reference_integer": 2,
     "kernels": 3,
     "ops": 4,
     "quantizer": 5,
