@@ -1,6 +1,7 @@
 """The arithmetic of integer-only networks: against NumPy loops, and against what ONNX Runtime's operators compute."""
 
 import math
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from lsquant._util.errors import UsageError
 RNG = np.random.default_rng
 
 
-def f32(rng: np.random.Generator, low: float, high: float, size: int | None = None) -> np.ndarray:
+def f32(rng: np.random.Generator, low: float, high: float, size: int | None = None) -> Any:
     """Log-spaced float32 numbers."""
     return np.float32(np.exp(rng.uniform(math.log(low), math.log(high), size)))
 
@@ -30,7 +31,7 @@ def test_folding_and_layers_equal_the_oracle(seed: int) -> None:
     rng = RNG(seed)
     channels, per_channel = int(rng.integers(1, 9)), bool(seed % 2)
     s_w = f32(rng, 1e-4, 1, channels if per_channel else 1)
-    alpha = f32(rng, 1e-3, 10, channels) * rng.choice(np.float32([-1, 1, 1, 0]), channels)
+    alpha = f32(rng, 1e-3, 10, channels) * rng.choice(np.array([-1, 1, 1, 0], np.float32), channels)
     beta = np.float32(rng.normal(size=channels))
     bias = np.float32(rng.normal(size=channels)) if seed % 3 else None
     s_x, s_y = f32(rng, 1e-3, 1), f32(rng, 1e-3, 1)
@@ -112,15 +113,19 @@ def test_averages_readers_and_tables_equal_the_oracle(seed: int) -> None:
 # ---- what the runtime computes ----
 
 
-def session(nodes: list, constants: dict, x: list[tuple[str, list]], domain: bool = False) -> ort.InferenceSession:
-    inputs = [helper.make_tensor_value_info(name, TensorProto.UINT8, shape) for name, shape in x]
-    output = helper.make_tensor_value_info("y", TensorProto.UINT8, [f"d{i}" for i in range(len(x[0][1]))])
+def run(nodes: list, constants: dict[str, Any], x: dict[str, np.ndarray], domain: bool = False) -> np.ndarray:
+    """The output of a graph of uint8 tensors in ONNX Runtime."""
+    inputs = [helper.make_tensor_value_info(name, TensorProto.UINT8, value.shape) for name, value in x.items()]
+    output = helper.make_tensor_value_info(
+        "y", TensorProto.UINT8, [f"d{i}" for i in range(next(iter(x.values())).ndim)]
+    )
     initializers = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
     graph = helper.make_graph(nodes, "g", inputs, [output], initializers)
     opsets = [helper.make_opsetid("", 13), *([helper.make_opsetid("com.microsoft", 1)] if domain else [])]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     onnx.checker.check_model(model)
-    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, x)[0])
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -129,14 +134,14 @@ def test_onnx_runtime_computes_layers_like_this(seed: int) -> None:
     n, c, o, k = 2, int(rng.integers(1, 20)), int(rng.integers(1, 20)), int(rng.choice([1, 3]))
     x, w = rng.integers(0, 256, (n, c, 7, 7), np.uint8), rng.integers(-63, 64, (o, c, k, k)).astype(np.int8)
     s_x, z_x, z_y = f32(rng, 1e-3, 1), int(rng.integers(0, 256)), int(rng.integers(0, 256))
-    s_w = f32(rng, 1e-3, 1e-2, o) * rng.choice(np.float32([-1, 1]), o)
+    s_w = f32(rng, 1e-3, 1e-2, o) * rng.choice(np.array([-1, 1], np.float32), o)
     s_y = np.float32(s_x * 0.005 * 100 * math.sqrt(c) * k * rng.uniform(0.5, 2))  # outputs of some hundred codes
     b = rng.integers(-5000, 5000, o).astype(np.int32)
     constants = {"s_x": s_x, "z_x": np.uint8(z_x), "w": w, "s_w": s_w, "z_w": np.zeros(o, np.int8)}
     constants |= {"s_y": s_y, "z_y": np.uint8(z_y), "b": b}
     names = ["x", "s_x", "z_x", "w", "s_w", "z_w", "s_y", "z_y", "b"]
     node = helper.make_node("QLinearConv", names, ["y"], pads=[k // 2] * 4)
-    got = session([node], constants, [("x", list(x.shape))]).run(None, {"x": x})[0]
+    got = run([node], constants, {"x": x})
     acc = torch.conv2d(tensor(x).double() - z_x, tensor(w).double(), padding=k // 2).to(torch.int64)
     m = ri.multiplier(tensor(s_x), tensor(s_w), tensor(s_y))
     wanted = ri.requantize(ri.scaled(acc, tensor(b), m), z_y, 0, 255)
@@ -155,7 +160,7 @@ def test_onnx_runtime_adds_like_this(seed: int) -> None:
     node = helper.make_node(
         "QLinearAdd", ["a", "s", "za", "b", "s", "zb", "s_y", "z"], ["y"], domain="com.microsoft"
     )  # fmt: skip
-    got = session([node], constants, [("a", [65536]), ("b", [65536])], domain=True).run(None, {"a": a, "b": b})[0]
+    got = run([node], constants, {"a": a, "b": b}, domain=True)
     wanted = ri.add(tensor(a), tensor(b), (za, zb), ri.sum_codes(float(s), float(s_y), 510), z, 0, 255)
     assert (got != wanted.numpy()).sum() == 0
 
@@ -169,7 +174,7 @@ def test_onnx_runtime_averages_like_this(seed: int) -> None:
     node = helper.make_node(
         "QLinearGlobalAveragePool", ["x", "s", "z_x", "s_y", "z"], ["y"], domain="com.microsoft", channels_last=0
     )
-    got = session([node], constants, [("x", list(x.shape))], domain=True).run(None, {"x": x})[0]
+    got = run([node], constants, {"x": x}, domain=True)
     wanted = ri.average(tensor(x), z_x, float(s), float(s_y), z, 0, 255)
     assert (got != wanted.numpy()).sum() == 0
 
@@ -184,5 +189,5 @@ def test_onnx_runtime_reads_with_fewer_bits_like_this(seed: int) -> None:
         helper.make_node("QuantizeLinear", ["v", "s_n", "zero"], ["q"]),
         helper.make_node("Min", ["q", "top"], ["y"]),
     ]
-    got = session(nodes, constants, [("x", [256])]).run(None, {"x": x})[0]
+    got = run(nodes, constants, {"x": x})
     assert got.tolist() == ri.read(tensor(x), z, float(s), float(s_n), 0, 0, 15).tolist()
