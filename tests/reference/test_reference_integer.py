@@ -45,6 +45,9 @@ def test_folding_and_layers_equal_the_oracle(seed: int) -> None:
     b = np.clip(shift.numpy(), -(2**20), 2**20)
     z, (low, high) = int(rng.integers(0, 9)), [(0, 255), (-128, 127), (0, 15)][seed % 3]
     m = ri.multiplier(tensor(s_x), step, tensor(s_y))
+    assert m.numpy().tobytes() == np.float32(np.float32(s_x * wanted_step) / s_y).tobytes()
+    u = ri.scaled(tensor(acc), tensor(b), m).numpy()
+    assert u.tobytes() == np.float32((acc + b).astype(np.float32) * m.numpy()).tobytes()
     got = ri.requantize(ri.scaled(tensor(acc), tensor(b), m), z, low, high)
     assert got.tolist() == oracle.integer_layer(acc, b, s_x, step.numpy(), s_y, z, low, high).tolist()
 
