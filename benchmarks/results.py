@@ -31,6 +31,7 @@ from lsquant.tasks import get_task, is_run, open_run
 
 PILOT = "pilot: "  # how a run of the pilot of equal budgets begins in the table of runs
 PROFILES = ("packed", "exact", "small", "qdq")
+TRAINING_IMAGES = 50_000  # of CIFAR-10
 
 
 def summary(verdict: Verdict, size: int) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def within(found: Sequence[dict[str, Any]]) -> str:
     head = ("run", "steps", "K / R between 10 and 75 % of the run", "U at first", "U half way")
     lines = []
     for run in found:
-        total = 391 * run["settings"]["epochs"]
+        total = -(-TRAINING_IMAGES // run["settings"]["batch_size"]) * run["settings"]["epochs"]
         part = [(k / r) for t, k, r, _ in run.get("trace", ()) if 0.1 <= t / total <= 0.75]
         rates = {t: u for t, _, _, u in run.get("trace", ())}
         if part:
