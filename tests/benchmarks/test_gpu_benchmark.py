@@ -34,8 +34,13 @@ def gpu(bench):
 
 
 @pytest.fixture
-def options(gpu):
-    return gpu.settings(tiny=True)
+def sections(bench):
+    return bench("gpu_sections")
+
+
+@pytest.fixture
+def options(sections):
+    return sections.settings(tiny=True)
 
 
 def started(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -199,89 +204,93 @@ WRONG = {
 
 @needs_triton
 @pytest.mark.parametrize("message", WRONG)
-def test_a_wrong_engine_is_named_with_its_case(gpu, options, monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+def test_a_wrong_engine_is_named_with_its_case(
+    gpu, sections, options, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
     """The first of two cases gets the wrong result."""
 
     def engine(x, *rest, **extras):
         return (WRONG[message] if x.shape == (7, 33) else quantize)(x, *rest, **extras)
 
-    monkeypatch.setattr(gpu, "FEW", ("s4-normal", "axis0-normal"))
-    monkeypatch.setattr(gpu, "LAYERS", {})
+    monkeypatch.setattr(sections, "FEW", ("s4-normal", "axis0-normal"))
+    monkeypatch.setattr(sections, "LAYERS", {})
     monkeypatch.setitem(engines.ENGINES, "triton", engine)
-    (row,) = gpu.rows_of("cases", options)
+    (row,) = sections.rows_of("cases", options)
     assert row.status == "failed"
     assert row.check.startswith(f"1 failed: s4-normal; s4-normal: {message}")
     assert gpu.exit_code([row]) == 1
     assert "failed: cases (shared cases 1 to 2" in gpu.summary([row])
     monkeypatch.setitem(engines.ENGINES, "triton", quantize)
-    (row,) = gpu.rows_of("cases", options)
+    (row,) = sections.rows_of("cases", options)
     assert (row.status, row.check, gpu.exit_code([row])) == ("ok", "0 failed", 0)
 
 
-def test_a_layer_that_is_not_exact_fails(gpu, options, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = gpu.ops.linear
-    mistaken = SimpleNamespace(linear=lambda *args: honest(*args) + 1e-3, Grid=gpu.ops.Grid, Conv=gpu.ops.Conv)
-    monkeypatch.setattr(gpu, "ops", mistaken)
+def test_a_layer_that_is_not_exact_fails(sections, options, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = sections.ops.linear
+    mistaken = SimpleNamespace(
+        linear=lambda *args: honest(*args) + 1e-3, Grid=sections.ops.Grid, Conv=sections.ops.Conv
+    )
+    monkeypatch.setattr(sections, "ops", mistaken)
     with lsquant.use_engine("eager"):
-        (row,) = gpu.exact("Linear", "Linear", gpu.GRIDS[0], options)
+        (row,) = sections.exact("Linear", "Linear", sections.GRIDS[0], options)
     assert (row.status, row.check) == ("failed", "320 of 320 outputs differ from the exact ones")
 
 
-def test_a_product_that_saturates_fails(gpu, options, monkeypatch: pytest.MonkeyPatch) -> None:
-    (row,) = gpu.known_answers("sums", (32, 16, 24), options)
+def test_a_product_that_saturates_fails(sections, options, monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = sections.known_answers("sums", (32, 16, 24), options)
     assert row.status == "ok"
-    honest = gpu.integer_product
-    monkeypatch.setattr(gpu, "integer_product", lambda x, w: honest(x, w).clamp(max=2**15 - 1))
-    (row,) = gpu.known_answers("sums", (32, 16, 24), options)
+    honest = sections.integer_product
+    monkeypatch.setattr(sections, "integer_product", lambda x, w: honest(x, w).clamp(max=2**15 - 1))
+    (row,) = sections.known_answers("sums", (32, 16, 24), options)
     assert row.status == "failed"
     assert row.check.startswith("the extreme codes give [[32767, ")
 
 
-def test_a_model_that_is_not_compiled_fails(gpu, options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_not_compiled_fails(sections, options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda model, **how: model)
     importlib.import_module("torch._dynamo")
     with lsquant.use_engine("eager"), pytest.raises(RuntimeError, match="0 graphs instead of one"):
-        gpu.compiled_network("network", False, options)
+        sections.compiled_network("network", False, options)
 
 
-def test_a_network_that_computes_something_else_fails(gpu, options) -> None:
+def test_a_network_that_computes_something_else_fails(sections, options) -> None:
     with lsquant.use_engine("eager"):
-        network = gpu.build(gpu.TINY_NETWORKS[1], False, False, options)
+        network = sections.build(sections.TINY_NETWORKS[1], False, False, options)
         first: dict = {}
-        gpu.agreed("float", network, first)
+        sections.agreed("float", network, first)
         with torch.no_grad():
             network.model.down.weight.mul_(2.0)
         with pytest.raises(RuntimeError, match="float, compiled is off by"):
-            gpu.agreed("float, compiled", network, first)
+            sections.agreed("float, compiled", network, first)
 
 
 # ---------------------------------------------------------------------------------------------- one fails, others go on
 
 
-def test_what_fails_does_not_stop_the_rest(gpu, options, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    ok = [gpu.Row("cases", "third")]
-    tasks = [gpu.Task("first", lambda: [gpu.Row("cases", "first")]), gpu.Task("second", unable),
-             gpu.Task("third", lambda: ok)]  # fmt: skip
-    monkeypatch.setattr(gpu, "ENGINE", "eager")
-    monkeypatch.setitem(gpu.SECTIONS, "cases", lambda options: iter(tasks))
-    found = list(gpu.rows_of("cases", options))
+def test_what_fails_does_not_stop_the_rest(sections, options, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    ok = [sections.Row("cases", "third")]
+    tasks = [sections.Task("first", lambda: [sections.Row("cases", "first")]), sections.Task("second", unable),
+             sections.Task("third", lambda: ok)]  # fmt: skip
+    monkeypatch.setattr(sections, "ENGINE", "eager")
+    monkeypatch.setitem(sections.SECTIONS, "cases", lambda options: iter(tasks))
+    found = list(sections.rows_of("cases", options))
     assert [(row.what, row.status) for row in found] == [("first", "ok"), ("second", "failed"), ("third", "ok")]
     assert found[1].check == "RuntimeError: the kernel cannot run"
     assert "cases: failed: second" in capsys.readouterr().err
-    (late,) = gpu.rows_of("cases", options, deadline=0.0)
+    (late,) = sections.rows_of("cases", options, deadline=0.0)
     assert (late.what, late.status) == ("first, and what follows it", "skipped")
-    monkeypatch.setitem(gpu.SECTIONS, "cases", unable)
-    (lost,) = gpu.rows_of("cases", options)
+    monkeypatch.setitem(sections.SECTIONS, "cases", unable)
+    (lost,) = sections.rows_of("cases", options)
     assert (lost.what, lost.status) == ("its parts", "failed")
 
 
-def test_a_contender_that_fails_does_not_stop_the_others(gpu, options) -> None:
+def test_a_contender_that_fails_does_not_stop_the_others(gpu, sections, options) -> None:
     def make(name: str):
         if name == "b":
             raise RuntimeError("it computes something else")
-        return gpu.Contender(name, lambda: None, "a", "eager")
+        return sections.Contender(name, lambda: None, "a", "eager")
 
-    a, b, c = gpu.timed("quantizer", "two of three", dict.fromkeys("abc", make), options)
+    a, b, c = sections.timed("quantizer", "two of three", dict.fromkeys("abc", make), options)
     assert [row.status for row in (a, b, c)] == ["ok", "failed", "ok"]
     assert b.check == "RuntimeError: it computes something else"
     assert (a.ratio, a.repeats, c.repeats) == (1, 1, 1)
@@ -296,25 +305,27 @@ print("gpu.py: " + json.dumps({"finished": "a"}), flush=True)
 """
 
 
-def test_a_process_that_dies_or_hangs_is_reported(gpu, capsys) -> None:
+def test_a_process_that_dies_or_hangs_is_reported(gpu, sections, capsys) -> None:
     def listened(end: str, limit: float):
         return gpu.listen([sys.executable, "-c", PROCESS + end], ["a", "b"], limit, {"NUMBER": "3"})
 
     row, lost = listened("os._exit(int(os.environ['NUMBER']))", 60.0)
-    assert row == gpu.Row("a", "it", p50=2.0)
+    assert row == sections.Row("a", "it", p50=2.0)
     assert (lost.section, lost.status, lost.check) == ("b", "failed", "its process ended with code 3")
     assert capsys.readouterr().err == "noise\n"
     assert listened("time.sleep(60)", 1.0)[-1].check == "its process was stopped after 1 s"
 
 
 @pytest.mark.parametrize("tiny", [True, False])
-def test_a_section_has_a_process_of_its_own_on_a_gpu(gpu, monkeypatch: pytest.MonkeyPatch, tiny: bool) -> None:
+def test_a_section_has_a_process_of_its_own_on_a_gpu(
+    gpu, sections, monkeypatch: pytest.MonkeyPatch, tiny: bool
+) -> None:
     asked, written = [], []
 
-    def listen(command, sections, limit, variables):
+    def listen(command, names, limit, variables):
         asked.append((command[command.index("--only") + 1 :], variables["TRITON_INTERPRET"]))
         assert 0 < limit - gpu.GRACE <= 100
-        return [gpu.Row(name, "it") for name in sections]
+        return [sections.Row(name, "it") for name in names]
 
     monkeypatch.setattr(gpu, "listen", listen)
     found = gpu.collected(["cases", "int_mm"], tiny, 100.0, lambda rows: written.append(len(rows)))
@@ -326,28 +337,28 @@ def test_a_section_has_a_process_of_its_own_on_a_gpu(gpu, monkeypatch: pytest.Mo
 # ---------------------------------------------------------------------------------------------- what runs on a GPU only
 
 
-def test_peaks_of_memory(gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peaks_of_memory(sections, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"float": 2**20, "lsquant, triton": 3 * 2**20}
     steps: list[str] = []
-    monkeypatch.setattr(gpu.memory, "peak", lambda network: sizes[network.name])
+    monkeypatch.setattr(sections.memory, "peak", lambda network: sizes[network.name])
     made = {name: SimpleNamespace(name=name, step=lambda name=name: steps.append(name)) for name in sizes}
-    base, ours = gpu.peaks("a network", made, "float")
+    base, ours = sections.peaks("a network", made, "float")
     assert (base.contender, base.p50, base.ratio, base.peak_bytes, base.unit) == ("float", 1.0, 1.0, 2**20, "MiB")
     assert (ours.contender, ours.p50, ours.ratio, ours.peak_bytes) == ("lsquant, triton", 3.0, 3.0, 3 * 2**20)
     assert steps == list(sizes)
 
 
-def test_the_sizes_for_a_gpu_are_there(gpu) -> None:
-    real = gpu.settings(tiny=False)
+def test_the_sizes_for_a_gpu_are_there(sections) -> None:
+    real = sections.settings(tiny=False)
     assert (real.device, real.tiny) == ("cuda", False)
     assert real.repeats >= 7
-    for layout in gpu.LAYOUTS:
-        assert all(math.prod(layout.shapes[size]) == size for size in gpu.SIZES)
-    assert gpu.SIZES == (36_864, 2_097_152, 8_388_608, 33_554_432)
-    assert [workload.shape for workload in gpu.NETWORKS] == [(64, 3, 224, 224), (64, 197, 384)]
-    assert (4096, 768, 3072) in gpu.SHAPES
-    assert all(rows > 16 and inputs % 8 == outputs % 8 == 0 for rows, inputs, outputs in gpu.SHAPES)
-    whats = {name: [task.what for task in make(real)] for name, make in gpu.SECTIONS.items()}
+    for layout in sections.LAYOUTS:
+        assert all(math.prod(layout.shapes[size]) == size for size in sections.SIZES)
+    assert sections.SIZES == (36_864, 2_097_152, 8_388_608, 33_554_432)
+    assert [workload.shape for workload in sections.NETWORKS] == [(64, 3, 224, 224), (64, 197, 384)]
+    assert (4096, 768, 3072) in sections.SHAPES
+    assert all(rows > 16 and inputs % 8 == outputs % 8 == 0 for rows, inputs, outputs in sections.SHAPES)
+    whats = {name: [task.what for task in make(real)] for name, make in sections.SECTIONS.items()}
     assert all(len(set(found)) == len(found) > 3 for found in whats.values())
     assert whats["cases"][-7].endswith("of " + str(len(importlib.import_module("helpers.cases").CASES)))
     assert len(whats["quantizer"]) == 4 * 2 * 3
