@@ -240,7 +240,8 @@ class _Training:
                     before[quantizer] = quantizer.requested
                     quantizer.initialize(layer.rows(), settings.weight_init)
         batches = task.batches("calibration", batch_size=settings.batch_size, seed=settings.seed)
-        calibrate(model, batches, max_batches=settings.calibration_batches, method=settings.activation_init)
+        limit, method = settings.calibration_batches, settings.activation_init
+        calibrate(model, batches, max_batches=limit, method=method, again=True)  # also where bits stay
 
     def _phase(
         self,
