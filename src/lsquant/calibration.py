@@ -175,7 +175,7 @@ def _weight_step(layer: QuantizedLayer, quantizer: Quantizer, rule: Method) -> Q
     """Return a copy of the weight's quantizer with its step set.  Raises: UsageError for weights that give none."""
     ready = copy.deepcopy(quantizer)
     try:
-        ready.initialize(layer.rows(), rule)
+        layer.set_weight_step(ready, rule)
     except UsageError as error:
         raise UsageError(f"calibrate: {error}; is the trained float model loaded?") from error
     return ready

@@ -303,6 +303,18 @@ class Quantizer(nn.Module):
             self.summarize(x, summaries)
             self.initialize_from(summaries, method)
 
+    @torch.no_grad()
+    def prefer_exact(self, x: Tensor) -> None:
+        """Replace each step that is set by one that represents its values of x exactly, where there is one."""
+        spec = self.spec
+        if spec.offset or not self.is_initialized:
+            return
+        exact = mse.exact_steps(x, spec.q_min, spec.q_max, axis=self.axis, group_size=spec.group_size)
+        if bool((exact > 0).any()):
+            filled = self.filled_steps
+            self._set(spec, torch.where(exact > 0, exact.to(self.step.device), self.step))
+            self.filled_steps = filled
+
     def summarize(self, x: Tensor, summaries: list[mse.ValueSummary]) -> None:
         """Add the values of x to one summary per step.  Raises: UsageError where x has not as many steps."""
         rows = mse.rows_per_step(x.detach(), self.axis, self.spec.group_size)
@@ -408,6 +420,23 @@ class Quantizer(nn.Module):
         if guarded is not None and guarded.is_meta and not self._buffers["guarded"].is_meta:  # to_empty
             self._buffers["guarded"].zero_()
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Write the state with the bounds of the codes in use: PyTorch's averages of models truncate integer buffers."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if differ := self.other_bounds():
+            destination[prefix + "bounds"] = torch.tensor(differ[1], dtype=torch.int32, device=self.bounds.device)
+
+    def other_bounds(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """(in the buffer, of the codes in use) where these differ; None where they do not, or have no values."""
+        if type(self.bounds) is not Tensor or self.bounds.is_meta:
+            return None
+        wanted = _bounds(self.spec)
+        try:
+            found = tuple(self.bounds.tolist())
+        except RuntimeError:  # under a mode for fake tensors, as exporters use it
+            return None
+        return None if found == wanted else (found, wanted)
 
     def _load_from_state_dict(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lsquant
 from helpers.quantizers import VARIETIES, ready, varieties
@@ -76,10 +76,13 @@ def test_they_stay_what_they_are(variety: str, move: Any) -> None:
 
 def test_an_average_of_models_has_them() -> None:
     model = calibrated(Recipe(4, 2))
-    average = AveragedModel(model, use_buffers=True)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     for _ in range(3):
         average.update_parameters(model)
-    assert all(bounds(q) == [q.q_min, q.q_max] for _, q in quantizers(average.module))
+    other = calibrated(Recipe(4, 2))
+    other.load_state_dict(average.module.state_dict())
+    assert all(bounds(q) == [q.q_min, q.q_max] for _, q in quantizers(other))
+    assert lsquant.check(average.module) == []
 
 
 # ---- a state of something else ----
