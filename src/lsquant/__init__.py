@@ -1,5 +1,6 @@
 """Learned Step Size Quantization: quantization scales trained with the weights, shipped as the integers trained."""
 
+import lsquant._util.interrupt as _interrupt  # noqa: F401  (before PyTorch)
 from lsquant import nn as nn
 from lsquant import reference as reference
 from lsquant._util.errors import LsquantError as LsquantError

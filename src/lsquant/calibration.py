@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lsquant._util.batches import Forward, evaluating, observing_inputs, run_batch, take, unwrapped
 from lsquant._util.errors import UsageError
+from lsquant._util.rollback import unchanged_on_error
+from lsquant._util.tensors import on_meta
 from lsquant.convert import disabled, multiplies
 from lsquant.mse import ValueSummary
 from lsquant.nn import QuantizedLayer, input_elements, lone_quantizers, quantized_layers, quantizers
@@ -28,12 +32,12 @@ class _Observer:
 
     def of_layer(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
         """The function that takes in an input of this layer, one of those that have the quantizer."""
-        return lambda x: self.observe(x, input_elements(layer, x))
+        return lambda x: self.observe(x, input_elements(layer, x) if x.numel() else 0)
 
     def observe(self, x: Tensor, elements: int = 0) -> None:
-        """Take in one input.  elements: N of it, 0 for a stand-alone quantizer."""
+        """Take in one input; an empty one says nothing.  elements: N of it, 0 for a stand-alone quantizer."""
         if not x.numel():
-            raise UsageError(f"calibrate: {self.name!r} got an empty batch of shape {tuple(x.shape)}")
+            return
         try:
             self.quantizer.summarize(x, self.summaries)
         except UsageError as error:
@@ -46,8 +50,8 @@ class _Observer:
         """Raise UsageError where no step can be set from what was observed."""
         if not self.summaries[0].total:
             raise UsageError(
-                f"calibrate: layer {self.name!r} was not reached by any batch, its step would be left unset; give "
-                "batches that reach it, or leave it in floating point (skip=)"
+                f"calibrate: layer {self.name!r} was not reached by any batch with values, its step would be left "
+                "unset; give batches that reach it, or leave it in floating point (skip=)"
             )
         if all(s.low == s.high == 0.0 for s in self.summaries):
             raise UsageError(
@@ -76,10 +80,12 @@ def calibrate(
     forward: Forward | None = None,
     method: Method = "mse",
     weights: Method | None = None,
+    again: bool = False,
 ) -> None:
-    """Set the step of every activation quantizer from the float model's values on some batches.
+    """Set the step of every activation quantizer that has none from the float model's values on some batches.
 
-    N is frozen from the first batch; a sign is decided True when any value is below 0.  The mode is restored.
+    N is frozen from the first batch; a sign is decided True when any value is below 0.  Inputs without elements, as of
+    an empty batch, are passed over.  The mode is restored.
 
     model: prepared.
     batches: an iterable of batches (a tensor; a tuple or list, whose first element counts; a mapping,
@@ -87,37 +93,53 @@ def calibrate(
     max_batches: read at most so many; None: all.
     forward: ``forward(model, batch)`` runs the model on one batch.
     method: "mse", the step of least squared error (at most 1.001 times the best of 2,000 log-spaced steps), or "paper".
-    weights: a rule that sets the weight steps anew; None leaves them as ``prepare`` set them, by "paper".  That suits
-        training, but spends 8 bits on a range that hardly any weight reaches; use "mse" where nothing is trained
-        afterwards.
+    weights: a rule that sets those weight steps anew that are still the initial ones; None leaves them as ``prepare`` set
+        them, by "paper".  That suits training, but spends 8 bits on a range that hardly any weight reaches; use "mse"
+        where nothing is trained afterwards.
+    again: set the steps of all inputs anew, with their signs, and with ``weights`` those of all weights: what was
+        learned of them is lost.  Without it, a call that finds every step set warns.
     Raises: UsageError naming the layer for NaN, infinite, all-zero or missing values, for a wrong guess of the first or
-        last layer, and when a quantizer would be left without a step; the model's steps are then unchanged.
+        last layer, and when a quantizer would be left without a step.  Whatever is raised, a KeyboardInterrupt too, steps,
+        signs and N are then unchanged.
     """
     _check_arguments(model, method, weights)
     # everything is computed before anything is changed: (quantizer, a copy of it that is set)
-    found = [(q, _weight_step(layer, q, weights or "paper")) for q, layer in _weights_to_set(model, weights)]
-    observers: dict[Quantizer, _Observer] = {}
-    watched: list[tuple[nn.Module, Callable[[Any], object]]] = []
-    for name, layer in quantized_layers(model):
-        if layer.input_quantizer is not None:
-            observer = observers.setdefault(layer.input_quantizer, _Observer(name, layer.input_quantizer))
-            watched.append((layer, observer.of_layer(layer)))
-    for name, quantizer in lone_quantizers(model):
-        observers[quantizer] = _Observer(name, quantizer)
-        watched.append((quantizer, observers[quantizer].observe))
-    order: dict[nn.Module, None] = {}
-    for module in model.modules():
-        if multiplies(module):
-            watched.append((module, lambda _, module=module: order.setdefault(module)))
-    with observing_inputs(watched), disabled(model), evaluating(model):
-        for batch in take(batches, max_batches):
-            run_batch(model, batch, forward)
-    _check_order(model, list(order))
-    for observer in observers.values():
-        observer.check()
-    found += [(observer.quantizer, observer.initialized(method)) for observer in observers.values()]
-    for quantizer, ready in found:
-        quantizer.adopt(ready)
+    with unchanged_on_error(model.modules(), values=False):
+        wanted = _weights_to_set(model, weights, again)
+        found = [(q, _weight_step(layer, q, weights or "paper")) for q, layer in wanted]
+        observers: dict[Quantizer, _Observer] = {}
+        watched: list[tuple[nn.Module, Callable[[Any], object]]] = []
+        for name, layer in quantized_layers(model):
+            if layer.input_quantizer is not None and (again or not layer.input_quantizer.is_initialized):
+                observer = observers.setdefault(layer.input_quantizer, _Observer(name, layer.input_quantizer))
+                watched.append((layer, observer.of_layer(layer)))
+        for name, quantizer in lone_quantizers(model):
+            if again or not quantizer.is_initialized:
+                observers[quantizer] = _Observer(name, quantizer)
+                watched.append((quantizer, observers[quantizer].observe))
+        order: dict[nn.Module, None] = {}
+        for module in model.modules():
+            if multiplies(module):
+                watched.append((module, lambda _, module=module: order.setdefault(module)))
+        with observing_inputs(watched), disabled(model), evaluating(model):
+            for batch in take(batches, max_batches):
+                run_batch(model, batch, forward)
+        _check_order(model, list(order))
+        for observer in observers.values():
+            observer.check()
+        found += [(observer.quantizer, observer.initialized(method)) for observer in observers.values()]
+        with unchanged_on_error(quantizer for quantizer, _ in found):
+            for quantizer, ready in found:
+                quantizer.adopt(ready)
+    if not found and _activation_quantizers(model):
+        warnings.warn(
+            "calibrate: every step is set already and none was changed; again=True sets all of them anew", stacklevel=2
+        )
+
+
+def _activation_quantizers(model: nn.Module) -> list[Quantizer]:
+    of_layers = [layer.input_quantizer for _, layer in quantized_layers(model) if layer.input_quantizer is not None]
+    return of_layers + [quantizer for _, quantizer in lone_quantizers(model)]
 
 
 def _check_arguments(model: nn.Module, method: Any, weights: Any) -> None:
@@ -128,22 +150,32 @@ def _check_arguments(model: nn.Module, method: Any, weights: Any) -> None:
         )
     if not any(True for _ in quantizers(model)):
         raise UsageError("calibrate: the model has no quantizers; call lsquant.prepare(model, recipe) first")
+    if empty := on_meta(model):
+        raise UsageError(f"calibrate: {empty[0]!r} is on the meta device and holds no values; load a state first")
     for name, rule in (("method", method), ("weights", weights or "paper")):
         if rule not in ("mse", "paper"):
             raise UsageError(f"calibrate: {name}={rule!r}; use 'mse' or 'paper'")
 
 
-def _weights_to_set(model: nn.Module, rule: Method | None) -> list[tuple[Quantizer, QuantizedLayer]]:
-    """List weight quantizers and layers: all if there is a rule for them, else where ``prepare`` could set no step."""
-    found = weight_quantizers(model).items()
-    return [(q, layer) for q, (_, layer) in found if rule is not None or not q.is_initialized]
+def _weights_to_set(model: nn.Module, rule: Method | None, again: bool) -> list[tuple[Quantizer, QuantizedLayer]]:
+    """List weight quantizers and layers: where ``prepare`` could set no step, and those that a rule is for.
+
+    A rule is for the steps that are still the initial ones, bit for bit, or with ``again`` for all.
+    """
+
+    def is_wanted(q: Quantizer) -> bool:
+        if not q.is_initialized:
+            return True
+        return rule is not None and (again or torch.equal(q.step.detach(), q.initial_step))
+
+    return [(q, layer) for q, (_, layer) in weight_quantizers(model).items() if is_wanted(q)]
 
 
 def _weight_step(layer: QuantizedLayer, quantizer: Quantizer, rule: Method) -> Quantizer:
     """Return a copy of the weight's quantizer with its step set.  Raises: UsageError for weights that give none."""
     ready = copy.deepcopy(quantizer)
     try:
-        ready.initialize(layer.rows(), rule)
+        layer.set_weight_step(ready, rule)
     except UsageError as error:
         raise UsageError(f"calibrate: {error}; is the trained float model loaded?") from error
     return ready

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from lsquant._util.batches import unwrapped
 from lsquant._util.errors import DamagedFile, UsageError
-from lsquant._util.tensors import read_tensors, write_tensors
+from lsquant._util.rollback import unchanged_on_error
+from lsquant._util.tensors import on_meta, read_tensors, write_tensors
 from lsquant._version import __version__ as VERSION
-from lsquant.convert import prepare, resolved_recipe, revert
-from lsquant.nn import float_type, quantized_layers
+from lsquant.convert import prepare, resolved_recipe
+from lsquant.nn import quantized_layers, quantizers
 from lsquant.recipe import Recipe
 from lsquant.tying import stored_once
 
@@ -44,6 +45,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     model = unwrapped(model)
     if not any(True for _ in quantized_layers(model)):
         raise UsageError("save: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
+    if empty := [name for name, t in model.state_dict().items() if t.is_meta]:
+        raise UsageError(f"save: {empty[0]!r} is on the meta device and holds no values; load a state first")
     stored, aliases = stored_once(model)
     ours = {
         "lsquant.format": FORMAT,
@@ -85,7 +88,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     model: the float architecture, or the prepared one.
     path: of a file written by ``save``.
     Returns: the model.
-    Raises: MissingFile, DamagedFile; UsageError for another architecture.  The model is then unchanged.
+    Raises: MissingFile, DamagedFile; UsageError for another architecture, and for a model on the meta device.  Whatever is
+        raised, a KeyboardInterrupt too, the model is then unchanged, bit for bit.
     """
     metadata, tensors = _read(path, with_tensors=True)
     try:
@@ -103,25 +107,32 @@ def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: 
     tensors: name -> tensor, the state dict.
     path: of the file they come from, for messages.
     Returns: the model.
-    Raises: UsageError for another architecture.
+    Raises: UsageError for another architecture or a model on the meta device.
     """
+    if empty := on_meta(model):
+        raise UsageError(
+            f"{path} cannot be loaded: {len(empty)} tensors of {type(model).__name__}, {empty[0]!r} the first, are on the "
+            "meta device and hold no values; build the model outside torch.device('meta'), or call "
+            "model.to_empty(device='cpu') first"
+        )
     _check_architecture(model, tensors, path)
-    was_float = not any(float_type(m) for m in model.modules())
     try:
-        prepare(model, recipe)
-        model.load_state_dict(tensors)
+        with unchanged_on_error(model.modules()):
+            prepare(model, recipe)
+            model.load_state_dict(tensors)
     except (UsageError, RuntimeError) as error:
-        if was_float:
-            revert(model)
-        raise UsageError(f"{path} does not fit {type(model).__name__}: {error}") from error
+        raise UsageError(f"{path} does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error
     return model
 
 
 def _check_architecture(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Raise UsageError where the float parts of model and file differ; nothing is changed yet."""
 
+    optional = {f"{name}.bounds" for name, _ in quantizers(model)}  # which files of earlier versions do not have
+
     def is_float_key(name: str) -> bool:
-        return not any(part in ("weight_quantizer", "input_quantizer") for part in name.split("."))
+        parts = name.split(".")
+        return name not in optional and not any(part in ("weight_quantizer", "input_quantizer") for part in parts)
 
     mine = {k: tuple(v.shape) for k, v in model.state_dict().items() if is_float_key(k)}
     theirs = {k: tuple(v.shape) for k, v in tensors.items() if is_float_key(k)}

@@ -375,9 +375,9 @@ def disabled(model: nn.Module, *patterns: str) -> Iterator[None]:
             near = difflib.get_close_matches(pattern, [name for name, _ in known], 3, 0.3)
             raise UsageError(f"disabled: {pattern!r} matches no quantizer; near names: {', '.join(near) or 'none'}")
     before = [q.enabled for q in chosen]
-    for quantizer in chosen:
-        quantizer.enabled = False
     try:
+        for quantizer in chosen:
+            quantizer.enabled = False
         yield
     finally:
         for quantizer, state in zip(chosen, before, strict=True):

@@ -117,11 +117,47 @@ def _refine(table: tuple[np.ndarray, np.ndarray], start: float, ratio: float, q_
     return start
 
 
+def exact_step(values: np.ndarray, q_min: int, q_max: int) -> float:
+    """Find the largest step that represents every value exactly, a float32 value; 0.0 where none does.
+
+    ``fl32(code * step) == v`` with a code of q_min to q_max.  Such a step is the value furthest from 0 on the side of the
+    positive values, or of the others, over its code, give or take a rounding.
+
+    values: float32 values, in any order.
+    """
+    if len(np.unique(values[: 4 * (q_max - q_min + 1)])) > q_max - q_min + 1:  # cheap, and true of most
+        return 0.0
+    distinct = np.unique(values).astype(np.float32)
+    if not len(distinct) or len(distinct) > q_max - q_min + 1 or not (distinct[0] or distinct[-1]):
+        return 0.0
+    end, bound = (distinct[-1], q_max) if distinct[-1] > 0 else (distinct[0], q_min)
+    if not bound:  # negative values, unsigned codes
+        return 0.0
+    sign = 1 if bound > 0 else -1
+    near = end / np.arange(sign, bound + sign, sign, dtype=np.float32)
+    zero, infinity = np.float32(0), np.float32(np.inf)
+    steps = np.stack([near, np.nextafter(near, infinity), np.nextafter(near, zero)], axis=1).reshape(-1)
+    codes = np.rint(distinct / steps[:, None])
+    exact = (codes >= q_min) & (codes <= q_max) & (codes * steps[:, None] == distinct)
+    found = np.flatnonzero(exact.all(1))
+    return float(steps[found[0]]) if len(found) else 0.0
+
+
+def exact_steps(x: Tensor, q_min: int, q_max: int, *, axis: int | None = None, group_size: int | None = None) -> Tensor:
+    """Find the step that represents all values exactly per tensor, index of ``axis`` or group, as ``exact_step``.
+
+    Returns: (steps,) float32, 0 where there is none.
+    """
+    rows = rows_per_step(x.detach(), axis, group_size).to("cpu", torch.float32).numpy()
+    steps = [exact_step(row, q_min, q_max) for row in rows]
+    return torch.tensor(steps, dtype=torch.float32, device=x.device)
+
+
 def best_step(summary: ValueSummary, q_min: int, q_max: int) -> float:
     """Find the step of least squared error, a float32 value; 0.0 when all values are 0.
 
     Its error is at most that of the best of 2,000 log-spaced steps in [1e-4, 2] * max|v| while the values are kept raw,
-    and at most 1.001 times that beyond.
+    and at most 1.001 times that beyond.  Where some step represents all values exactly in float32, the one found does.
 
     Raises: UsageError when there are no values.
     """
@@ -133,7 +169,18 @@ def best_step(summary: ValueSummary, q_min: int, q_max: int) -> float:
     table = summary.table()
     grid = top * np.geomspace(*GRID_RANGE, GRID)
     errors = squared_errors(table, grid, q_min, q_max)[0]
-    return _refine(table, float(grid[np.argmin(errors)]), grid[1] / grid[0], q_min, q_max)
+    found = _refine(table, float(grid[np.argmin(errors)]), grid[1] / grid[0], q_min, q_max)
+    values = table[0].astype(np.float32)
+    few = np.count_nonzero(np.diff(values)) <= q_max - q_min  # they are sorted
+    if few and not _is_exact(values, found, q_min, q_max):
+        return exact_step(values, q_min, q_max) or found
+    return found
+
+
+def _is_exact(values: np.ndarray, step: float, q_min: int, q_max: int) -> bool:
+    """Whether a step represents float32 values as they are."""
+    codes = np.clip(np.rint(values / np.float32(step)), q_min, q_max)
+    return bool((codes * np.float32(step) == values).all())
 
 
 def best_step_and_offset(summary: ValueSummary, q_min: int, q_max: int) -> tuple[float, float]:

@@ -32,6 +32,24 @@ class _Mirror(NamedTuple):
     source: tuple[Any, ...]
 
 
+UNDECIDED = (0, 0)
+"""The bounds of a quantizer whose sign is not decided."""
+
+
+def _bounds(spec: QuantSpec) -> tuple[int, int]:
+    return UNDECIDED if spec.signed is None else (spec.q_min, spec.q_max)
+
+
+def _range(bounds: tuple[int, ...]) -> str:
+    """Bounds in words, with the bits they take.
+
+    >>> _range((-2, 1))
+    '-2 to 1 (2 bit)'
+    """
+    low, high = bounds
+    return f"{low} to {high} ({(high - low).bit_length()} bit)"
+
+
 class Quantizer(nn.Module):
     """Fake-quantize by a learned step.
 
@@ -51,6 +69,8 @@ class Quantizer(nn.Module):
     signed: () int8, -1 while undecided.
     count: () int64, N, 0 while unknown.
     initialized: () bool, whether the step is set.
+    bounds: (2,) int32, the lowest and the highest code, (0, 0) while the sign is undecided; what a loaded state is
+        compared with.
     guarded: () int64, not saved, the steps below the guard that training passes have met.
 
     Sign, N and whether a step is set are needed in Python.  In eager mode on a CPU they are read from the buffers in
@@ -73,6 +93,7 @@ class Quantizer(nn.Module):
     signed: Tensor
     count: Tensor
     initialized: Tensor
+    bounds: Tensor
     guarded: Tensor
 
     def __init__(
@@ -96,6 +117,7 @@ class Quantizer(nn.Module):
         self.register_buffer("signed", torch.tensor(-1 if spec.signed is None else int(spec.signed), dtype=torch.int8))
         self.register_buffer("count", torch.tensor(count or 0))
         self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("bounds", torch.tensor(_bounds(spec), dtype=torch.int32))
         self.register_buffer("guarded", torch.tensor(0), persistent=False)
         self._mirror = _Mirror(spec, count or 0, False, ())
 
@@ -135,6 +157,26 @@ class Quantizer(nn.Module):
         """Read the buffers again, also where nothing shows that they changed."""
         self._mirror = self._mirror._replace(source=())
         self._follow()
+
+    def stale_state(self, compiled: bool = False) -> str:
+        """Say how what Python knows of the buffers differs from them; "" where it does not.
+
+        compiled: whether compiled code uses this quantizer.  Eager code reads the buffers before it uses them, as far
+            as it sees that they changed; compiled code has what was read before.
+        """
+        if self.signed.is_meta:
+            return ""
+        if not compiled:
+            self._follow()
+        known = self._mirror
+        sign, count, initialized = int(self.signed), int(self.count), bool(self.initialized)
+        spec = self.requested if sign < 0 else self.requested.decide(bool(sign))
+        pairs = {
+            "sign": (known.spec.signed, spec.signed),
+            "N": (known.count, count),
+            "initialized": (known.initialized, initialized),
+        }
+        return ", ".join(f"{name} {old} instead of {new}" for name, (old, new) in pairs.items() if old != new)
 
     @property
     def spec(self) -> QuantSpec:
@@ -261,6 +303,18 @@ class Quantizer(nn.Module):
             self.summarize(x, summaries)
             self.initialize_from(summaries, method)
 
+    @torch.no_grad()
+    def prefer_exact(self, x: Tensor) -> None:
+        """Replace each step that is set by one that represents its values of x exactly, where there is one."""
+        spec = self.spec
+        if spec.offset or not self.is_initialized:
+            return
+        exact = mse.exact_steps(x, spec.q_min, spec.q_max, axis=self.axis, group_size=spec.group_size)
+        if bool((exact > 0).any()):
+            filled = self.filled_steps
+            self._set(spec, torch.where(exact > 0, exact.to(self.step.device), self.step))
+            self.filled_steps = filled
+
     def summarize(self, x: Tensor, summaries: list[mse.ValueSummary]) -> None:
         """Add the values of x to one summary per step.  Raises: UsageError where x has not as many steps."""
         rows = mse.rows_per_step(x.detach(), self.axis, self.spec.group_size)
@@ -305,8 +359,13 @@ class Quantizer(nn.Module):
             self.offset.copy_(offset)
         self.initial_step.copy_(step)
         self.signed.fill_(int(bool(spec.signed)))
+        self._write_bounds(spec)
         self.initialized.fill_(True)
         self._refresh()
+
+    def _write_bounds(self, spec: QuantSpec) -> None:
+        for place, bound in zip(self.bounds, _bounds(spec), strict=True):
+            place.fill_(bound)
 
     @torch.no_grad()
     def set_count(self, count: int) -> None:
@@ -344,6 +403,7 @@ class Quantizer(nn.Module):
             self.initialized.fill_(False)
         self.requested = spec
         self.signed.fill_(-1 if new.signed is None else int(new.signed))
+        self._write_bounds(new)
         self._refresh()
 
     # ---- modules' machinery ----
@@ -355,15 +415,85 @@ class Quantizer(nn.Module):
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
+        guarded = self._buffers.get("guarded")
         nn.Module._apply(self, keep_dtype, recurse)  # not super(): the frozen quantizer borrows this method
+        if guarded is not None and guarded.is_meta and not self._buffers["guarded"].is_meta:  # to_empty
+            self._buffers["guarded"].zero_()
         return self
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """A checkpoint without any key of this quantizer leaves it as it is (a float checkpoint)."""
-        if not any(key.startswith(prefix) for key in state_dict):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Write the state with the bounds of the codes in use: PyTorch's averages of models truncate integer buffers."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if differ := self.other_bounds():
+            destination[prefix + "bounds"] = torch.tensor(differ[1], dtype=torch.int32, device=self.bounds.device)
+
+    def other_bounds(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """(in the buffer, of the codes in use) where these differ; None where they do not, or have no values."""
+        if type(self.bounds) is not Tensor or self.bounds.is_meta:
+            return None
+        wanted = _bounds(self.spec)
+        try:
+            found = tuple(self.bounds.tolist())
+        except RuntimeError:  # under a mode for fake tensors, as exporters use it
+            return None
+        return None if found == wanted else (found, wanted)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load this quantizer's part of a state, or none of it, with the reason in ``error_msgs``.
+
+        A state without any key of this quantizer leaves it as it is (a float checkpoint).  A state of another number of
+        bits, sign or steps is an error.  One without ``bounds``, as earlier versions wrote it, is not compared.
+        """
+        own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if not own:
             return
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if problem := self._misfit({key.removeprefix(prefix): value for key, value in own.items()}):
+            name = prefix.removesuffix(".") or self.name or "this Quantizer"
+            error_msgs.append(f"quantizer {name!r}: {problem}")
+            return
+        for key, t in {**self._parameters, **self._buffers}.items():  # a state may be assigned as it is
+            value = own.get(prefix + key)
+            if t is not None and isinstance(value, Tensor) and value.dtype != t.dtype:
+                own[prefix + key] = value.to(t.dtype)
+        sign = own.get(prefix + "signed")
+        if prefix + "bounds" not in own and isinstance(sign, Tensor) and not sign.is_meta and sign.numel() == 1:
+            spec = self.requested if int(sign) < 0 else self.requested.decide(bool(sign))
+            own[prefix + "bounds"] = torch.tensor(_bounds(spec), dtype=torch.int32, device=sign.device)
+        super()._load_from_state_dict(own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if self.guarded.is_meta and not self.step.is_meta:  # a state was assigned, and has no counter
+            self.guarded = torch.zeros_like(self.guarded, device=self.step.device)
         self._refresh()
+
+    def _misfit(self, state: dict[str, Any]) -> str:
+        """Why a state cannot be that of this quantizer; "" where it can."""
+        remedy = "prepare the model by the recipe that the state was made with"
+        step = state.get("step")
+        if isinstance(step, Tensor) and step.shape != self.step.shape:
+            return (
+                f"size mismatch: the state has a step of shape {tuple(step.shape)}, the model one of shape "
+                f"{tuple(self.step.shape)} ({self.requested}); {remedy}"
+            )
+        sign, bounds = state.get("signed"), state.get("bounds")
+        if not all(isinstance(t, Tensor) and not t.is_meta for t in (sign, bounds)):
+            return ""
+        if sign.numel() != 1 or tuple(bounds.shape) != (2,):  # pyright: ignore[reportOptionalMemberAccess]
+            return f"its sign and bounds have the shapes {tuple(sign.shape)} and {tuple(bounds.shape)}; {remedy}"  # pyright: ignore
+        theirs, decided = tuple(bounds.tolist()), int(sign)  # pyright: ignore
+        if theirs == UNDECIDED or (decided < 0 and self.requested.signed is None):
+            return ""
+        mine = self.requested if decided < 0 else self.requested.decide(bool(decided))
+        if theirs == _bounds(mine):
+            return ""
+        return f"the state has the codes {_range(theirs)}, the model {_bounds(mine)[0]} to {_bounds(mine)[1]} ({mine}); {remedy}"
 
     def extra_repr(self) -> str:
         state = "" if self.is_initialized else ", not calibrated"

@@ -88,7 +88,7 @@ def test_tied_weights_are_stored_once(tmp_path):
     with safe_open(str(tmp_path / "m"), "pt") as file:
         names = set(file.keys())
         aliases = json.loads(file.metadata()["lsquant.aliases"])
-    keys = ("step", "initial_step", "signed", "count", "initialized")
+    keys = ("step", "initial_step", "signed", "count", "initialized", "bounds")
     assert aliases == {"two.weight": "one.weight"} | {
         f"two.weight_quantizer.{key}": f"one.weight_quantizer.{key}" for key in keys
     }

@@ -16,7 +16,7 @@ from lsquant import QuantSpec, Recipe, Rule
 from lsquant._util.errors import UsageError
 from lsquant.nn import ExactBatchNorm2d, QuantConv2d, QuantLinear, quantizers
 
-KEYS = {"step", "initial_step", "signed", "count", "initialized"}
+KEYS = {"step", "initial_step", "signed", "count", "initialized", "bounds"}
 
 
 # ---- in place ----

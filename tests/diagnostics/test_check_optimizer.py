@@ -24,9 +24,22 @@ def test_optimizer_built_before_prepare():
     lsquant.prepare(model, Recipe.preset("w4a4"))
     lsquant.calibrate(model, data)
     found = check(model, optimizer)
-    assert {f.code for f in found} == {"step_missing"}
-    assert len(found) == 6
+    assert [(f.code, f.where) for f in found] == [("step_missing", "optimizer")]  # one reason, one finding
+    assert "none of the model's 6 steps" in found[0].message
     assert "after prepare" in found[0].remedy
+    assert found[0].evidence["steps"] == [f"{name}.step" for name, _ in lsquant.quantizers(model)]
+    held = [p for p in model.parameters() if p is not model.conv.input_quantizer.step]
+    found = check(model, torch.optim.SGD(held, lr=0.1))
+    assert codes(found) == {("step_missing", "conv.input_quantizer.step")}
+
+
+def test_weights_and_steps_that_are_missing_are_named_apart():
+    model, data = Cnn(), images()
+    lsquant.prepare(model, Recipe.preset("w4a4"))
+    lsquant.calibrate(model, data)
+    found = check(model, torch.optim.SGD(model.head.parameters(recurse=False), lr=0.1))
+    assert ("step_missing", "optimizer") in codes(found)
+    assert {f.where for f in found if f.code == "weight_missing"} == {"stem.weight", "conv.weight"}
 
 
 def test_a_missing_offset():

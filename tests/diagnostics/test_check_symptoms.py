@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lsquant
-from helpers.checked import codes, images, trained_cnn
+from helpers.checked import codes, images, only, trained_cnn
 from lsquant import QuantSpec, Recipe, Rule, check
 from lsquant.cli import main
 from lsquant.tasks import open_run
@@ -21,12 +21,6 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_loop_transform
 @pytest.fixture
 def cnn():
     return trained_cnn()
-
-
-def only(found: list[lsquant.Finding], code: str, where: str) -> lsquant.Finding:
-    (finding,) = [f for f in found if f.code == code]
-    assert finding.where == where, [str(f) for f in found]
-    return finding
 
 
 @pytest.mark.parametrize("factor, code", [(1 / 100, "step_collapsed"), (100, "step_exploded")])
@@ -110,8 +104,8 @@ def test_the_remedy_for_weights_is_one_for_weights():
     with torch.no_grad():
         model[0].weight_quantizer.step.mul_(1 / 20)
     finding = only(check(model, batches=[torch.randn(4, 64)]), "clipped", "0.weight_quantizer")
-    assert "weights='mse'" in finding.remedy
-    lsquant.calibrate(model, [torch.randn(4, 64)], weights="mse")
+    assert "weights='mse', again=True" in finding.remedy
+    lsquant.calibrate(model, [torch.randn(4, 64)], weights="mse", again=True)
     assert check(model, batches=[torch.randn(4, 64)]) == []
 
 
@@ -125,7 +119,7 @@ def test_calibration_is_judged_by_the_values_it_saw():
         model[0].weight_quantizer.step.mul_(0.25)  # the layer gives a quarter
         model[0].weight_quantizer.initial_step.mul_(0.25)
     assert "calibration_poor" not in {f.code for f in check(model, batches=data)}
-    lsquant.calibrate(model, [x * 0.01 for x in data])
+    lsquant.calibrate(model, [x * 0.01 for x in data], again=True)
     assert ("calibration_poor", "2.input_quantizer") in codes(check(model, batches=data))
 
 
@@ -226,7 +220,7 @@ def test_too_little_calibration_data():
     assert "0.input_quantizer" in found
     step, best = (found["0.input_quantizer"].evidence[key] for key in ("step", "best"))
     assert step < 0.7 * best
-    lsquant.calibrate(model, data)
+    lsquant.calibrate(model, data, again=True)
     assert check(model, batches=data) == []
     with torch.no_grad():  # after training the step is the loss's affair
         model[0].input_quantizer.step.mul_(0.75)

@@ -89,3 +89,10 @@ def sgd(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
 
 def codes(findings: list[lsquant.Finding]) -> set[tuple[str, str]]:
     return {(f.code, f.where) for f in findings}
+
+
+def only(found: list[lsquant.Finding], code: str, where: str) -> lsquant.Finding:
+    """The one finding of a code, which must be there."""
+    (finding,) = [f for f in found if f.code == code]
+    assert finding.where == where, [str(f) for f in found]
+    return finding

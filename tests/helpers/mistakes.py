@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,3 +78,20 @@ def command(*arguments: Any) -> str:
         code = main([str(a) for a in arguments])
     assert code in (2, 3)
     return error.getvalue()
+
+
+def torchs_error(function: Callable[[], Any]) -> str:
+    """What PyTorch says where it calls lsquant and collects what is wrong, as load_state_dict does."""
+    try:
+        function()
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("nothing was said")
+
+
+def warned(function: Callable[[], Any]) -> str:
+    """What a call warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function()
+    return "\n".join(str(warning.message) for warning in caught)

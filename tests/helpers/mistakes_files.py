@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 import lsquant
-from helpers.mistakes import W4A4, Net, Reversed, command, images, mistake, prepared, ready
+from helpers.mistakes import W4A4, Net, Reversed, command, images, mistake, prepared, ready, torchs_error, warned
 from lsquant import Quantizer, QuantSpec, Recipe, Rule
+from lsquant.cli import main
+from lsquant.runs.lock import RunLock
+from lsquant.training import TransitionRate
 
 # ---- the optimizer ----
 
@@ -52,7 +55,81 @@ def data_of_another_scale(_: Path) -> Any:
     return lsquant.check(ready(), batches=[images() * 100])
 
 
+@mistake("the optimizer is a RMSprop", "SGD, Adam and AdamW")
+def transition_rates_for_another_optimizer(_: Path) -> Any:
+    model = ready(Recipe(2, None))
+    TransitionRate(model, torch.optim.RMSprop(lsquant.param_groups(model, 0.1, low_bit=True)), steps=10)
+
+
+@mistake("first=0.2 lets 20% of the weights change code", "0.002 is usual")
+def percent_for_a_transition_rate(_: Path) -> Any:
+    model = ready(Recipe(2, None))
+    optimizer = torch.optim.SGD(lsquant.param_groups(model, 0.1, low_bit=True))
+    return warned(lambda: TransitionRate(model, optimizer, 0.2, steps=10))
+
+
 # ---- files ----
+
+
+@mistake("'stem.weight_quantizer': the state has the codes -2 to 1 (2 bit), the model -8 to 7 (4 bit", "prepare the model")
+def a_state_of_other_bits(_: Path) -> Any:
+    return torchs_error(lambda: ready().load_state_dict(ready(Recipe(2, 2)).state_dict()))
+
+
+@mistake("'stem.weight_quantizer': size mismatch: the state has a step of shape (4,)", "prepare the model by the recipe")
+def a_state_of_another_granularity(_: Path) -> Any:
+    state = ready(Recipe(QuantSpec(4, granularity="channel"), 4)).state_dict()
+    return torchs_error(lambda: ready().load_state_dict(state))
+
+
+@mistake("'stem.weight_quantizer': the state has the codes 0 to 15", "prepare the model by the recipe")
+def a_state_of_another_sign(_: Path) -> Any:
+    model = ready(Recipe(QuantSpec(4, signed=False), None))
+    return torchs_error(lambda: ready(Recipe(4, None)).load_state_dict(model.state_dict()))
+
+
+@mistake("copied from codes -2 to 1, it has -8 to 7", "copy it again")
+def a_state_of_other_bits_copied_tensor_by_tensor(_: Path) -> Any:
+    model = ready(Recipe(4, None))
+    with torch.no_grad():
+        for mine, theirs in zip(model.state_dict().values(), ready(Recipe(2, None)).state_dict().values(), strict=True):
+            mine.copy_(theirs)
+    return lsquant.check(model)
+
+
+@mistake("'stem.weight' the first, are on the meta device", "to_empty(device='cpu')")
+def a_model_without_values_loaded(tmp: Path) -> Any:
+    lsquant.save(ready(), tmp / "m")
+    with torch.device("meta"):
+        model = Net()
+    lsquant.load(model, tmp / "m")
+
+
+@mistake("'stem.weight' is on the meta device", "load a state first")
+def a_model_without_values_saved(tmp: Path) -> Any:
+    lsquant.save(ready().to("meta"), tmp / "m")
+
+
+@mistake("'stem.weight' the first, are on the meta device", "load_state_dict(state, assign=True)")
+def a_model_without_values_checked(_: Path) -> Any:
+    return lsquant.check(ready().to("meta"))
+
+
+@mistake("is a folder", "give the name of a file")
+def saved_into_a_folder(tmp: Path) -> Any:
+    lsquant.save(ready(), tmp)
+
+
+@mistake("is a packed file", "lsquant.load_packed(model, path)")
+def a_packed_file_loaded_as_a_saved_one(tmp: Path) -> Any:
+    lsquant.export_packed(ready(), tmp / "m")
+    lsquant.load(Net(), tmp / "m")
+
+
+@mistake("was not written by lsquant.export_packed", "read it with lsquant.load")
+def a_saved_file_loaded_as_a_packed_one(tmp: Path) -> Any:
+    lsquant.save(ready(), tmp / "m")
+    lsquant.load_packed(Net(), tmp / "m")
 
 
 @mistake("no quantized layer", "lsquant.prepare")
@@ -174,6 +251,24 @@ def a_run_that_exists(tmp: Path) -> Any:
     (tmp / "run").mkdir()
     (tmp / "run" / "config.toml").write_text("")
     return command("train", "digits", "--bits", 2, "--out", tmp / "run")
+
+
+@mistake("is being trained by process", "wait for it, stop it, or choose another --out")
+def two_trainings_of_one_run(tmp: Path) -> Any:
+    options = ("--epochs", 0, "--float-epochs", 0, "--quiet")
+    main(["train", "digits", "--bits", "2", "--out", str(tmp / "run"), *map(str, options)])
+    with RunLock(tmp / "run"):
+        return command("train", "--resume", "--out", tmp / "run")
+
+
+@mistake("is no run directory", "config.toml")
+def a_folder_resumed_that_is_no_run(tmp: Path) -> Any:
+    return command("train", "--resume", "--out", tmp)
+
+
+@mistake("exclude each other", "--overwrite")
+def resumed_and_overwritten(tmp: Path) -> Any:
+    return command("train", "digits", "--bits", 2, "--resume", "--overwrite", "--out", tmp)
 
 
 @mistake("'nonsense'", "package.module:name")

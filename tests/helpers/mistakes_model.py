@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lsquant
-from helpers.mistakes import W4A4, Net, Reversed, images, mistake, prepared, ready
+from helpers.mistakes import W4A4, Net, Reversed, images, mistake, prepared, ready, warned
 from lsquant import QuantSpec, Recipe, Rule
 
 # ---- numbers and names ----
@@ -284,3 +284,45 @@ def weights_that_are_all_zero(_: Path) -> Any:
 def a_misspelt_name_for_disabled(_: Path) -> Any:
     with lsquant.disabled(ready(), "boddy"):
         pass
+
+
+# ---- calibrating again, and what a step cannot represent ----
+
+
+@mistake("every step is set already", "again=True")
+def calibrated_twice(_: Path) -> Any:
+    model = ready()
+    return warned(lambda: lsquant.calibrate(model, [images() * 3]))
+
+
+@mistake("layer 'stem' was not reached by any batch with values", "skip=")
+def nothing_but_empty_batches(_: Path) -> Any:
+    lsquant.calibrate(prepared(), [torch.empty(0, 1, 6, 6)])
+
+
+@mistake("weights='max'", "'mse' or 'paper'")
+def an_unknown_rule_for_weights(_: Path) -> Any:
+    lsquant.calibrate(prepared(), [images()], weights="max")  # type: ignore[arg-type]
+
+
+@mistake("'stem.weight' is on the meta device", "load a state first")
+def a_model_without_values_calibrated(_: Path) -> Any:
+    lsquant.calibrate(prepared().to("meta"), [images()])
+
+
+@mistake("its 12 weights are integers", "weights='mse'")
+def whole_numbers_that_the_step_merges(_: Path) -> Any:
+    model = prepared(Recipe(8, None))
+    with torch.no_grad():
+        model.head.weight.copy_(torch.arange(12.0).reshape(3, 4))
+    model.head.weight_quantizer.initialize(model.head.weight, "paper")
+    return lsquant.check(model)
+
+
+@mistake("no step represents them at 4 bits", "give it more bits")
+def whole_numbers_of_too_many_bits(_: Path) -> Any:
+    model = Net()
+    with torch.no_grad():
+        model.head.weight.copy_(torch.arange(12.0).reshape(3, 4))
+    lsquant.prepare(model, Recipe(4, None))
+    return lsquant.check(model)

@@ -93,7 +93,7 @@ def test_what_has_no_right_step_gradient_stays_float_and_says_so(options, reason
 @every_spec
 def test_names_checkpoints_copies_types_and_revert(spec, tmp_path):
     layer, words = made(spec), torch.randint(WORDS, (3, 4))
-    keys = {"step", "initial_step", "signed", "count", "initialized"}
+    keys = {"step", "initial_step", "signed", "count", "initialized", "bounds"}
     assert set(layer.state_dict()) == {"weight"} | {f"weight_quantizer.{key}" for key in keys}
     want = layer(words)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -155,7 +155,7 @@ def test_a_tied_weight_has_one_quantizer_and_one_step_under_both_names(spec, tmp
         "embedding.weight_quantizer", "middle.weight_quantizer", "middle.input_quantizer", "head.input_quantizer",
     ]  # fmt: skip
     state = model.state_dict()
-    for key in ("step", "initial_step", "signed", "count", "initialized"):
+    for key in ("step", "initial_step", "signed", "count", "initialized", "bounds"):
         names = (f"embedding.weight_quantizer.{key}", f"head.weight_quantizer.{key}")
         assert state[names[0]].data_ptr() == state[names[1]].data_ptr()
     assert sum(p is q.step for group in lsquant.param_groups(model, 0.1) for p in group["params"]) == 1

@@ -181,7 +181,7 @@ def test_names_checkpoints_and_revert(name):
     layer, x = made(name, "channel")
     plain = make()
     floats = set(plain.state_dict())
-    keys = {"step", "initial_step", "signed", "count", "initialized"}
+    keys = {"step", "initial_step", "signed", "count", "initialized", "bounds"}
     extra = {f"{q}_quantizer.{key}" for q in ("weight", "input") for key in keys}
     assert set(layer.state_dict()) == floats | extra
     before = layer.input_quantizer.step.detach().clone()

@@ -242,7 +242,8 @@ def test_what_is_in_the_wheel(wheel):
     assert "lsquant = lsquant.cli:main" in entry_points
     assert "License-Expression: Apache-2.0" in metadata
     required = {line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line}
-    assert required == {f"Requires-Dist: {name}" for name in ("torch>=2.11", "numpy>=1.26", "safetensors>=0.5")}
+    core = ("torch>=2.11", "numpy>=1.26", "safetensors>=0.5", "filelock>=3.21")
+    assert required == {f"Requires-Dist: {name}" for name in core}
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def test_parameters_and_buffers(variety: str) -> None:
     for t in (q.step, q.initial_step):
         assert t.shape == steps
         assert t.dtype == torch.float32
-    assert set(q.state_dict()) == {"step", "initial_step", "signed", "count", "initialized"} | (
+    assert set(q.state_dict()) == {"step", "initial_step", "signed", "count", "initialized", "bounds"} | (
         {"offset"} if variety == "offset" else set()
     )
     assert torch.equal(q.initial_step, q.step.detach())

@@ -87,7 +87,12 @@ def test_the_default_loss_wants_class_numbers(tmp_path):
 
 
 def test_a_transition_rate_needs_the_low_bit_group_of_the_tasks_optimizer(tmp_path, monkeypatch):
-    run_training(run_of(tmp_path / "a", transition_rate=0.01), quiet=True)
+    with pytest.raises(UsageError, match="the optimizer is a RMSprop; it is for SGD, Adam and AdamW"):
+        run_training(run_of(tmp_path / "a", transition_rate=0.01), quiet=True)
+    low_bit = lambda self, model, settings, phase: torch.optim.AdamW(lsquant.param_groups(model, 0.01, low_bit=True))  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(Regression, "make_optimizer", low_bit)
+        run_training(run_of(tmp_path / "a", transition_rate=0.01), overwrite=True, quiet=True)
     plain = lambda self, model, settings, phase: torch.optim.SGD(lsquant.param_groups(model, 0.01))  # noqa: E731
     monkeypatch.setattr(Regression, "make_optimizer", plain)
     with pytest.raises(UsageError, match="no group 'low_bit'"):

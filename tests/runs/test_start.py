@@ -95,7 +95,7 @@ def test_a_file_of_other_bits_keeps_its_weights_and_is_calibrated_anew(first, tm
     run = replace(small(tmp_path / "a", files, epochs=0), start=str(file), init=None)
     metrics = run_training(run, quiet=True)
     lsquant.prepare(model, RECIPE, example_inputs=task().example_input())
-    lsquant.calibrate(model, task().batches("calibration", batch_size=200), max_batches=1)
+    lsquant.calibrate(model, task().batches("calibration", batch_size=200), max_batches=1, again=True)
     assert metrics["lsq"] == metrics["start"] == run.task.metric(model)
     assert torch.equal(logits(run.model()), logits(model))
 

@@ -19,6 +19,7 @@ from lsquant._util.errors import UsageError
 from lsquant.training import CosineSchedule, TransitionRate, fit, param_groups
 from lsquant.training.seeds import generator
 
+pytestmark = pytest.mark.filterwarnings("ignore:TransitionRate. first=0.5:UserWarning")  # few weights: many change
 OPTIMIZERS = {
     "sgd": lambda groups: torch.optim.SGD(groups),
     "momentum": lambda groups: torch.optim.SGD(groups, momentum=0.9),
@@ -379,6 +380,8 @@ def test_what_is_refused():
     for first in (0.0, 1.0, -0.1):
         with pytest.raises(UsageError, match="first="):
             TransitionRate(model, good, first, steps=10)
+    with pytest.warns(UserWarning, match=r"first=0\.2 lets 20% of the weights change code.*0\.002 is usual"):
+        TransitionRate(model, good, 0.2, steps=10).close()
     for name, value in (("steps", 0), ("steps", 2.5), ("gain", 0.0), ("gain", math.inf), ("smoothing", 1.0)):
         with pytest.raises(UsageError, match=f"{name}="):
             TransitionRate(model, good, **{"steps": 10, name: value})
@@ -390,6 +393,14 @@ def test_what_is_refused():
         TransitionRate(eight, torch.optim.SGD(param_groups(eight, 0.1, low_bit=True)), steps=10)
     with pytest.raises(UsageError, match=r"4 of the 4|not in the optimizer's group"):
         TransitionRate(several(), good, steps=10)
+    for kind in (torch.optim.RMSprop, torch.optim.NAdam, torch.optim.Adagrad):
+        with pytest.raises(UsageError, match=rf"the optimizer is a {kind.__name__}; it is for SGD, Adam and AdamW"):
+            TransitionRate(model, kind(param_groups(model, 0.1, low_bit=True)), steps=10)
+
+    class Mine(torch.optim.AdamW):
+        pass
+
+    TransitionRate(model, Mine(param_groups(model, 0.1, low_bit=True)), steps=10)
     with pytest.raises(UsageError, match="give a torch optimizer"):
         TransitionRate(model, "sgd", steps=10)  # type: ignore[arg-type]
     cut = param_groups(model, 0.1, low_bit=True)

@@ -100,8 +100,8 @@ def take(batches: Iterable[T], max_batches: int | None) -> Iterator[T]:
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     """Set eval mode without gradients inside the ``with`` block; the mode of every module is restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        model.eval()
         with torch.no_grad():
             yield model
     finally:

@@ -37,3 +37,9 @@ class DiskFull(LsquantError, OSError):
     """A full disk; the file that was there before is unchanged."""
 
     exit_code = 3
+
+
+class CannotWrite(LsquantError, OSError):
+    """A folder or file that may not be written; the file that was there before is unchanged."""
+
+    exit_code = 3

@@ -6,12 +6,13 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lsquant._util.errors import DamagedFile, DiskFull, MissingFile, UsageError
+from lsquant._util.errors import CannotWrite, DamagedFile, DiskFull, LsquantError, MissingFile, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -23,13 +24,28 @@ def disk_is_full(error: BaseException) -> bool:
     return any(f"(os error {number})" in str(error) for number in _FULL)
 
 
+def cannot_write(path: str | os.PathLike[str], error: BaseException) -> LsquantError:
+    """Return the error to raise where a file cannot be written: DiskFull or CannotWrite, with the reason in one line."""
+    if disk_is_full(error):
+        return DiskFull(f"no space left on the disk while writing {path}; the old file, if any, is unchanged")
+    reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+    return CannotWrite(f"cannot write {path}: {reason}; the old file, if any, is unchanged")
+
+
+def _is_of_the_system(error: BaseException) -> bool:
+    """Whether an error comes from the operating system; safetensors quotes its number."""
+    if isinstance(error, LsquantError):
+        return False
+    return isinstance(error, OSError) or re.search(r"\(os error \d+\)", str(error)) is not None
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; on success it is flushed to disk and renamed to ``path``.
 
     On any error the temporary file is removed and the file that was at ``path`` is unchanged.
 
-    Raises: UsageError for a folder; MissingFile if the folder of ``path`` does not exist; DiskFull.
+    Raises: UsageError for a folder; MissingFile if the folder of ``path`` does not exist; DiskFull; CannotWrite.
     """
     target = Path(os.path.realpath(path))
     if target.is_dir():
@@ -47,10 +63,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        if disk_is_full(error):
-            raise DiskFull(
-                f"no space left on the disk while writing {path}; the old file, if any, is unchanged"
-            ) from error
+        if _is_of_the_system(error):
+            raise cannot_write(path, error) from error
         raise
 
 

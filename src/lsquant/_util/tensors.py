@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lsquant._util.errors import DamagedFile, MissingFile
 from lsquant._util.files import atomic_write
@@ -64,6 +64,11 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
     for name, _, _ in listed:
         digest.update(tensors[name].cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def on_meta(model: nn.Module) -> list[str]:
+    """Name the parameters and buffers, those of the state dict or not, that are on the meta device, without values."""
+    return [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
 
 
 def header_size(path: str | os.PathLike[str]) -> int:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, get_args
 
-from lsquant._util.errors import LsquantError
+from lsquant._util import interrupt
+from lsquant._util.errors import CannotWrite, LsquantError
 from lsquant._util.files import json_text
 from lsquant._version import __version__
 from lsquant.cli import commands
 from lsquant.cli.reporting import report
 from lsquant.cli.training import train
 from lsquant.formats import DEFAULT, file_formats
+from lsquant.runs import is_run
 from lsquant.runs.settings import Optimizer
 from lsquant.tasks import TASKS
 from lsquant.verification import LEVELS, RUNTIMES
 
-GOOD, NOT_AS_REQUIRED, USAGE, INTERRUPTED = 0, 1, 2, 130
+GOOD, NOT_AS_REQUIRED, USAGE, INTERRUPTED = 0, 1, 2, interrupt.INTERRUPTED
 
 
 def parser() -> argparse.ArgumentParser:
@@ -202,17 +205,78 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 good, 1 result not as required, 2 usage, 3 missing or damaged, 130 interrupted."""
-    arguments = parser().parse_args(argv)
+    interrupt.release()
+    arguments = None
     try:
         with _terminated_like_interrupted():
+            _open_closed_streams()
+            arguments = _parsed(argv)
             commands.set_threads(arguments)
             outcome = arguments.run(arguments)
+            _print(json_text(outcome.result, indent=2) if arguments.json else outcome.text)
     except LsquantError as error:
-        print(f"lsquant: error: {error}", file=sys.stderr)
-        return error.exit_code
+        return _fail(f"error: {error}", error.exit_code)
+    except OSError as error:  # of the system, while something was read or written
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(f"error: {place}{error.strerror or error}", CannotWrite.exit_code)
     except KeyboardInterrupt:
-        hint = f"; go on with: lsquant train --resume --out {arguments.out}" if arguments.run is train else ""
-        print(f"lsquant: interrupted{hint}", file=sys.stderr)
-        return INTERRUPTED
-    print(json_text(outcome.result, indent=2) if arguments.json else outcome.text)
+        return _fail(f"interrupted{_hint(arguments)}", INTERRUPTED)
     return GOOD if outcome.good else NOT_AS_REQUIRED
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    try:
+        return parser().parse_args(argv)
+    except SystemExit:  # after --help, --version or a message
+        _print("")
+        raise
+
+
+def _fail(text: str, code: int) -> int:
+    """Say why on stderr, as far as it can be said, and return the exit code."""
+    with suppress(OSError):
+        print(f"lsquant: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _hint(arguments: argparse.Namespace | None) -> str:
+    """How an interrupted training goes on, if it has begun."""
+    if arguments is None or arguments.run is not train or not is_run(arguments.out):
+        return ""
+    return f"; go on with: lsquant train --resume --out {arguments.out}"
+
+
+def _print(text: str) -> None:
+    """Print a result, so that it has arrived.  Raises: CannotWrite where nobody reads stdout, or a disk is full."""
+    try:
+        print(text, end="\n" if text else "", flush=True)
+    except LsquantError:
+        raise
+    except OSError as error:
+        # the interpreter flushes again when it ends, which would print a traceback
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise CannotWrite(f"cannot write the result to stdout: {error.strerror or error}") from error
+
+
+class _Closed:
+    """Stands for a stdout that was closed before the program began: a result is lost."""
+
+    def write(self, text: str) -> NoReturn:
+        raise CannotWrite("cannot write the result to stdout: it is closed; use >/dev/null where nobody wants it")
+
+    def flush(self) -> None:
+        pass
+
+
+def _open_closed_streams() -> None:
+    """Open what is closed of stdin, stdout and stderr, or the next file that is opened takes its place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number, this one
+    if sys.stdout is None:
+        sys.stdout = _Closed()
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115

@@ -10,6 +10,7 @@ from torch import nn
 
 from lsquant._util.batches import Forward, unwrapped
 from lsquant._util.errors import UsageError
+from lsquant._util.tensors import on_meta
 from lsquant.diagnostics import symptoms
 from lsquant.diagnostics.findings import SEVERITIES, Finding, Severity, finding, findings
 from lsquant.diagnostics.optimizer_checks import check_optimizer, has_started
@@ -17,7 +18,7 @@ from lsquant.diagnostics.value_checks import check_values
 from lsquant.nn import quantized_layers, quantized_type, quantizers
 from lsquant.quantizer import Quantizer
 from lsquant.reference import GUARD_FACTOR
-from lsquant.tying import weights_with_several_quantizers
+from lsquant.tying import weight_quantizers, weights_with_several_quantizers
 from lsquant.unsupported import reason_for_module
 
 GUARDED_OFTEN = 10
@@ -65,15 +66,21 @@ def check(
     model = unwrapped(model)
     if not any(True for _ in quantizers(model)):
         return [finding("not_prepared", "", f"{type(model).__name__} has no quantizers, it is a float model")]
+    if empty := on_meta(model):
+        text = f"{len(empty)} of its tensors, {empty[0]!r} the first, are on the meta device and hold no values"
+        return [finding("on_meta", "", text, tensors=empty)]
+    stale = list(_check_state(model))  # before anything else reads the buffers
     sound = {name: q for name, q in quantizers(model) if _is_sound(q)}
-    found = [*_check_steps(model), *_check_ties(model), *_check_float_modules(model), *_check_fast_paths(model)]
+    found = [*stale, *_check_steps(model), *_check_few_values(sound, model), *_check_ties(model), *_check_float_modules(model), *_check_fast_paths(model)]
     if optimizer is not None:
         found += check_optimizer(model, optimizer, sound)
     started = None if optimizer is None else has_started(optimizer)
-    for name, symptom in symptoms.unmoved(sound, started):
-        found += findings(name, [symptom])
+    on_levels: set[str] = set()
     if batches is not None:
-        found += check_values(model, batches, sound, max_batches, forward)
+        found += check_values(model, batches, sound, max_batches, forward, on_levels)
+    for name, symptom in symptoms.unmoved(sound, started):
+        if name not in on_levels:  # such values give the step no gradient
+            found += findings(name, [symptom])
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(_without_consequences(found, order), key=lambda f: SEVERITIES.index(f.severity))
 
@@ -95,6 +102,33 @@ def _without_consequences(found: list[Finding], order: dict[str, int]) -> list[F
 
 def _is_sound(quantizer: Quantizer) -> bool:
     return quantizer.is_initialized and all(bool(torch.isfinite(p).all()) for p in quantizer.parameters())
+
+
+def _check_state(model: nn.Module) -> Iterator[Finding]:
+    """Buffers that Python, compiled code or the recipe know otherwise."""
+    compiled = any(_is_compiled(module) for module in model.modules())
+    for name, q in quantizers(model):
+        if differs := q.stale_state(compiled):
+            text = f"it computes with what its buffers said before ({differs}): a write that nothing shows changed them"
+            yield finding("stale_state", name, text)
+        if differ := q.other_bounds():
+            found, wanted = differ
+            truncated = all(0 <= abs(w) - abs(f) <= 1 for f, w in zip(found, wanted, strict=True))
+            if not truncated:  # by an average of models
+                text = f"its state was copied from codes {found[0]} to {found[1]}, it has {wanted[0]} to {wanted[1]}"
+                yield finding("other_bounds", name, f"{text} ({q.spec})", state=found, model=wanted)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
+def _check_few_values(sound: dict[str, Quantizer], model: nn.Module) -> Iterator[Finding]:
+    """Find weights of integers or few values that become others, such as box decoders and one-hot projections."""
+    owners = weight_quantizers(model)
+    for name, q in sound.items():
+        if q in owners:
+            yield from findings(name, symptoms.of_few_values(q, owners[q][1].rows().detach()))
 
 
 def _check_steps(model: nn.Module) -> Iterator[Finding]:

@@ -15,6 +15,14 @@ CODES: dict[str, tuple[Severity, str]] = {
     "not_prepared": ("error", "call lsquant.prepare(model, recipe), then lsquant.calibrate(model, batches)"),
     "step_unset": ("error", "call lsquant.calibrate(model, batches), or lsquant.load a checkpoint"),
     "step_not_finite": ("error", "go back to the last good checkpoint; lower the learning rate or clip gradients"),
+    "on_meta": ("error", "load a state: load_state_dict(state, assign=True), or model.to_empty(device='cpu') and load"),
+    "stale_state": ("error", "lsquant.integrations.distributed.synchronize(model) reads the buffers again"),
+    "other_bounds": ("error", "prepare the model by the recipe of the state that was copied into it, and copy it again"),
+    "few_values": (
+        "warning",
+        "where one does, lsquant.calibrate(model, batches, weights='mse', again=True) takes it, and prepare for a frozen "
+        "weight (requires_grad_(False)); else give it more bits, or leave it in floating point (skip=)",
+    ),
     "tied_twice": ("error", "tie the weights before prepare, or call prepare again, so that they share a quantizer"),
     "step_below_guard": ("warning", "lower the learning rate of the steps: lsquant.param_groups(..., step_lr=...)"),
     "guarded_often": ("warning", "lower the learning rate of the steps: lsquant.param_groups(..., step_lr=...)"),
@@ -25,18 +33,18 @@ CODES: dict[str, tuple[Severity, str]] = {
     "step_decayed": ("warning", "use lsquant.param_groups(model, lr, weight_decay), which never decays steps"),
     "step_frozen": ("warning", "let it learn: requires_grad_(True) and a learning rate above 0"),
     "values_not_finite": ("error", "look at the data, and at the first layer that has this finding"),
-    "clipped": ("warning", "calibrate again on data like these; give the layer more bits, or see lsquant.sensitivity"),
-    "unused_levels": ("warning", "the step is too large: calibrate again on data like these"),
-    "signed_in_vain": ("warning", "leave signed=None in the recipe and calibrate again, or give signed=False"),
+    "clipped": ("warning", "calibrate again on data like these (again=True); give the layer more bits, or see lsquant.sensitivity"),
+    "unused_levels": ("warning", "the step is too large: calibrate again on data like these (again=True)"),
+    "signed_in_vain": ("warning", "leave signed=None in the recipe and calibrate again (again=True), or give signed=False"),
     "few_levels": (
         "warning",
-        "look at its values on the page of lsquant report; fewer bits would do, or calibrate again",
+        "look at its values on the page of lsquant report; fewer bits would do, or calibrate again (again=True)",
     ),
     "negative_cut": (
         "warning",
-        "leave signed=None in the recipe and calibrate again on data like these, or use offset=True",
+        "leave signed=None in the recipe and calibrate again on data like these (again=True), or use offset=True",
     ),
-    "calibration_poor": ("warning", "calibrate again on more data, and on data like these"),
+    "calibration_poor": ("warning", "calibrate again (again=True) on more data, and on data like these"),
     "step_collapsed": ("warning", "lower the learning rate of the steps: lsquant.param_groups(..., step_lr=...)"),
     "step_exploded": ("warning", "lower the learning rate of the steps: lsquant.param_groups(..., step_lr=...)"),
     "step_unmoved": ("warning", "let its layer take part in the loss; look for .detach(), no_grad and unused outputs"),
@@ -57,7 +65,7 @@ CODES: dict[str, tuple[Severity, str]] = {
 """Code -> severity and remedy."""
 
 WEIGHT_REMEDY = (
-    "lower the learning rate of the steps; lsquant.calibrate(model, batches, weights='mse') sets this one anew"
+    "lower the learning rate of the steps; lsquant.calibrate(model, batches, weights='mse', again=True) sets this one anew"
 )
 """The remedy for weights that do not fit their step: `calibrate` leaves weights as they are unless asked."""
 

@@ -31,7 +31,13 @@ def check_optimizer(model: nn.Module, optimizer: Any, sound: dict[str, Quantizer
     for name, q in sound.items():
         if q.step.requires_grad and q.step in held:
             yield from findings(name, symptoms.of_learning_rate(q, held[q.step]))
-    missing = False
+    steps = [(f"{n}.{k}", p) for n, q in quantizers(model) for k, p in q.named_parameters(recurse=False)]
+    without = [name for name, p in steps if p.requires_grad and p not in held]
+    none_held = len(without) > 1 and not any(p in held for _, p in steps)
+    if none_held:  # one reason, one finding
+        text = f"it has none of the model's {len(without)} steps and offsets ({without[0]!r} the first), so none is learned"
+        yield finding("step_missing", "optimizer", f"{text}: it was built before prepare", steps=without)
+    missing = none_held
     learning = any(_rate(group) > 0 for group in groups)
     for name, q in quantizers(model):
         for key, p in q.named_parameters(recurse=False):
@@ -40,6 +46,8 @@ def check_optimizer(model: nn.Module, optimizer: Any, sound: dict[str, Quantizer
                 yield finding("step_frozen", where, "it does not require a gradient, so it is not learned")
             elif not group:
                 missing = True
+                if none_held:
+                    continue
                 yield finding("step_missing", where, "the optimizer does not have it: it is never learned")
             elif learning and not _rate(group):
                 yield finding("step_frozen", where, "its learning rate is 0 while others learn", lr=0.0)

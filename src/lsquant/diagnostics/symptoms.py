@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lsquant.diagnostics.collect import ValueStatistics
-from lsquant.mse import ValueSummary, best_step, squared_errors
+from lsquant.mse import ValueSummary, best_step, exact_steps, squared_errors
 from lsquant.quantizer import Quantizer
-from lsquant.reference import GUARD_FACTOR
+from lsquant.reference import GUARD_FACTOR, step_view
 
 Symptom = tuple[str, str, dict[str, Any]]
 """(code of a finding, what is wrong in words, the numbers behind it)"""
@@ -32,6 +32,10 @@ OSCILLATING = 0.15
 """Share of the weights that lie on a transition point; healthy: 2 to 6 %."""
 NEGATIVE = 0.01
 """Share of the values of an unsigned quantizer that are below 0."""
+REPEATED = 4
+"""Times that each value of a weight occurs, on average, from which on they count as few."""
+SAME = 1e-3
+"""Share of the step that a weight may change by and count as represented."""
 POOR = 3.0
 """Times the least squared error, before training."""
 SHIFT = 1.0
@@ -108,6 +112,33 @@ def of_weight(q: Quantizer, rows: Tensor) -> Iterator[Symptom]:
     if share > OSCILLATING:
         text = f"{share:.0%} of its weights lie within {CLOSE:g} steps of a transition point: they go back and forth"
         yield "oscillating", text, {"share": share, "expected": 2 * CLOSE}
+
+
+def of_few_values(q: Quantizer, rows: Tensor) -> Iterator[Symptom]:
+    """Find weights that are integers, or a few values, and that the step turns into others.
+
+    rows: (out, ...) float, the weight with output channels first.
+    """
+    if q.offset is not None or not bool(torch.isfinite(rows).all()):
+        return
+    rows = rows.to(torch.float32)
+    levels = q.q_max - q.q_min + 1
+    if len(torch.unique(rows.flatten()[: 4 * levels])) > levels:  # cheap, and true of most
+        return
+    distinct = torch.unique(rows)
+    whole = bool((distinct == distinct.round()).all())
+    if len(distinct) > levels or not (whole or rows.numel() >= REPEATED * len(distinct)):
+        return
+    values, step = step_view(rows, q.effective_step().detach(), q.axis, q.spec.group_size)
+    error = (values - (values / step).round().clamp(q.q_min, q.q_max) * step).abs()
+    changed = int((error > SAME * step).sum())
+    if not changed:
+        return
+    kind = "integers" if whole else f"{len(distinct)} different values"
+    exact = exact_steps(rows, q.q_min, q.q_max, axis=q.axis, group_size=q.spec.group_size)
+    held = "a step represents them exactly" if bool((exact > 0).all()) else f"no step represents them at {q.spec.bits} bits"
+    text = f"its {rows.numel()} weights are {kind}, and the step turns {changed} of them into others; {held}"
+    yield "few_values", text, {"distinct": len(distinct), "changed": changed, "largest": float(error.max())}
 
 
 def of_levels(q: Quantizer, values: ValueStatistics) -> Iterator[Symptom]:

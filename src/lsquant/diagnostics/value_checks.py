@@ -17,7 +17,7 @@ from lsquant.diagnostics.collect import ValueStatistics
 from lsquant.diagnostics.findings import Finding, finding, findings
 from lsquant.nn import QuantizedLayer, lone_quantizers, quantized_layers, quantizers
 from lsquant.quantizer import Quantizer
-from lsquant.reference import initial_step
+from lsquant.reference import initial_step, quotient, step_view
 from lsquant.tying import weight_quantizers
 
 ENOUGH = 16
@@ -32,10 +32,12 @@ def check_values(
     sound: dict[str, Quantizer],
     max_batches: int | None,
     forward: Forward | None,
+    on_levels: set[str],
 ) -> Iterator[Finding]:
     """Run the batches; check the values of every quantizer, BatchNorm's statistics and that every layer is called.
 
     sound: quantizers by name whose steps are set and finite.  The model runs in eval mode, and is left as it was.
+    on_levels: gets the names of quantizers all of whose values lie exactly on levels.
     """
     observed = _Run(model, sound)
     observed.run(batches, max_batches, forward)
@@ -44,6 +46,8 @@ def check_values(
     for name, q in sound.items():
         values = observed.values[q]
         if values.elements:
+            if values.are_on_levels:
+                on_levels.add(name)
             yield from _check_quantizer(name, q, values, owners[q][1] if q in owners else None)
     for name, statistics in observed.norms.items():
         yield from findings(name, statistics.symptoms())
@@ -56,6 +60,7 @@ class _Values(ValueStatistics):
         super().__init__(quantizer)
         self.lowest = math.inf
         self.zeros = 0
+        self.are_on_levels = True
         self.float_values = symptoms.CalibrationFit(quantizer)
 
     def add(self, x: Tensor) -> None:
@@ -63,6 +68,17 @@ class _Values(ValueStatistics):
         if x.numel():
             self.lowest = min(self.lowest, float(x.detach().min()))
             self.zeros += int((x.detach() == 0).sum())
+            self.are_on_levels = self.are_on_levels and self._on_levels(x.detach())
+
+    def _on_levels(self, x: Tensor) -> bool:
+        """Whether the step gets no gradient from these values: each is a level, but none an outermost, beside 0."""
+        q = self.quantizer
+        if q.offset is not None:
+            return False
+        v, s = step_view(x, q.effective_step().detach(), q.axis, q.spec.group_size)
+        codes = quotient(v, s)
+        inside = (codes < q.q_max) & ((codes > q.q_min) | (codes == 0))
+        return bool(((codes == codes.round()) & inside).all())
 
 
 class _Run:

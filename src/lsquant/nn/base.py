@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lsquant import ops, reference
 from lsquant._util.errors import UsageError
 from lsquant.nn.layout import WeightLayout, conv_groups
-from lsquant.quantizer import Quantizer
+from lsquant.quantizer import Method, Quantizer
 
 
 class QuantizedLayer(nn.Module):
@@ -50,14 +50,23 @@ class QuantizedLayer(nn.Module):
         self.initialize_weight_step()
 
     def initialize_weight_step(self, again: bool = False) -> None:
-        """Set the weight's step by the paper's rule; with an all-zero or unset weight it stays uninitialised."""
+        """Set the weight's step by the paper's rule; with an all-zero or unset weight it stays uninitialised.
+
+        A frozen weight gets a step that represents it exactly, where there is one.
+        """
         quantizer = self.weight_quantizer
         if quantizer is None or (quantizer.is_initialized and not again) or self.weight.is_meta:
             return
         try:
-            quantizer.initialize(self.rows(), "paper")
+            self.set_weight_step(quantizer, "paper")
         except UsageError:
             quantizer.forget()
+
+    def set_weight_step(self, quantizer: Quantizer, method: Method) -> None:
+        """Set the step of the weight's quantizer, or of a copy of it.  Raises: UsageError for a weight that gives none."""
+        quantizer.initialize(self.rows(), method)
+        if not self.weight.requires_grad:  # training will not move it to the levels
+            quantizer.prefer_exact(self.rows())
 
     def own_quantizers(self) -> tuple[Quantizer, ...]:
         """The weight's and the input's, those that are there."""

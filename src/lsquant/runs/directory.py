@@ -11,11 +11,13 @@ last/              what a killed run is resumed from: float.safetensors, lsq.saf
                    start.safetensors, and for progressive bits lsq-8.safetensors and the like
 export/            exported files
 report.html        the report
+.lock, .lock.json  while a process trains the run: its lock, and who that is
 tensorboard/       with --tensorboard: the numbers of log.jsonl, a folder for each phase
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -27,13 +29,14 @@ from typing import Any
 from torch import nn
 
 from lsquant import checkpoint
-from lsquant._util.errors import DamagedFile, MissingFile, UsageError
-from lsquant._util.files import atomic_write, atomic_write_text, remove_leftovers, write_json
+from lsquant._util.errors import DamagedFile, LsquantError, MissingFile, UsageError
+from lsquant._util.files import atomic_write, atomic_write_text, cannot_write, remove_leftovers, write_json
 from lsquant._util.toml import to_toml
 from lsquant._version import __version__
 from lsquant.diagnostics.environment import environment
 from lsquant.nn import quantizers
 from lsquant.recipe import Recipe
+from lsquant.runs.lock import HOLDER, LOCK, RunLock
 from lsquant.runs.log_reader import latest, log_rows
 from lsquant.runs.settings import Settings
 from lsquant.runs.task import Task
@@ -229,35 +232,56 @@ def _found(path: str, started: Path) -> str:
     return str(started / path) if started.resolve() != Path.cwd() and (started / path).exists() else path
 
 
-def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Make the directory of `run`.
+def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> RunLock:
+    """Make the directory of `run`, and lock it.
 
     resume: it may exist if it is of the same run
     overwrite: it may exist if it is of any run, which is deleted
+    Returns: the lock, to be released when the training ends; it ends with the process as well.
 
-    Raises: UsageError for an existing directory that is neither, naming --resume and --overwrite.
+    Raises: UsageError for an existing directory that is neither, naming --resume and --overwrite, and for one in which
+    a process trains, naming it; CannotWrite.
     """
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     exists = run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir()))
     if exists and resume and run.path.is_dir():
-        remove_leftovers(run.path)
-        _check_same(run, read_run(run.path))
-        return
+        stored = read_run(run.path)  # before anything is written into a folder that is no run
+        lock = RunLock(run.path)
+        try:
+            remove_leftovers(run.path)
+            _check_same(run, stored)
+        except BaseException:
+            lock.release()
+            raise
+        return lock
     if exists:
         _check_replaceable(run, overwrite)
     # made aside and renamed: a directory that is there is complete, whenever this process is killed
     aside = run.path.with_name(f".{run.path.name}.{os.getpid()}.tmp")
-    _fill(aside, run)
-    if overwrite and is_run(run.path):
-        _clear(run.path)
-    if run.path.exists() and any(run.path.iterdir()):  # foreign files, which --overwrite left
-        for name in _CONTENT:
-            if (aside / name).exists():
-                os.replace(aside / name, run.path / name)
-        aside.rmdir()
-    else:
-        os.replace(aside, run.path)
+    try:
+        if not exists:
+            _fill(aside, run)
+            os.replace(aside, run.path)
+            return RunLock(run.path)
+        with RunLock(run.path):
+            _fill(aside, run)
+            _clear(run.path)
+            if any(entry.name not in (LOCK, HOLDER) for entry in run.path.iterdir()):  # foreign: --overwrite leaves them
+                for name in _CONTENT:
+                    if (aside / name).exists():
+                        os.replace(aside / name, run.path / name)
+                aside.rmdir()
+        if aside.exists():
+            os.replace(aside, run.path)
+        return RunLock(run.path)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UsageError(f"another process has just made {run.path}: choose another --out") from error
+        if isinstance(error, OSError) and not isinstance(error, LsquantError):
+            raise cannot_write(run.path, error) from error
+        raise
 
 
 def _check_replaceable(run: Run, overwrite: bool) -> None:

@@ -71,22 +71,23 @@ def run_training(
     tensorboard: write the numbers of the log to `run.path`/tensorboard as well
     quiet: no progress on stderr
 
-    Raises: UsageError if `run.path` exists, without `resume` or `overwrite`; what `fit` raises.
+    Raises: UsageError if `run.path` exists, without `resume` or `overwrite`, or another process trains in it; what `fit`
+    raises.
     """
     run = _with_teacher_hash(run, resume)
     log = Log(run.file("log.jsonl"), run.file("tensorboard") if tensorboard else None)
     if not (resume and run.path.exists()):
         _check_inputs(run)
-    start_run(run, resume=resume, overwrite=overwrite)
-    if run.file("metrics.json").is_file():
-        message(f"{run.path} is complete: nothing is left to train", quiet)
-        return read_json(run.file("metrics.json"))
     before = torch.get_num_threads()
-    torch.set_num_threads(run.settings.threads or before)
-    try:
-        return _Training(run, log, checkpoint_every, quiet).train()
-    finally:
-        torch.set_num_threads(before)
+    with start_run(run, resume=resume, overwrite=overwrite):
+        if run.file("metrics.json").is_file():
+            message(f"{run.path} is complete: nothing is left to train", quiet)
+            return read_json(run.file("metrics.json"))
+        torch.set_num_threads(run.settings.threads or before)
+        try:
+            return _Training(run, log, checkpoint_every, quiet).train()
+        finally:
+            torch.set_num_threads(before)
 
 
 def _with_teacher_hash(run: Run, resume: bool) -> Run:
@@ -240,7 +241,8 @@ class _Training:
                     before[quantizer] = quantizer.requested
                     quantizer.initialize(layer.rows(), settings.weight_init)
         batches = task.batches("calibration", batch_size=settings.batch_size, seed=settings.seed)
-        calibrate(model, batches, max_batches=settings.calibration_batches, method=settings.activation_init)
+        limit, method = settings.calibration_batches, settings.activation_init
+        calibrate(model, batches, max_batches=limit, method=method, again=True)  # also where bits stay
 
     def _phase(
         self,

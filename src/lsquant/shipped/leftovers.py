@@ -7,7 +7,7 @@ from torch import Tensor
 from lsquant.shipped.record import Shipped
 from lsquant.tying import stored_once, weights_used_in_float
 
-QUANTIZER_STATE = ("step", "offset", "initial_step", "signed", "count", "initialized")
+QUANTIZER_STATE = ("step", "offset", "initial_step", "signed", "count", "initialized", "bounds")
 """What a quantizer has in the state dict."""
 
 
@@ -20,6 +20,8 @@ def leftovers(record: Shipped) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     tensors, aliases = stored_once(record.model)
     read_in_float = weights_used_in_float(record.model)
+    bounds = {f"{name}.bounds" for name in record.quantizers}  # which a reader knows from the bits
+    aliases = {name: first for name, first in aliases.items() if first not in bounds}
     for quantizer in record.quantizers.values():
         for key in QUANTIZER_STATE:
             tensors.pop(f"{quantizer.name}.{key}", None)

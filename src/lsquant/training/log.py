@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lsquant._util.errors import DamagedFile, DiskFull
+from lsquant._util.errors import CannotWrite, DamagedFile, DiskFull
 from lsquant._util.files import disk_is_full, json_text
 from lsquant._util.optional import require
 
@@ -27,7 +27,7 @@ class Log:
         self.board = None if board is None else Board(board)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row and flush it to the disk. NaN becomes null. Raises: DiskFull."""
+        """Write one row and flush it to the disk. NaN becomes null. Raises: DiskFull; CannotWrite."""
         if self.path is None:
             return
         try:
@@ -38,7 +38,7 @@ class Log:
         except OSError as error:
             if disk_is_full(error):
                 raise DiskFull(f"no space left on the disk while writing {self.path}") from error
-            raise
+            raise CannotWrite(f"cannot write {self.path}: {error.strerror}") from error
         if self.board is not None:
             self.board.write(row, self.rows)
 
@@ -59,7 +59,10 @@ class Log:
                 f"{self.path} has {self.position} bytes, the checkpoint was made when it had {position}: "
                 "it was cut or replaced, so the run cannot be resumed with a complete log"
             )
-        os.truncate(self.path, position)
+        try:
+            os.truncate(self.path, position)
+        except OSError as error:
+            raise CannotWrite(f"cannot write {self.path}: {error.strerror}") from error
         if self.board is not None:
             self.board.close()
 

@@ -20,6 +20,10 @@ from lsquant.quantizer import Quantizer
 from lsquant.training.groups import LOW_BIT, is_low_bit
 from lsquant.tying import weight_quantizers
 
+OPTIMIZERS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+"""What the method was tried with, here and by its source; subclasses too."""
+LARGE = 0.05
+"""Share of weights that change code in a step, from which on ``first`` looks like percent."""
 PAPER_STEPS = 80_000
 """Optimizer steps of the source's CIFAR schedules, for which its gain and its smoothing were chosen."""
 SHORT = 400
@@ -44,8 +48,8 @@ class TransitionRate:
     U.
 
     model: prepared.
-    optimizer: over ``param_groups(..., low_bit=True)``; tested with SGD, Adam and AdamW.
-    first: R at the beginning, a share (not percent), e.g. 0.002.
+    optimizer: SGD, Adam or AdamW over ``param_groups(..., low_bit=True)``.
+    first: R at the beginning, a share (not percent), e.g. 0.002; above 0.05 warns.
     steps: optimizer steps of the whole training: epochs times batches, over the batches accumulated for a step.
     gain: by default U's first value times 80,000 / steps, at most 200 times it: the source's gain is U's first value in
         schedules of 80,000 steps; in shorter ones K would lag behind R.
@@ -57,7 +61,7 @@ class TransitionRate:
     most 400 over the schedule. Checkpoints need ``state_dict``; ``fit(transition=...)`` does that. A copy of the
     optimizer (``deepcopy``, pickle) has no hooks: make another control for it.
 
-    Raises: UsageError for numbers out of range; for an optimizer without "low_bit" groups, of another model, or with
+    Raises: UsageError for numbers out of range; for an optimizer of another kind, without "low_bit" groups, of another model, or with
     a control already; and in a step where the model was prepared anew.
 
     >>> layer = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
@@ -85,7 +89,17 @@ class TransitionRate:
             raise UsageError(f"TransitionRate: gain={gain!r}; it must be a number above 0")
         if smoothing is not None and not 0.0 <= smoothing < 1.0:
             raise UsageError(f"TransitionRate: smoothing={smoothing!r}; m lies in 0 .. 1, e.g. 0.99")
+        if first > LARGE:
+            warnings.warn(
+                f"TransitionRate: first={first:g} lets {first:.0%} of the weights change code in a step; it is a share, not "
+                "percent: 0.002 is usual",
+                stacklevel=2,
+            )
         self.optimizer = unwrapped(optimizer)
+        if not isinstance(self.optimizer, OPTIMIZERS):
+            raise UsageError(
+                f"TransitionRate: the optimizer is a {type(self.optimizer).__name__}; it is for SGD, Adam and AdamW"
+            )
         if any(isinstance(getattr(hook, "__self__", None), TransitionRate) for hook in _pre_hooks(self.optimizer)):
             raise UsageError("TransitionRate: this optimizer has one already; call its close() first")
         groups = [g for g in self.optimizer.param_groups if str(g.get("name", "")).partition("/")[0] == LOW_BIT]
