@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lsquant._util.errors import UsageError
 from lsquant.kernels import Grid, engine_for, visible
+from lsquant.ops.checks import require_gradient
 from lsquant.ops.registration import Op, keep, kept, laid_out_like
 
 # ---- registration: the arguments of the ops are flat ----
@@ -45,6 +46,7 @@ def _forward(x: Tensor, *numbers: Any) -> Tensor:
 
 
 def _backward(grad: Tensor, x: Tensor, *numbers: Any) -> tuple[Tensor, Tensor, Tensor]:
+    require_gradient(grad, x.shape)
     return _gradients(grad, x, _grid(*numbers))
 
 

@@ -7,14 +7,18 @@ from torch import Tensor
 
 from lsquant.kernels import engine_for
 from lsquant.kernels.engine import per_channel
+from lsquant.ops.checks import require_channels, require_gradient
 from lsquant.ops.registration import Op, laid_out_like
 
 
 def _forward(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    require_channels(x, alpha=alpha, beta=beta)
     return laid_out_like(engine_for(x.device.type, x.dtype).scale_shift(x, alpha, beta), x)
 
 
 def _backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    require_channels(x, alpha=alpha)
+    require_gradient(grad, x.shape)
     up = grad.to(torch.float32)
     others = [d for d in range(x.dim()) if d != 1]
     grad_x = laid_out_like((up * per_channel(alpha, x)).to(x.dtype), x)
@@ -42,5 +46,6 @@ def scale_shift(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     x: (batch, C, ...), float.
     alpha, beta: (C,) float32.
     Returns: the shape, dtype and memory format of x.
+    Raises: UsageError where the constants do not fit.
     """
     return _op(x, alpha, beta)
