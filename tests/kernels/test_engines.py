@@ -284,7 +284,8 @@ def test_layers_give_the_same_outputs_and_gradients_over_every_engine(
     assert_same(got, wanted)
     for a, b in zip(gradients, others, strict=True):
         assert b.shape == a.shape
-        assert (b - a).abs().max() <= 1e-5 * a.abs().max()
+        loose = 1e-5 if a.dim() > 1 else 1e-4  # sums of steps cancel
+        assert (b - a).abs().max() <= loose * a.abs().max()
 
 
 def test_an_engine_says_itself_what_it_leaves_to_the_defaults() -> None:

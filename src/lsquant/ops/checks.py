@@ -60,6 +60,12 @@ def require_product(
     return size
 
 
+def require_grid(x: Tensor, grid: Grid) -> None:
+    """Raises UsageError where a quantizer does not fit an input.  Engines check the same: this is for shapes alone."""
+    reference.require_bounds(grid.q_min, grid.q_max)
+    reference.require_layout(x, grid.step, grid.axis, grid.group_size, grid.zero_point, grid.offset)
+
+
 def require_gradient(grad: Tensor, size: Sequence[int]) -> None:
     """Raises UsageError where a gradient has not the shape of what it is the gradient of."""
     if list(grad.shape) != list(size) or not grad.is_floating_point():
@@ -138,12 +144,9 @@ def _as_pytorch_says(shape: list[int], rows: list[int], conv: Conv) -> list[int]
     """The shape of the output where something is empty.  Raises: ShapeError in PyTorch's words where it refuses."""
     try:
         one = torch.empty(1, dtype=torch.float32)
-        size = list(conv.convolve(one.expand(shape), conv.weight_of(one.expand(rows))).shape)
+        return list(conv.convolve(one.expand(shape), conv.weight_of(one.expand(rows))).shape)
     except (RuntimeError, IndexError) as error:
         raise ShapeError(str(error)) from error
-    if any(n < 1 for n in size[2:]):
-        raise ShapeError(f"convolution: an input of shape {tuple(shape)} gives an output of shape {tuple(size)}")
-    return size
 
 
 def _said(t: Tensor) -> str:

@@ -116,9 +116,14 @@ def _backward(
     return Gradients(laid_out_like(x, p.x), x_step, none if x_offset is None else x_offset, weight, w_step, bias)
 
 
+def _rows(t: Tensor) -> Tensor:
+    """(rows, n) from (..., n), also where n is 0."""
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
+
+
 def _bias_gradient(up: Tensor, p: Product) -> Tensor:
     if p.conv is None:
-        return up.reshape(-1, p.weight.shape[0]).sum(0, dtype=torch.float32)
+        return _rows(up).sum(0, dtype=torch.float32)
     return up.sum([0, *range(2, up.dim())], dtype=torch.float32)
 
 
@@ -126,13 +131,13 @@ def _linear_weight_gradient(up: Tensor, p: Product) -> Tensor:
     """Of the dequantized weight.  The dequantized input ends here: it and the input's gradient are equally large, and
     as they never exist together, the peak of memory is the float layer's."""
     x_hat = p.engine.quantize(p.x.float(), p.x_grid).to(up.dtype)
-    return up.reshape(-1, p.weight.shape[0]).t() @ x_hat.reshape(-1, p.weight.shape[1])
+    return _rows(up).t() @ _rows(x_hat)
 
 
 def _linear_input_gradient(up: Tensor, p: Product) -> Tensor:
     """Of the dequantized input."""
     w_hat = p.engine.quantize(p.weight.float(), p.w_grid).to(up.dtype)
-    return (up.reshape(-1, p.weight.shape[0]) @ w_hat).reshape(p.x.shape)
+    return (_rows(up) @ w_hat).reshape(p.x.shape)
 
 
 def _convolution_gradients(up: Tensor, p: Product, conv: Conv, need_x: bool) -> tuple[Tensor | None, Tensor]:
@@ -210,6 +215,7 @@ def _fake_backward(
     grad: Tensor, need_x: bool, has_bias: bool, autocast_dtype: torch.dtype | None, *flat: Any
 ) -> Gradients:
     p = _product(*flat)
+    require_gradient(grad, require_product(*p[:4], None, p.conv))
     none = p.x_grid.step.new_empty(0)
     return Gradients(
         x=torch.empty_like(p.x) if need_x else p.x.new_empty(0),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lsquant._util.errors import UsageError
 from lsquant.kernels import Grid, engine_for, visible
-from lsquant.ops.checks import require_gradient
+from lsquant.ops.checks import require_gradient, require_grid
 from lsquant.ops.registration import Op, keep, kept, laid_out_like
 
 # ---- registration: the arguments of the ops are flat ----
@@ -50,13 +50,20 @@ def _backward(grad: Tensor, x: Tensor, *numbers: Any) -> tuple[Tensor, Tensor, T
     return _gradients(grad, x, _grid(*numbers))
 
 
+def _fake_forward(x: Tensor, *numbers: Any) -> Tensor:
+    require_grid(x, _grid(*numbers))
+    return torch.empty_like(x)
+
+
 def _fake_backward(grad: Tensor, x: Tensor, *numbers: Any) -> tuple[Tensor, Tensor, Tensor]:
     grid = _grid(*numbers)
+    require_grid(x, grid)
+    require_gradient(grad, x.shape)
     of_offset = grid.step.new_empty(0) if grid.offset is None else torch.empty_like(grid.step)
     return torch.empty_like(x), torch.empty_like(grid.step), of_offset
 
 
-_op = Op("fake_quantize", f"({_ARGUMENTS}) -> Tensor", _forward, lambda x, *_: torch.empty_like(x))
+_op = Op("fake_quantize", f"({_ARGUMENTS}) -> Tensor", _forward, _fake_forward)
 _backward_op = Op(
     "fake_quantize_backward", f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward
 )

@@ -25,12 +25,23 @@ def _backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, T
     return grad_x, (up * x.to(torch.float32)).sum(others), up.sum(others)
 
 
-_op = Op("scale_shift", "(Tensor x, Tensor alpha, Tensor beta) -> Tensor", _forward, lambda x, *_: torch.empty_like(x))
+def _fake_forward(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    require_channels(x, alpha=alpha, beta=beta)
+    return torch.empty_like(x)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    require_channels(x, alpha=alpha)
+    require_gradient(grad, x.shape)
+    return torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha)
+
+
+_op = Op("scale_shift", "(Tensor x, Tensor alpha, Tensor beta) -> Tensor", _forward, _fake_forward)
 _backward_op = Op(
     "scale_shift_backward",
     "(Tensor grad, Tensor x, Tensor alpha) -> (Tensor, Tensor, Tensor)",
     _backward,
-    lambda _, x, alpha: (torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha)),
+    _fake_backward,
 )
 _op.differentiate(
     lambda ctx, grad: _backward_op(grad, *ctx.saved_tensors),

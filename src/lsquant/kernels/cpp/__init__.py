@@ -109,14 +109,20 @@ def _load() -> str:
         torch.ops.load_library(str(library()))
     except (CannotBuild, OSError, ImportError) as error:
         return str(error)
-    torch.library.register_fake("lsquant_cpp::fake_quantize", lambda x, *rest: torch.empty_like(x))
+    torch.library.register_fake("lsquant_cpp::fake_quantize", _fake_forward)
     torch.library.register_fake("lsquant_cpp::fake_quantize_backward", _fake_backward)
     return ""
 
 
-def _fake_backward(
-    grad: Tensor, x: Tensor, step: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, step: Tensor, q_min: int, q_max: int, *rest: Any) -> Tensor:
+    _, axis, group_size, _, zero_point, offset = rest
+    reference.require_bounds(q_min, q_max)
+    reference.require_layout(x, step, axis, group_size, zero_point, offset)
+    return torch.empty_like(x)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, step: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _fake_forward(x, step, *rest)
     *_, offset = rest
     return torch.empty_like(x), torch.empty_like(step), step.new_empty(0) if offset is None else step.clone()
 
