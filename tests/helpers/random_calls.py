@@ -1,4 +1,4 @@
-"""Random calls of the operators: everything follows from a seed.  Sizes are odd on purpose: 0, 1, primes, one too many."""
+"""Random calls of the operators: everything follows from a seed.  Sizes are odd on purpose: 0, 1, primes, too many."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def array(t: Tensor) -> np.ndarray:
 
 
 def by_groups(q_x: Any, z: float, s_x: Any, q_w: Any, s_w: Any, size: int, bias: Any, c: ops.Conv) -> Any:
-    """One convolution per group of weights with the other codes at 0, added in float32 in order.  s_w: (out, groups)."""
+    """One convolution per group of weights, the other codes at 0, added in float32 in order.  s_w: (out, groups)."""
     rows, total = q_w.reshape(len(q_w), -1), np.float32(0)
     for k in range(s_w.shape[1]):
         part = np.zeros_like(rows)

@@ -78,7 +78,7 @@ class QuantizedLayer(nn.Module):
         for quantizer in self.own_quantizers():
             quantizer.count_guarded()
 
-    def computed(self, op: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    def computed(self, op: Callable[..., Any], *arguments: Any) -> Any:
         """Return ``op(*arguments)``; an error of it that names no layer gets the name of this one."""
         if torch.compiler.is_compiling():
             return op(*arguments)
@@ -89,6 +89,13 @@ class QuantizedLayer(nn.Module):
                 raise
             raise type(error)(f"layer {self._layer_name()!r}: {error}") from error
 
+    def require_steps(self) -> None:
+        """Raises UsageError naming the layer where the weight is not the one that its steps were made for."""
+        quantizer = self.weight_quantizer
+        if quantizer is not None and quantizer.enabled:
+            shape = self.weight_layout.row_shape(self.weight.shape, conv_groups(self))
+            self.computed(ops.require_steps, shape, quantizer.step, quantizer.spec.group_size)
+
     def _layer_name(self) -> str:
         quantizer = self.input_quantizer or self.weight_quantizer
         return quantizer.name.rpartition(".")[0] if quantizer is not None else ""
@@ -96,6 +103,7 @@ class QuantizedLayer(nn.Module):
     def float_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Input and weight, each fake-quantized where it has a quantizer: for layers quantized in one of the two."""
         xq, wq = self.input_quantizer, self.weight_quantizer
+        self.require_steps()
         weight = self.weight if wq is None else self.from_rows(self.computed(wq, self.rows()))
         return x if xq is None else self.computed(xq, x), weight
 
@@ -109,6 +117,7 @@ class QuantizedLayer(nn.Module):
         quantizer = self.weight_quantizer
         if quantizer is None:
             raise UsageError("integer_weight: this layer's weight is not quantized")
+        self.require_steps()
         codes = self.computed(quantizer.codes, self.rows())
         return self.from_rows(codes), quantizer.effective_step().detach().clone(), None
 

@@ -15,6 +15,7 @@ from lsquant._util.errors import ShapeError, UsageError
 from lsquant.kernels import Conv, Grid
 
 _ONE = (1,)
+_LARGEST = 2**30  # stride, padding and dilation: PyTorch's own sizes overflow silently far above
 
 
 def require_product(
@@ -38,7 +39,7 @@ def require_product(
         size = [*shape[:-1], rows[0]]
     else:
         size = _convolved(shape, rows, conv)
-    _require_steps(rows, w_grid)
+    require_steps(rows, w_grid.step, w_grid.group_size)
     step, w_step, offset = x_grid.step, w_grid.step, x_grid.offset
     if step.dtype != torch.float32 or step.shape != _ONE:
         raise UsageError(f"an input has one step, float32, got {_said(step)}")
@@ -66,8 +67,10 @@ def require_grid(x: Tensor, grid: Grid) -> None:
     reference.require_layout(x, grid.step, grid.axis, grid.group_size, grid.zero_point, grid.offset)
 
 
-def require_gradient(grad: Tensor, size: Sequence[int]) -> None:
-    """Raises UsageError where a gradient has not the shape of what it is the gradient of."""
+def require_gradient(grad: Tensor, size: Sequence[int], x: Tensor) -> None:
+    """Raises UsageError where a gradient has not the size of what it is the gradient of, or not the device of x."""
+    if grad.device != x.device:
+        raise UsageError(f"the gradient is on {grad.device}, the input on {x.device}")
     if list(grad.shape) != list(size) or not grad.is_floating_point():
         raise UsageError(f"the gradient must be {tuple(size)}, floating point, got {_said(grad)}")
 
@@ -89,9 +92,14 @@ def require_channels(x: Tensor, **constants: Tensor) -> None:
             )
 
 
-def _require_steps(rows: list[int], grid: Grid) -> None:
-    """rows: the shape of the weight, output channels first."""
-    step, group = grid.step, grid.group_size
+def require_steps(rows: Sequence[int], step: Tensor, group: int | None) -> None:
+    """Check that a weight has as many steps as it needs.
+
+    rows: the shape of the weight, output channels first.
+    step: (steps,) float32.
+    group: weights that share a step, or None for one step per tensor or output channel.
+    Raises: UsageError naming both numbers and the remedy.
+    """
     if step.dtype != torch.float32 or step.dim() != 1:
         raise UsageError(f"steps must be float32 and 1-D, got {_said(step)}")
     found = step.numel()
@@ -134,6 +142,8 @@ def _convolved(shape: list[int], rows: list[int], conv: Conv) -> list[int]:
         if s < 1 or d < 1 or p < 0 or e < 0 or (transposed and e >= max(s, d)):
             odd = True
             break
+        if max(s, p, d, e) > _LARGEST:
+            raise UsageError(f"convolution: a stride, padding or dilation of {max(s, p, d, e)} is beyond 2^30")
         out = (n - 1) * s - 2 * p + d * (k - 1) + e + 1 if transposed else (n + 2 * p - d * (k - 1) - 1) // s + 1
         odd = odd or out < 1
         size.append(out)

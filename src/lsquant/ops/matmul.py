@@ -215,7 +215,7 @@ def _fake_backward(
     grad: Tensor, need_x: bool, has_bias: bool, autocast_dtype: torch.dtype | None, *flat: Any
 ) -> Gradients:
     p = _product(*flat)
-    require_gradient(grad, require_product(*p[:4], None, p.conv))
+    require_gradient(grad, require_product(*p[:4], None, p.conv), p.x)
     none = p.x_grid.step.new_empty(0)
     return Gradients(
         x=torch.empty_like(p.x) if need_x else p.x.new_empty(0),
@@ -238,7 +238,7 @@ def _run_backward(
     grad: Tensor, need_x: bool, has_bias: bool, autocast_dtype: torch.dtype | None, *flat: Any
 ) -> tuple[Tensor, ...]:
     p = _product(*flat)
-    require_gradient(grad, require_product(*p[:4], None, p.conv))
+    require_gradient(grad, require_product(*p[:4], None, p.conv), p.x)
     return _backward(grad, p, need_x, has_bias, autocast_dtype)
 
 

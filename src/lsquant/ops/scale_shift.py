@@ -18,7 +18,7 @@ def _forward(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
 
 def _backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     require_channels(x, alpha=alpha)
-    require_gradient(grad, x.shape)
+    require_gradient(grad, x.shape, x)
     up = grad.to(torch.float32)
     others = [d for d in range(x.dim()) if d != 1]
     grad_x = laid_out_like((up * per_channel(alpha, x)).to(x.dtype), x)
@@ -32,7 +32,7 @@ def _fake_forward(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
 
 def _fake_backward(grad: Tensor, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     require_channels(x, alpha=alpha)
-    require_gradient(grad, x.shape)
+    require_gradient(grad, x.shape, x)
     return torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(alpha)
 
 

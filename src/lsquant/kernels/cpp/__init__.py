@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lsquant import reference
+from lsquant._util.errors import UsageError
 from lsquant.kernels.cpp.build import CannotBuild, library
 from lsquant.kernels.engine import Conv, Engine, Grid
 
@@ -123,6 +124,8 @@ def _fake_forward(x: Tensor, step: Tensor, q_min: int, q_max: int, *rest: Any) -
 
 def _fake_backward(grad: Tensor, x: Tensor, step: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     _fake_forward(x, step, *rest)
+    if grad.shape != x.shape or grad.device != x.device:
+        raise UsageError(f"a gradient of {tuple(grad.shape)} on {grad.device} for {tuple(x.shape)} on {x.device}")
     *_, offset = rest
     return torch.empty_like(x), torch.empty_like(step), step.new_empty(0) if offset is None else step.clone()
 
