@@ -65,12 +65,14 @@ test-engines: $(STAMP)
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) --ignore tests/project/test_packaging.py --ignore tests/benchmarks/test_benchmarks.py
 
 # PyTorch itself leaks, and is loaded into an interpreter without sanitizers: their library has to come first
-SANITIZED := LSQUANT_SANITIZE=1 LSQUANT_ENGINE=cpp ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+SANITIZED := LSQUANT_SANITIZE=1 LSQUANT_ENGINE=cpp \
+	ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/build/sanitizer UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/build/sanitizer \
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)"
 
 test-sanitizers: $(STAMP)
+	mkdir -p build && rm -f build/sanitizer.*
 	LSQUANT_SANITIZE=1 $(BIN)/python -c 'from lsquant.kernels.cpp.build import library; library()'
-	env $(SANITIZED) $(PYTEST) --ignore tests/project/test_packaging.py --ignore tests/benchmarks
+	env $(SANITIZED) $(PYTEST) --ignore tests/project/test_packaging.py --ignore tests/benchmarks || { cat build/sanitizer.* || true; exit 1; }
 
 # takes long, and wants a machine that does nothing else
 bench: $(STAMP)
