@@ -129,9 +129,14 @@ def operator(name: str) -> Any:
     return getattr(getattr(torch.ops, namespace), op).default
 
 
-def refused(name: str, given: dict[str, Any]) -> bool:
+def refused(name: str, given: dict[str, Any], differentiated: bool = False) -> bool:
     try:
-        operator(name)(*given.values())
+        if differentiated:
+            floats = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.is_floating_point()}
+            given = given | {k: v.detach().requires_grad_() for k, v in floats.items()}
+        found = operator(name)(*given.values())
+        if differentiated and isinstance(found, Tensor) and found.requires_grad:
+            found.sum().backward()
     except Exception:  # noqa: BLE001  (any error will do: only a crash or a result is wrong)
         return True
     return False
@@ -148,9 +153,9 @@ def main(first: int, count: int) -> None:
         if r.random() < 0.3:  # two at once: anything but a crash
             other, _, twice = spoil(r, table[name])
             given = given | {other: twice[other]}
-            refused(name, given)
+            refused(name, given, r.random() < 0.5)
             counts["spoiled twice"] += 1
-        elif refused(name, given):
+        elif refused(name, given, r.random() < 0.3):
             counts["refused"] += 1
         elif (argument, how) in FITS:
             counts["accepted"] += 1

@@ -91,6 +91,11 @@ def test_engines_agree_on_random_calls(first: int, engine: str) -> None:
     check_all(first, PER_TEST)
 
 
+@pytest.mark.parametrize("engine", ["triton"])
+def test_the_interpreted_triton_engine_agrees_on_random_calls(engine: str) -> None:
+    check_all(300, 20)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["cpp"])
 @pytest.mark.parametrize("first", range(1_000, 11_000, 500))

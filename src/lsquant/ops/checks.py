@@ -15,6 +15,7 @@ from lsquant._util.errors import ShapeError, UsageError
 from lsquant.kernels import Conv, Grid
 
 _ONE = (1,)
+_TYPES = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 _LARGEST = 2**30  # stride, padding and dilation: PyTorch's own sizes overflow silently far above
 
 
@@ -29,8 +30,10 @@ def require_product(
     Returns: the shape of the output.
     Raises: UsageError naming the shapes; ShapeError in PyTorch's words where the float layer refuses them too.
     """
-    if not (x.is_floating_point() and weight.is_floating_point()):
-        raise UsageError(f"input and weight must be floating point, got {x.dtype} and {weight.dtype}")
+    if x.dtype not in _TYPES or weight.dtype not in _TYPES:
+        raise UsageError(
+            f"input and weight must be float32, bfloat16, float16 or float64, got {x.dtype} and {weight.dtype}"
+        )
     shape, rows = list(x.shape), list(weight.shape)
     if conv is None:
         if len(rows) != 2 or not shape or shape[-1] != rows[1]:
