@@ -1,6 +1,8 @@
 # make install   .venv with lsquant (editable) and all extras, pinned by constraints.txt
 # make demo      digits at 2 bits: train, export, verify, report (about a minute on 2 cores)
-# make test      the tests; make test-all adds the slow ones; make test-engines runs them with each engine forced
+# make test      the tests; make test-all adds the slow ones and make test-sanitizers
+# make test-engines      the tests with each engine forced
+# make test-sanitizers   the tests with the C++ engine built under AddressSanitizer and UndefinedBehaviorSanitizer
 # make package   the wheel, built, installed elsewhere and used
 # make bench     speed and memory against the float model and others: results/bench, and the tables of docs/benchmarks.md
 # make long-runs DATA=... INIT=... TEACHER=...   goes on with the long CIFAR-10 runs, niced, on one core (docs/cifar10.md)
@@ -29,7 +31,7 @@ PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAIN
 # each test process computes on one thread; JOBS processes use the cores
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: install demo test test-all test-engines bench long-runs long-runs-commit lint docs figure package clean
+.PHONY: install demo test test-all test-engines test-sanitizers bench long-runs long-runs-commit lint docs figure package clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -54,12 +56,23 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) -m ""
+	$(MAKE) test-sanitizers
 
 # with each engine that runs on a CPU forced, and with the instructions of AVX2 only; benchmarks and pages do not depend on them
 test-engines: $(STAMP)
 	LSQUANT_ENGINE=eager $(PYTEST) --ignore tests/project/test_packaging.py --ignore tests/benchmarks/test_benchmarks.py
 	LSQUANT_ENGINE=cpp $(PYTEST) --ignore tests/project/test_packaging.py --ignore tests/benchmarks/test_benchmarks.py
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) --ignore tests/project/test_packaging.py --ignore tests/benchmarks/test_benchmarks.py
+
+# PyTorch itself leaks, and is loaded into an interpreter without sanitizers: their library has to come first
+SANITIZED := LSQUANT_SANITIZE=1 LSQUANT_ENGINE=cpp \
+	ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/build/sanitizer UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/build/sanitizer \
+	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)"
+
+test-sanitizers: $(STAMP)
+	mkdir -p build && rm -f build/sanitizer.*
+	LSQUANT_SANITIZE=1 $(BIN)/python -c 'from lsquant.kernels.cpp.build import library; library()'
+	env $(SANITIZED) $(PYTEST) --ignore tests/project/test_packaging.py --ignore tests/benchmarks || { cat build/sanitizer.* || true; exit 1; }
 
 # takes long, and wants a machine that does nothing else
 bench: $(STAMP)

@@ -216,7 +216,10 @@ def rows_per_step(x: Tensor, axis: int | None, group_size: int | None) -> Tensor
     """View x as (steps, elements that share one): one row for the tensor, or one per index of ``axis`` or group."""
     if group_size is not None:
         return x.reshape(-1, group_size)
-    return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    if axis is None:
+        return x.reshape(1, -1)
+    steps = x.shape[axis]
+    return x.movedim(axis, 0).reshape(steps, x.numel() // steps if steps else 0)
 
 
 def mse_step(x: Tensor, q_min: int, q_max: int, *, axis: int | None = None, group_size: int | None = None) -> Tensor:

@@ -111,9 +111,10 @@ class Quantizer(nn.Module):
         self.name = ""
         self.enabled = True
         self.filled_steps = 0
-        self.step = nn.Parameter(torch.ones(tuple(shape)))
-        self.register_parameter("offset", nn.Parameter(torch.zeros(tuple(shape))) if spec.offset else None)
-        self.register_buffer("initial_step", torch.ones(tuple(shape)))
+        ones = torch.ones(tuple(shape), dtype=torch.float32)  # whatever the default dtype is
+        self.step = nn.Parameter(ones)
+        self.register_parameter("offset", nn.Parameter(torch.zeros_like(ones)) if spec.offset else None)
+        self.register_buffer("initial_step", torch.ones_like(ones))
         self.register_buffer("signed", torch.tensor(-1 if spec.signed is None else int(spec.signed), dtype=torch.int8))
         self.register_buffer("count", torch.tensor(count or 0))
         self.register_buffer("initialized", torch.tensor(False))
@@ -332,10 +333,10 @@ class Quantizer(nn.Module):
         spec = self.requested.decide(any(s.low < 0 for s in summaries))
         bounds = (spec.q_min, spec.q_max)
         if spec.offset:
-            found = torch.tensor([mse.best_step_and_offset(s, *bounds) for s in summaries])
+            found = torch.tensor([mse.best_step_and_offset(s, *bounds) for s in summaries], dtype=torch.float32)
             self._set(spec, found[:, 0].clone(), found[:, 1])
         elif method == "mse":
-            self._set(spec, torch.tensor([mse.best_step(s, *bounds) for s in summaries]))
+            self._set(spec, torch.tensor([mse.best_step(s, *bounds) for s in summaries], dtype=torch.float32))
         else:
             means = torch.tensor([s.magnitude / s.total for s in summaries], dtype=torch.float64)
             self._set(spec, 2.0 * means / spec.q_max**0.5)

@@ -20,6 +20,9 @@ from lsquant.mse import rows_per_step
 GUARD_FACTOR = 2.0**-10
 """s_min = GUARD_FACTOR * s0, the smallest step the forward pass uses (M7)."""
 
+LARGEST_CODE = 2**22
+"""Bounds of codes beyond it are refused: round(v / s) + z is exact below."""
+
 SUM_BLOCK = 256
 """Length of the float32 blocks of the step gradient's sum; blocks are summed in float64 (M6)."""
 
@@ -66,7 +69,7 @@ def step_view(x: Tensor, step: Tensor, axis: int | None, group_size: int | None)
     if group_size is not None:
         if axis not in (None, 0, -x.dim()):
             raise UsageError(f"axis={axis} with group_size={group_size}: groups lie along the dimensions after axis 0")
-        row = x.numel() // x.shape[0] if x.dim() and x.shape[0] else group_size
+        row = x.shape[1:].numel()
         if group_size < 1 or row % group_size:
             raise UsageError(f"group_size={group_size} does not divide the {row} elements of a row of {tuple(x.shape)}")
         _expect(step, x.numel() // group_size, x)
@@ -80,6 +83,12 @@ def step_view(x: Tensor, step: Tensor, axis: int | None, group_size: int | None)
     return x, step.reshape(())
 
 
+def require_bounds(q_min: int, q_max: int) -> None:
+    """Raises UsageError where bounds are not in order, or codes so large that sums of them round in float32."""
+    if not -LARGEST_CODE <= q_min <= q_max <= LARGEST_CODE:
+        raise UsageError(f"q_min={q_min}, q_max={q_max}; bounds must be in order and within 2^22")
+
+
 def require_layout(
     x: Tensor,
     step: Tensor,
@@ -90,15 +99,25 @@ def require_layout(
 ) -> None:
     """Check that steps, zero points and offsets fit an input.
 
-    Raises: UsageError naming the shapes; see ``step_view``.
+    Raises: UsageError naming the shapes, dtypes or devices; see ``step_view``.
     """
+    if not x.is_floating_point():
+        raise UsageError(f"an input must be floating point, got {x.dtype}")
+    if step.device != x.device:
+        raise UsageError(f"the input is on {x.device}, the step on {step.device}; move one of them with .to()")
     if zero_point is not None and offset is not None:
         raise UsageError("give zero_point (a fixed integer) or offset (learned, LSQ+), not both")
     if axis is not None or group_size is not None or step.shape != (1,) or step.dtype != torch.float32:
         step_view(x, step, axis, group_size)
     for name, zero in (("zero_point", zero_point), ("offset", offset)):
-        if isinstance(zero, Tensor) and zero.shape != step.shape:
+        if not isinstance(zero, Tensor):
+            continue
+        if zero.shape != step.shape:
             raise UsageError(f"{name} must have the step's shape {tuple(step.shape)}, got {tuple(zero.shape)}")
+        if zero.device != step.device:
+            raise UsageError(f"the step is on {step.device}, the {name} on {zero.device}; move one of them with .to()")
+    if offset is not None and offset.dtype != torch.float32:
+        raise UsageError(f"offset must be float32, got {offset.dtype}; offsets stay float32 under .to(dtype)")
 
 
 def _expect(step: Tensor, count: int, x: Tensor) -> None:
@@ -126,6 +145,7 @@ def _view(
     offset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | int]:
     """x, step and zero point, checked and in shapes that broadcast."""
+    require_bounds(q_min, q_max)
     require_layout(x, step, axis, group_size, fixed, offset)
     v, s = step_view(x, step, axis, group_size)
     if offset is not None:

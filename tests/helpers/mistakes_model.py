@@ -326,3 +326,77 @@ def whole_numbers_of_too_many_bits(_: Path) -> Any:
         model.head.weight.copy_(torch.arange(12.0).reshape(3, 4))
     lsquant.prepare(model, Recipe(4, None))
     return lsquant.check(model)
+
+
+# ---- layers that changed after prepare, tensors that do not fit ----
+
+
+@mistake("layer 'body': the weight, output channels first (2, 4, 3, 3), needs 2", "lsquant.prepare(model, recipe)")
+def a_convolution_pruned_after_prepare(_: Path) -> Any:
+    model = ready(Recipe(QuantSpec(4, granularity="channel"), 4))
+    model.body.weight = nn.Parameter(model.body.weight.detach()[:2])
+    model(images())
+
+
+@mistake("layer 'head': the weight, output channels first (6, 4), needs 6 steps", "lsquant.prepare(model, recipe)")
+def a_head_grown_after_prepare(_: Path) -> Any:
+    model = ready(Recipe(QuantSpec(4, granularity="channel"), None))
+    model.head.weight = nn.Parameter(torch.cat([model.head.weight.detach()] * 2))
+    lsquant.integer_weights(model)
+
+
+@mistake("layer 'head': the bias must be (6,), floating point", "got torch.float32 of shape (3,)")
+def a_head_grown_without_its_bias(_: Path) -> Any:
+    model = ready()
+    model.head.weight = nn.Parameter(torch.cat([model.head.weight.detach()] * 2))
+    model(images())
+
+
+@mistake("layer 'stem': Calculated padded input size per channel: (2 x 2)", "Kernel size can't be greater")
+def an_image_smaller_than_the_kernel(_: Path) -> Any:
+    model = ready()
+    model.stem.padding = (0, 0)
+    model(torch.randn(1, 1, 2, 2))
+
+
+@mistake("layer 'stem': input and weight must be float32", "got torch.uint8 and torch.float32")
+def images_of_bytes(_: Path) -> Any:
+    ready()(torch.zeros(2, 1, 6, 6, dtype=torch.uint8))
+
+
+@mistake("layer 'stem': the input is on meta, its step on cpu", "move model or batch with .to()")
+def a_batch_on_another_device(_: Path) -> Any:
+    ready()(images().to("meta"))
+
+
+@mistake("layer 'stem': convolution: input (1, 1, 6), weight (4, 1, 3, 3)", "dimensions differ")
+def a_line_for_a_convolution_of_images(_: Path) -> Any:
+    ready().stem(torch.randn(1, 6))
+
+
+# ---- the operator ----
+
+
+@mistake("an input of shape (4, 5) wants 5 step(s)", "got 3")
+def steps_that_do_not_fit_an_axis(_: Path) -> Any:
+    lsquant.fake_quantize(torch.randn(4, 5), torch.ones(3), -8, 7, 1.0, axis=1)
+
+
+@mistake("q_min=7, q_max=-8", "bounds must be in order")
+def bounds_the_wrong_way_round(_: Path) -> Any:
+    lsquant.fake_quantize(torch.randn(4, 5), torch.ones(1), 7, -8, 1.0)
+
+
+@mistake("offset must be float32, got torch.float64", "stay float32")
+def an_offset_of_another_type(_: Path) -> Any:
+    lsquant.fake_quantize(torch.randn(4), torch.ones(1), 0, 15, 1.0, offset=torch.zeros(1, dtype=torch.float64))
+
+
+@mistake("zero_point=1.5", "an integer")
+def a_zero_point_between_two_codes(_: Path) -> Any:
+    lsquant.fake_quantize(torch.randn(4), torch.ones(1), 0, 15, 1.0, zero_point=1.5)  # type: ignore[arg-type]
+
+
+@mistake("group_size=3 does not divide the 5 elements of a row", "(4, 5)")
+def groups_that_do_not_divide_a_row(_: Path) -> Any:
+    lsquant.fake_quantize(torch.randn(4, 5), torch.ones(1), -8, 7, 1.0, group_size=3)

@@ -15,6 +15,10 @@ class UsageError(LsquantError, ValueError):
     exit_code = 2
 
 
+class ShapeError(UsageError, RuntimeError):
+    """Shapes that PyTorch's own layer refuses too, in its words: whoever catches its RuntimeError catches this one."""
+
+
 class MissingExtra(LsquantError, ImportError):
     """A missing optional package; the message names the extra that installs it."""
 

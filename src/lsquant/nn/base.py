@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,10 +87,34 @@ class QuantizedLayer(nn.Module):
         for quantizer in self.own_quantizers():
             quantizer.count_guarded()
 
+    def computed(self, op: Callable[..., Any], *arguments: Any) -> Any:
+        """Return ``op(*arguments)``; an error of it that names no layer gets the name of this one."""
+        if torch.compiler.is_compiling():
+            return op(*arguments)
+        try:
+            return op(*arguments)
+        except UsageError as error:
+            if str(error).startswith(("layer ", "quantizer ")):
+                raise
+            raise type(error)(f"layer {self._layer_name()!r}: {error}") from error
+
+    def require_steps(self) -> None:
+        """Raises UsageError naming the layer where the weight is not the one that its steps were made for."""
+        quantizer = self.weight_quantizer
+        if quantizer is not None and quantizer.enabled:
+            shape = self.weight_layout.row_shape(self.weight.shape, conv_groups(self))
+            self.computed(ops.require_steps, shape, quantizer.step, quantizer.spec.group_size)
+
+    def _layer_name(self) -> str:
+        quantizer = self.input_quantizer or self.weight_quantizer
+        return quantizer.name.rpartition(".")[0] if quantizer is not None else ""
+
     def float_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Input and weight, each fake-quantized where it has a quantizer: for layers quantized in one of the two."""
         xq, wq = self.input_quantizer, self.weight_quantizer
-        return x if xq is None else xq(x), self.weight if wq is None else self.from_rows(wq(self.rows()))
+        self.require_steps()
+        weight = self.weight if wq is None else self.from_rows(self.computed(wq, self.rows()))
+        return x if xq is None else self.computed(xq, x), weight
 
     @torch.no_grad()
     def integer_weight(self) -> tuple[Tensor, Tensor, None]:
@@ -101,7 +126,9 @@ class QuantizedLayer(nn.Module):
         quantizer = self.weight_quantizer
         if quantizer is None:
             raise UsageError("integer_weight: this layer's weight is not quantized")
-        return self.from_rows(quantizer.codes(self.rows())), quantizer.effective_step().detach().clone(), None
+        self.require_steps()
+        codes = self.computed(quantizer.codes, self.rows())
+        return self.from_rows(codes), quantizer.effective_step().detach().clone(), None
 
     @torch.no_grad()
     def dequantized_weight(self) -> Tensor:
@@ -116,9 +143,9 @@ class QuantizedLayer(nn.Module):
     def require_size(self, found: int, wanted: int) -> None:
         """Raises UsageError naming the layer where the input has another number of features or channels."""
         if found != wanted:
-            quantizer = self.input_quantizer or self.weight_quantizer
-            name = quantizer.name.rpartition(".")[0] if quantizer is not None else ""
-            raise UsageError(f"layer {name!r}: the input has {found} features or channels, the layer takes {wanted}")
+            raise UsageError(
+                f"layer {self._layer_name()!r}: the input has {found} features or channels, the layer takes {wanted}"
+            )
 
     @staticmethod
     def unsupported(layer: nn.Module) -> str:

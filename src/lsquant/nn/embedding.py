@@ -34,6 +34,7 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
         return torch.where((input == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
 
     def _quantized(self, found: Tensor, input: Tensor, quantizer: Quantizer) -> Tensor:
+        self.require_steps()
         quantizer.count_guarded()
         grid = quantizer.grid()
         if grid.step.numel() == 1:

@@ -30,7 +30,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
             return F.linear(x, weight, self.bias)
         self.count_guarded()
         x_grid, w_grid = grids
-        return ops.linear(input, self.weight, self.bias, x_grid, w_grid)
+        return self.computed(ops.linear, input, self.weight, self.bias, x_grid, w_grid)
 
 
 class _QuantConv(QuantizedLayer):
@@ -75,7 +75,7 @@ class _QuantConv(QuantizedLayer):
             return conv.convolve(values, weight, self.bias)
         self.count_guarded()
         x_grid, w_grid = grids
-        return ops.convolution(x, self.rows(), self.bias, x_grid, w_grid, conv)
+        return self.computed(ops.convolution, x, self.rows(), self.bias, x_grid, w_grid, conv)
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):

@@ -3,6 +3,7 @@
 from lsquant.kernels import Conv as Conv
 from lsquant.kernels import Grid as Grid
 from lsquant.kernels import swap_channels as swap_channels
+from lsquant.ops.checks import require_steps as require_steps
 from lsquant.ops.matmul import convolution as convolution
 from lsquant.ops.matmul import linear as linear
 from lsquant.ops.quantize import fake_quantize as fake_quantize

@@ -14,6 +14,7 @@ from torch import Tensor
 from lsquant import reference
 from lsquant._util.errors import UsageError
 from lsquant.kernels import Conv, Engine, Grid, engine_for
+from lsquant.ops.checks import require_gradient, require_product
 from lsquant.ops.registration import Op, keep, kept, laid_out_like, memory_format
 from lsquant.ops.sums import convolution_of_codes, linear_of_codes
 
@@ -67,7 +68,7 @@ def _over_codes(p: Product, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The output by floating point over codes."""
     codes_x, codes_w = _centred_codes(p.x, p.x_grid), _centred_codes(p.weight, p.w_grid)
     group_size = p.w_grid.group_size
-    terms = group_size or p.weight[0].numel()
+    terms = group_size or p.weight.shape[1:].numel()
     bound = terms * p.x_grid.largest_code * p.w_grid.largest_code
     scale = p.x_grid.step * p.w_grid.step
     if p.conv is not None:
@@ -115,9 +116,14 @@ def _backward(
     return Gradients(laid_out_like(x, p.x), x_step, none if x_offset is None else x_offset, weight, w_step, bias)
 
 
+def _rows(t: Tensor) -> Tensor:
+    """(rows, n) from (..., n), also where n is 0."""
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
+
+
 def _bias_gradient(up: Tensor, p: Product) -> Tensor:
     if p.conv is None:
-        return up.reshape(-1, p.weight.shape[0]).sum(0, dtype=torch.float32)
+        return _rows(up).sum(0, dtype=torch.float32)
     return up.sum([0, *range(2, up.dim())], dtype=torch.float32)
 
 
@@ -125,13 +131,13 @@ def _linear_weight_gradient(up: Tensor, p: Product) -> Tensor:
     """Of the dequantized weight.  The dequantized input ends here: it and the input's gradient are equally large, and
     as they never exist together, the peak of memory is the float layer's."""
     x_hat = p.engine.quantize(p.x.float(), p.x_grid).to(up.dtype)
-    return up.reshape(-1, p.weight.shape[0]).t() @ x_hat.reshape(-1, p.weight.shape[1])
+    return _rows(up).t() @ _rows(x_hat)
 
 
 def _linear_input_gradient(up: Tensor, p: Product) -> Tensor:
     """Of the dequantized input."""
     w_hat = p.engine.quantize(p.weight.float(), p.w_grid).to(up.dtype)
-    return (up.reshape(-1, p.weight.shape[0]) @ w_hat).reshape(p.x.shape)
+    return (_rows(up) @ w_hat).reshape(p.x.shape)
 
 
 def _convolution_gradients(up: Tensor, p: Product, conv: Conv, need_x: bool) -> tuple[Tensor | None, Tensor]:
@@ -199,11 +205,9 @@ def _product(
 
 def _fake_forward(bias: Tensor | None, autocast_dtype: torch.dtype | None, *flat: Any) -> Tensor:
     p = _product(*flat)
-    dtype = autocast_dtype or p.x.dtype
+    dtype, shape = autocast_dtype or p.x.dtype, require_product(*p[:4], bias, p.conv)
     if p.conv is None:
-        return p.x.new_empty((*p.x.shape[:-1], p.weight.shape[0]), dtype=dtype)
-    x, weight = p.x.to("meta", torch.float32), p.weight.to("meta", torch.float32)
-    shape = p.conv.convolve(x, p.conv.weight_of(weight)).shape
+        return p.x.new_empty(shape, dtype=dtype)
     return torch.empty(shape, dtype=dtype, device=p.x.device, memory_format=memory_format(p.x))
 
 
@@ -211,6 +215,7 @@ def _fake_backward(
     grad: Tensor, need_x: bool, has_bias: bool, autocast_dtype: torch.dtype | None, *flat: Any
 ) -> Gradients:
     p = _product(*flat)
+    require_gradient(grad, require_product(*p[:4], None, p.conv), p.x)
     none = p.x_grid.step.new_empty(0)
     return Gradients(
         x=torch.empty_like(p.x) if need_x else p.x.new_empty(0),
@@ -223,13 +228,18 @@ def _fake_backward(
 
 
 def _run_forward(bias: Tensor | None, autocast_dtype: torch.dtype | None, *flat: Any) -> Tensor:
-    return _forward(_product(*flat), bias, autocast_dtype)
+    p = _product(*flat)
+    if 0 in (size := require_product(*p[:4], bias, p.conv)):
+        return p.x.new_empty(size, dtype=autocast_dtype)
+    return _forward(p, bias, autocast_dtype)
 
 
 def _run_backward(
     grad: Tensor, need_x: bool, has_bias: bool, autocast_dtype: torch.dtype | None, *flat: Any
 ) -> tuple[Tensor, ...]:
-    return _backward(grad, _product(*flat), need_x, has_bias, autocast_dtype)
+    p = _product(*flat)
+    require_gradient(grad, require_product(*p[:4], None, p.conv), p.x)
+    return _backward(grad, p, need_x, has_bias, autocast_dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -286,10 +296,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, x_grid: Grid, w_grid:
     x_grid: of the input, one step.
     w_grid: of the weight; step: (1,), (out,) or, with groups, (out * in / group_size,).
     Returns: (..., out) in x's dtype, autocast's under autocast.
-    Raises: UsageError where input and weight do not fit.
+    Raises: UsageError where input, weight, bias and steps do not fit.
     """
-    if x.shape[-1] != weight.shape[1]:
-        raise UsageError(f"linear: the input's last dimension is {x.shape[-1]}, the weight {tuple(weight.shape)}")
     return _linear(bias, None, *_flat(Product(x, x_grid, weight, w_grid, None)))
 
 
@@ -303,5 +311,6 @@ def convolution(x: Tensor, rows: Tensor, bias: Tensor | None, x_grid: Grid, w_gr
     w_grid: of the weight; step: (1,), (out,) or, with groups, one per run of an output channel's weights.
     conv: the geometry.
     Returns: (batch, out, *spatial) in x's dtype, autocast's under autocast, and x's memory format.
+    Raises: UsageError where input, weight, bias and steps do not fit; ShapeError where the float layer raises as well.
     """
     return _convolution(bias, None, *_flat(Product(x, x_grid, rows, w_grid, conv)))

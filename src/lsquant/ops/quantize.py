@@ -6,6 +6,7 @@ Keeps the input and the step for the backward pass and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from lsquant._util.errors import UsageError
 from lsquant.kernels import Grid, engine_for, visible
+from lsquant.ops.checks import require_gradient, require_grid
 from lsquant.ops.registration import Op, keep, kept, laid_out_like
 
 # ---- registration: the arguments of the ops are flat ----
@@ -45,16 +47,24 @@ def _forward(x: Tensor, *numbers: Any) -> Tensor:
 
 
 def _backward(grad: Tensor, x: Tensor, *numbers: Any) -> tuple[Tensor, Tensor, Tensor]:
+    require_gradient(grad, x.shape, x)
     return _gradients(grad, x, _grid(*numbers))
+
+
+def _fake_forward(x: Tensor, *numbers: Any) -> Tensor:
+    require_grid(x, _grid(*numbers))
+    return torch.empty_like(x)
 
 
 def _fake_backward(grad: Tensor, x: Tensor, *numbers: Any) -> tuple[Tensor, Tensor, Tensor]:
     grid = _grid(*numbers)
+    require_grid(x, grid)
+    require_gradient(grad, x.shape, x)
     of_offset = grid.step.new_empty(0) if grid.offset is None else torch.empty_like(grid.step)
     return torch.empty_like(x), torch.empty_like(grid.step), of_offset
 
 
-_op = Op("fake_quantize", f"({_ARGUMENTS}) -> Tensor", _forward, lambda x, *_: torch.empty_like(x))
+_op = Op("fake_quantize", f"({_ARGUMENTS}) -> Tensor", _forward, _fake_forward)
 _backward_op = Op(
     "fake_quantize_backward", f"(Tensor grad, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _backward, _fake_backward
 )
@@ -116,6 +126,27 @@ def fake_quantize_with(x: Tensor, grid: Grid) -> Tensor:
     return _op(*_flat(x, grid))
 
 
+def _require_numbers(
+    x: Any, step: Any, q_min: Any, q_max: Any, scale: Any, axis: Any, group_size: Any, zero_point: Any, offset: Any
+) -> None:  # fmt: skip
+    """Raises UsageError naming an argument of another type, of which torch would only say that it does not fit."""
+    none = type(None)
+    wanted = (
+        ("x", x, Tensor, "a tensor"),
+        ("step", step, Tensor, "a tensor, 1-D float32"),
+        ("q_min", q_min, Integral, "an integer"),
+        ("q_max", q_max, Integral, "an integer"),
+        ("gradient_scale", scale, Real, "a number"),
+        ("axis", axis, (Integral, none), "an integer or None"),
+        ("group_size", group_size, (Integral, none), "an integer or None"),
+        ("zero_point", zero_point, (Integral, Tensor, none), "an integer, a tensor of them, or None"),
+        ("offset", offset, (Tensor, none), "a tensor like step, or None"),
+    )
+    for name, value, types, words in wanted:
+        if not isinstance(value, types):
+            raise UsageError(f"fake_quantize: {name}={value!r}; give {words}")
+
+
 def fake_quantize(
     x: Tensor,
     step: Tensor,
@@ -141,11 +172,12 @@ def fake_quantize(
     zero_point: a fixed integer z, or a tensor of them like step.
     offset: LSQ+'s b, like step; at most one of zero_point and offset.
     Returns: the shape, dtype and memory format of x; NaN where x is not finite or its step is NaN or infinite.
-    Raises: UsageError for shapes that do not fit.
+    Raises: UsageError for shapes, types and devices that do not fit.
     Source: arXiv:1902.08153 eqs. (1)-(3), arXiv:2004.09576.
 
     >>> import torch
     >>> fake_quantize(torch.tensor([0.2, 0.8, 9.0]), torch.tensor([0.5]), 0, 3, 1.0)
     tensor([0.0000, 1.0000, 1.5000])
     """
+    _require_numbers(x, step, q_min, q_max, gradient_scale, axis, group_size, zero_point, offset)
     return fake_quantize_with(x, Grid(step, q_min, q_max, gradient_scale, offset, zero_point, axis, group_size))

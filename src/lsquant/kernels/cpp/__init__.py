@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lsquant import reference
+from lsquant._util.errors import UsageError
 from lsquant.kernels.cpp.build import CannotBuild, library
 from lsquant.kernels.engine import Conv, Engine, Grid
 
@@ -33,6 +34,7 @@ class CppEngine(Engine):
     def fake_quantize(self, x: Tensor, grid: Grid) -> Tensor:
         """The quantizer with its derivative registered in C++."""
         step, zero, offset = grid.step, grid.zero_point, grid.offset
+        reference.require_bounds(grid.q_min, grid.q_max)
         reference.require_layout(x, step, grid.axis, grid.group_size, zero, offset)
         fixed, zeros = (0, zero) if isinstance(zero, Tensor) else (zero or 0, None)
         return torch.ops.lsquant_cpp.fake_quantize(
@@ -82,7 +84,7 @@ class CppEngine(Engine):
     ) -> Tensor | None:
         """2-d, neither transposed nor grouped, at most 2^17 weights."""
         weights = grad.shape[1] * x.shape[1] * torch.Size(kernel).numel()
-        if not (_is_plain(x, conv) and x.numel() and weights <= 2**17):
+        if not (_is_plain(x, conv) and x.numel() and 0 < weights <= 2**17):
             return None
         return torch.ops.lsquant_cpp.weight_gradient(
             grad, x, x_grid.step, x_grid.offset, x_grid.q_min, x_grid.q_max, kernel,
@@ -93,7 +95,7 @@ class CppEngine(Engine):
         """3x3, stride 1, at least 32 channels, channels last, by minimal filtering; the result is channels last."""
         out, channels = w_hat.shape[:2]
         fits = _is_plain(x, conv) and w_hat.shape[2:] == (3, 3) and min(out, channels) >= 32 and out % 8 == 0
-        if not fits or w_hat.numel() > 2**18 or not x.numel():
+        if not fits or w_hat.numel() > 2**18 or not x.numel():  # minima above: the weight is not empty
             return None
         if {*conv.stride, *conv.dilation} != {1} or max(conv.padding) > 2:
             return None
@@ -108,22 +110,32 @@ def _load() -> str:
         torch.ops.load_library(str(library()))
     except (CannotBuild, OSError, ImportError) as error:
         return str(error)
-    torch.library.register_fake("lsquant_cpp::fake_quantize", lambda x, *rest: torch.empty_like(x))
+    torch.library.register_fake("lsquant_cpp::fake_quantize", _fake_forward)
     torch.library.register_fake("lsquant_cpp::fake_quantize_backward", _fake_backward)
     return ""
 
 
-def _fake_backward(
-    grad: Tensor, x: Tensor, step: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, step: Tensor, q_min: int, q_max: int, *rest: Any) -> Tensor:
+    _, axis, group_size, _, zero_point, offset = rest
+    reference.require_bounds(q_min, q_max)
+    reference.require_layout(x, step, axis, group_size, zero_point, offset)
+    return torch.empty_like(x)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, step: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _fake_forward(x, step, *rest)
+    if grad.shape != x.shape or grad.device != x.device:
+        raise UsageError(f"a gradient of {tuple(grad.shape)} on {grad.device} for {tuple(x.shape)} on {x.device}")
     *_, offset = rest
     return torch.empty_like(x), torch.empty_like(step), step.new_empty(0) if offset is None else step.clone()
 
 
 def _fits(x: Tensor, x_grid: Grid, weight: Tensor, w_grid: Grid) -> bool:
-    """Whether no groups share steps, there is something to sum, codes fit 8 bits and sums int32."""
+    """Whether no groups share steps, there is something to sum, codes fit 8 bits, the weight's int8, and sums int32."""
     levels = x_grid.q_max - x_grid.q_min
     if levels >= 256 or w_grid.group_size is not None or not x.numel() or not weight.numel():
+        return False
+    if w_grid.q_min < -128 or w_grid.q_max > 127:
         return False
     return weight.numel() // weight.shape[0] * levels * w_grid.largest_code < SUM_LIMIT
 

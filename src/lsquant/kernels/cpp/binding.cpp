@@ -1,4 +1,7 @@
 // The ops lsquant_cpp::* on torch tensors, and the derivative of the quantizer.  No arithmetic on elements here.
+//
+// Every op first requires what the arithmetic relies on: whoever calls it with anything else gets an error.  Layers are
+// checked in Python before, in all engines alike (lsquant/ops/checks.py), with messages that say what to do.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/clamp.h>
 #include <ATen/ops/empty.h>
@@ -27,6 +30,58 @@ Type type_of(const Tensor& t) {
     case at::kHalf: return Type::f16;
     default: TORCH_CHECK(false, "lsquant: dtype ", t.scalar_type(), " is not float32, bfloat16 or float16");
   }
+}
+
+// ---- what the arithmetic relies on ----
+
+constexpr int64_t LARGEST_CODE = int64_t(1) << 22, LARGEST_NUMBER = int64_t(1) << 30;
+constexpr double LARGEST_BUFFER = double(int64_t(1) << 40), SUM_LIMIT = double(int64_t(1) << 30);
+
+// all elements lie in the tensor's memory, which may have been taken away or made smaller under it
+void require_memory(const Tensor& t, const char* name) {
+  if (!t.numel()) return;
+  int64_t last = t.storage_offset();
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  TORCH_CHECK((last + 1) * int64_t(t.element_size()) <= int64_t(t.storage().nbytes()), "lsquant: ", name, " of shape ", t.sizes(),
+              " reaches beyond its memory, which was freed or made smaller");
+}
+
+void require_values(const Tensor& t, const char* name) {
+  type_of(t);
+  require_memory(t, name);
+}
+
+// steps, offsets and constants: 1-D float32
+void require_floats(const Tensor& t, int64_t count, const char* name) {
+  TORCH_CHECK(t.dim() == 1 && t.scalar_type() == at::kFloat, "lsquant: ", name, " must be 1-D float32, got ", t.scalar_type(),
+              " of shape ", t.sizes());
+  TORCH_CHECK(t.numel() == count, "lsquant: ", name, " has ", t.numel(), " elements, ", count, " are needed here");
+  require_memory(t, name);
+}
+
+void require_bounds(int64_t q_min, int64_t q_max) {
+  TORCH_CHECK(-LARGEST_CODE <= q_min && q_min <= q_max && q_max <= LARGEST_CODE, "lsquant: codes from ", q_min, " to ", q_max,
+              "; bounds must be in order and within 2^22");
+}
+
+void require_numbers(at::IntArrayRef numbers, int64_t least, const char* name) {
+  TORCH_CHECK(numbers.size() == 2, "lsquant: ", name, "=", numbers, "; two numbers are needed");
+  for (int64_t v : numbers)
+    TORCH_CHECK(least <= v && v <= LARGEST_NUMBER, "lsquant: ", name, "=", numbers, "; each must be ", least, " or more, up to 2^30");
+}
+
+int64_t steps_needed(const Tensor& x, optional<int64_t> axis, optional<int64_t> group_size) {
+  if (group_size) {
+    int64_t row = 1;
+    for (int64_t d = 1; d < x.dim(); ++d) row *= x.size(d);
+    TORCH_CHECK(!axis || *axis == 0 || *axis == -x.dim(), "lsquant: axis=", *axis, " with group_size; groups lie within axis 0");
+    TORCH_CHECK(*group_size >= 1 && row % *group_size == 0, "lsquant: group_size=", *group_size, " does not divide the ", row,
+                " elements of a row of ", x.sizes());
+    return x.numel() / *group_size;
+  }
+  if (!axis) return 1;
+  TORCH_CHECK(-x.dim() <= *axis && *axis < x.dim(), "lsquant: axis=", *axis, " is outside an input of shape ", x.sizes());
+  return x.size(*axis);
 }
 
 // the same values in the strides that empty_like gives: dense, and those of t where t is dense
@@ -71,7 +126,21 @@ struct Quantizer {
       const optional<Tensor>&offset
 #define QUANTIZER_PASSED x, step, q_min, q_max, scale, axis, group_size, fixed_zero, zero_point, offset
 
+void require_quantizer(QUANTIZER_ARGUMENTS) {
+  require_values(x, "x");
+  const int64_t steps = steps_needed(x, axis, group_size);
+  require_floats(step, steps, "step");
+  require_bounds(q_min, q_max);
+  TORCH_CHECK(!zero_point || !offset, "lsquant: give zero_point or offset, not both");
+  if (offset) require_floats(*offset, steps, "offset");
+  if (!zero_point) return;
+  TORCH_CHECK(zero_point->dim() == 1 && zero_point->numel() == steps && !zero_point->is_complex(), "lsquant: zero_point must be 1-D, ",
+              steps, " numbers like step, got ", zero_point->scalar_type(), " of shape ", zero_point->sizes());
+  require_memory(*zero_point, "zero_point");
+}
+
 Tensor quantize_cpu(QUANTIZER_ARGUMENTS) {
+  require_quantizer(QUANTIZER_PASSED);
   const Quantizer q(step, q_min, q_max, fixed_zero, zero_point, offset);
   const Tensor from = dense(x, group_size.has_value());
   Tensor y = at::empty_like(from);
@@ -81,6 +150,9 @@ Tensor quantize_cpu(QUANTIZER_ARGUMENTS) {
 
 // fl(fl(x alpha) + beta) with a constant of each per channel, dimension 1
 Tensor scale_shift_cpu(const Tensor& x, const Tensor& alpha, const Tensor& beta) {
+  require_values(x, "x");
+  TORCH_CHECK(x.dim() >= 2, "lsquant: x of shape ", x.sizes(), " has no channels, dimension 1");
+  require_floats(alpha, x.size(1), "alpha"), require_floats(beta, x.size(1), "beta");
   const Tensor from = dense(x, false), a = alpha.contiguous(), b = beta.contiguous();
   Tensor y = at::empty_like(from);
   scale_shift(type_of(x), from.const_data_ptr(), y.mutable_data_ptr(), layout_of(from, a.numel(), 1, std::nullopt),
@@ -90,6 +162,10 @@ Tensor scale_shift_cpu(const Tensor& x, const Tensor& alpha, const Tensor& beta)
 
 // grad may be float32 where x is not; `reuse`: its memory becomes the input's gradient if it can
 Tensors backward_of(const Tensor& grad, QUANTIZER_ARGUMENTS, bool reuse) {
+  require_quantizer(QUANTIZER_PASSED);
+  TORCH_CHECK(grad.sizes() == x.sizes() && grad.is_floating_point(), "lsquant: grad must be floating point in the shape of x, ",
+              x.sizes(), ", got ", grad.scalar_type(), " of shape ", grad.sizes());
+  require_memory(grad, "grad");
   const Quantizer q(step, q_min, q_max, fixed_zero, zero_point, offset);
   const bool rows = group_size.has_value();
   const Tensor from = dense(x, rows);
@@ -127,6 +203,36 @@ InputGrid input_grid(const Tensor& step, const optional<Tensor>& offset, int64_t
   return {q.grid.step[0], q.grid.zero[0], float(q_min), float(q_max)};
 }
 
+#define INPUT_PASSED x, x_step, x_offset, x_min, x_max
+
+void require_input(INPUT_ARGUMENTS) {
+  require_values(x, "x");
+  TORCH_CHECK(x.numel(), "lsquant: x of shape ", x.sizes(), " is empty");
+  require_floats(x_step, 1, "x_step");
+  if (x_offset) require_floats(*x_offset, 1, "x_offset");
+  require_bounds(x_min, x_max);
+  TORCH_CHECK(x_max - x_min < 256, "lsquant: codes of x from ", x_min, " to ", x_max, " do not fit 8 bits");
+}
+
+// x by channel and weight (out, channels, ...) of `dims` dimensions
+void require_product(INPUT_ARGUMENTS, const Tensor& weight, int64_t dims, int64_t channels, const Tensor& w_step, int64_t w_min,
+                     int64_t w_max, const optional<Tensor>& bias) {
+  require_input(INPUT_PASSED);
+  require_values(weight, "weight");
+  TORCH_CHECK(weight.dim() == dims && weight.numel() && weight.size(1) == channels, "lsquant: weight of shape ", weight.sizes(),
+              " does not fit x of shape ", x.sizes());
+  const int64_t out = weight.size(0);
+  require_floats(w_step, w_step.numel() == 1 ? 1 : out, "w_step");
+  require_bounds(w_min, w_max);
+  TORCH_CHECK(-128 <= w_min && w_max <= 127, "lsquant: codes of the weight from ", w_min, " to ", w_max, " are no int8");
+  TORCH_CHECK(double(weight.numel() / out) * double((x_max - x_min) * std::max(-w_min, w_max)) < SUM_LIMIT,
+              "lsquant: sums of ", weight.numel() / out, " products may leave int32");
+  if (!bias) return;
+  TORCH_CHECK(bias->dim() == 1 && bias->numel() == out && bias->is_floating_point(), "lsquant: bias must be floating point, one number "
+              "for each of ", out, " outputs, got ", bias->scalar_type(), " of shape ", bias->sizes());
+  require_memory(*bias, "bias");
+}
+
 struct Geometry {
   Tensor x;
   Shape shape;
@@ -135,14 +241,21 @@ struct Geometry {
 // a batch of images as it lies, channels last or first
 Geometry geometry(const Tensor& input, int64_t kernel_h, int64_t kernel_w, at::IntArrayRef stride, at::IntArrayRef padding,
                   at::IntArrayRef dilation) {
+  require_numbers(stride, 1, "stride"), require_numbers(dilation, 1, "dilation"), require_numbers(padding, 0, "padding");
   const bool last = input.is_contiguous(at::MemoryFormat::ChannelsLast) && !input.is_contiguous();
   Geometry g{last ? input : input.contiguous(), {}};
   Shape& s = g.shape;
   s.n = input.size(0), s.c = input.size(1), s.h = input.size(2), s.w = input.size(3);
   s.kernel_h = kernel_h, s.kernel_w = kernel_w, s.stride_h = stride[0], s.stride_w = stride[1];
   s.pad_h = padding[0], s.pad_w = padding[1], s.dilation_h = dilation[0], s.dilation_w = dilation[1];
-  s.out_h = (s.h + 2 * s.pad_h - s.dilation_h * (kernel_h - 1) - 1) / s.stride_h + 1;
-  s.out_w = (s.w + 2 * s.pad_w - s.dilation_w * (kernel_w - 1) - 1) / s.stride_w + 1;
+  const int64_t height = s.h + 2 * s.pad_h, width = s.w + 2 * s.pad_w;
+  const int64_t window_h = s.dilation_h * (kernel_h - 1) + 1, window_w = s.dilation_w * (kernel_w - 1) + 1;
+  TORCH_CHECK(window_h <= height && window_w <= width, "lsquant: padded input size per channel: (", height, " x ", width,
+              "). Kernel size: (", window_h, " x ", window_w, "). Kernel size can't be greater than actual input size");
+  TORCH_CHECK(double(height) * double(width) * double(s.c + 8) < LARGEST_BUFFER, "lsquant: a padded image of ", height, " x ", width,
+              " is too large");
+  s.out_h = (height - window_h) / s.stride_h + 1;
+  s.out_w = (width - window_w) / s.stride_w + 1;
   s.channels_last = last;
   return g;
 }
@@ -163,6 +276,8 @@ struct Product {
 // y of a 2-d convolution without groups, float32, in the input's memory format
 Tensor convolution_cpu(INPUT_ARGUMENTS, const Tensor& weight, const Tensor& w_step, int64_t w_min, int64_t w_max,
                        const optional<Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
+  TORCH_CHECK(x.dim() == 4, "lsquant: x of shape ", x.sizes(), " is no batch of images");
+  require_product(INPUT_PASSED, weight, 4, x.size(1), w_step, w_min, w_max, bias);
   Geometry g = geometry(x, weight.size(2), weight.size(3), stride, padding, dilation);
   const Tensor rows = weight.contiguous(at::MemoryFormat::ChannelsLast);
   const Product p(rows, weight.size(2) * weight.size(3), w_step, w_min, w_max, x_step, x_max - x_min, bias);
@@ -177,8 +292,10 @@ Tensor convolution_cpu(INPUT_ARGUMENTS, const Tensor& weight, const Tensor& w_st
 Tensor linear_cpu(INPUT_ARGUMENTS, const Tensor& weight, const Tensor& w_step, int64_t w_min, int64_t w_max,
                   const optional<Tensor>& bias) {
   constexpr int64_t ROWS = 32;  // of the input, a block that stays in the cache
+  TORCH_CHECK(x.dim() >= 1, "lsquant: x has no dimension");
+  require_product(INPUT_PASSED, weight, 2, x.size(-1), w_step, w_min, w_max, bias);
   const Tensor from = x.contiguous(), rows = weight.contiguous();
-  const int64_t in = weight.size(1), out = weight.size(0), count = in ? from.numel() / in : 0;
+  const int64_t in = weight.size(1), out = weight.size(0), count = from.numel() / in;
   const Product p(rows, 1, w_step, w_min, w_max, x_step, x_max - x_min, bias);
   auto sizes = x.sizes().vec();
   sizes.back() = out;
@@ -198,7 +315,13 @@ Tensor linear_cpu(INPUT_ARGUMENTS, const Tensor& weight, const Tensor& w_step, i
 // sum over windows of grad * x_hat: (out, in, kernel) float32, channels last
 Tensor weight_gradient_cpu(const Tensor& grad, INPUT_ARGUMENTS, at::IntArrayRef kernel, at::IntArrayRef stride,
                            at::IntArrayRef padding, at::IntArrayRef dilation) {
+  require_input(INPUT_PASSED);
+  TORCH_CHECK(x.dim() == 4, "lsquant: x of shape ", x.sizes(), " is no batch of images");
+  require_numbers(kernel, 1, "kernel");
   const Geometry g = geometry(x, kernel[0], kernel[1], stride, padding, dilation);
+  TORCH_CHECK(grad.dim() == 4 && grad.numel() && grad.is_floating_point() && grad.size(0) == g.shape.n && grad.size(2) == g.shape.out_h &&
+              grad.size(3) == g.shape.out_w, "lsquant: grad of shape ", grad.sizes(), " is not that of the output for x of shape ", x.sizes());
+  require_memory(grad, "grad");
   const auto format = g.shape.channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
   const Tensor up = grad.to(at::kFloat).contiguous(format);
   Tensor to = at::empty({grad.size(1), x.size(1), kernel[0], kernel[1]}, up.options(), at::MemoryFormat::ChannelsLast);
@@ -210,6 +333,18 @@ Tensor weight_gradient_cpu(const Tensor& grad, INPUT_ARGUMENTS, at::IntArrayRef 
 // the input's gradient of a 3x3 convolution, channels last: (n, in, h, w) float32
 Tensor input_gradient_cpu(const Tensor& grad, const Tensor& weight, at::IntArrayRef size, at::IntArrayRef padding) {
   const auto format = at::MemoryFormat::ChannelsLast;
+  require_numbers(padding, 0, "padding");
+  TORCH_CHECK(size.size() == 4 && grad.dim() == 4 && weight.dim() == 4, "lsquant: grad ", grad.sizes(), ", weight ", weight.sizes(),
+              " and input ", size, " must each have 4 dimensions");
+  const int64_t out = weight.size(0);
+  TORCH_CHECK(out > 0 && out % 8 == 0 && weight.size(2) == 3 && weight.size(3) == 3 && weight.scalar_type() == at::kFloat, "lsquant: ",
+              "weight must be (a multiple of 8, in, 3, 3) float32, got ", weight.scalar_type(), " of shape ", weight.sizes());
+  for (int64_t d = 0; d < 4; ++d) TORCH_CHECK(size[d] > 0 && size[d] <= LARGEST_NUMBER, "lsquant: an input of shape ", size);
+  TORCH_CHECK(padding[0] <= 2 && padding[1] <= 2, "lsquant: padding=", padding, " is more than 2");
+  TORCH_CHECK(grad.is_floating_point() && grad.size(0) == size[0] && grad.size(1) == out && weight.size(1) == size[1] && grad.numel() &&
+              grad.size(2) == size[2] + 2 * padding[0] - 2 && grad.size(3) == size[3] + 2 * padding[1] - 2, "lsquant: grad ",
+              grad.sizes(), ", weight ", weight.sizes(), " and input ", size, " do not fit each other");
+  require_memory(grad, "grad"), require_memory(weight, "weight");
   const Tensor up = grad.to(at::kFloat).contiguous(format), rows = weight.contiguous(format);
   Tensor to = at::empty(size, up.options(), format);
   Shape s{};

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +27,13 @@ LEVELS = {
     "AVX512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }  # by torch's own capability, which ATEN_CPU_CAPABILITY lowers; else the compiler's baseline
+SANITIZE = "LSQUANT_SANITIZE"
+"""Environment variable for tests: 1 builds an engine that ends the process where it leaves its memory or the language
+(`make test-sanitizers`).  The process needs the sanitizer's library in LD_PRELOAD."""
+SANITIZERS = (
+    "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr", "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer", "-g1",
+)  # fmt: skip  (vptr: torch hides the type information that it needs)
 
 
 class CannotBuild(LsquantError):
@@ -55,6 +63,11 @@ def target_flags() -> tuple[str, ...]:
     return flags
 
 
+def sanitizer_flags() -> tuple[str, ...]:
+    """The sanitizers where ``LSQUANT_SANITIZE`` is 1, else nothing."""
+    return SANITIZERS if os.environ.get(SANITIZE) == "1" else ()
+
+
 def _instructions_allowed() -> bool:
     """Whether ONEDNN_MAX_CPU_ISA, which lowers torch's integer kernels, leaves the dot-product instruction on."""
     return not os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper().startswith(("SSE41", "AVX"))
@@ -73,7 +86,7 @@ def library() -> Path:
     command = compiler()
     folder = Path(__file__).parent
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
-    parts = [torch.__version__, version, platform.machine(), *ARITHMETIC, *target_flags()]
+    parts = [torch.__version__, version, platform.machine(), *ARITHMETIC, *target_flags(), *sanitizer_flags()]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted(folder.glob("*.cpp")) + sorted(folder.glob("*.h")):
         digest.update(source.read_bytes())
@@ -104,20 +117,26 @@ def _compile(command: str, folder: Path, built: Path) -> None:
     print("lsquant: building the C++ engine, once (about half a minute) ...", file=sys.stderr, flush=True)
     root = Path(torch.__file__).parent
     include = [f"-I{root / 'include'}", f"-I{root / 'include' / 'torch' / 'csrc' / 'api' / 'include'}"]
-    base = [command, "-std=c++20", "-fPIC", "-w", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    base = [command, "-std=c++20", "-fPIC", "-w", abi, *sanitizer_flags()]
+    environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD" or not sanitizer_flags()}
     with tempfile.TemporaryDirectory(dir=built.parent, prefix="build-") as scratch:
         jobs, objects = [], []
         for source in SOURCES:
             objects.append(str(Path(scratch) / source) + ".o")
             flags = ["-O1", *include] if source == "binding.cpp" else [*ARITHMETIC, *target_flags()]
             job = [*base, *flags, "-c", str(folder / source), "-o", objects[-1]]
-            jobs.append((job, subprocess.Popen(job, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)))
+            pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            jobs.append((job, subprocess.Popen(job, **pipes, text=True, env=environment)))
         for job, process in jobs:
             _expect(job, process.communicate()[0], process.returncode)
         aside = str(Path(scratch) / built.name)
         lib = str(root / "lib")
-        link = [command, "-shared", "-o", aside, *objects, f"-L{lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
-        done = subprocess.run(link, capture_output=True, text=True, check=False)
+        link = [
+            command, "-shared", *sanitizer_flags(), "-o", aside, *objects, f"-L{lib}", "-ltorch_cpu", "-lc10",
+            f"-Wl,-rpath,{lib}",
+        ]  # fmt: skip
+        done = subprocess.run(link, capture_output=True, text=True, check=False, env=environment)
         _expect(link, done.stdout + done.stderr, done.returncode)
         os.replace(aside, built)
 

@@ -7,15 +7,16 @@ namespace lsquant {
 
 constexpr int64_t PANEL = 16;  // output channels that are multiplied at once
 
-// shifted codes of n values that lie together; returns whether one is NaN or infinite
+// shifted codes of n values that lie together; returns whether one is NaN or infinite.  A code that would be NaN is q_min,
+// as no integer is NaN: who asks for integers makes the outputs NaN that such a value feeds.
 template <class T, class C>
 inline bool codes_of(const T* x, C* to, int64_t n, const InputGrid& q, float shift) {
   int32_t bad = 0;
   for (int64_t i = 0; i < n; ++i) {
     const float v = load(x[i]);
     float code = rounded(v / q.step) + q.zero;
-    code = code < q.q_min ? q.q_min : code;
-    code = code > q.q_max ? q.q_max : code;
+    code = code > q.q_min ? code : q.q_min;
+    code = code < q.q_max ? code : q.q_max;
     bad |= v - v == 0.0f ? 0 : 1;
     if constexpr (std::is_same_v<C, float>) to[i] = v - v == 0.0f ? code - shift : __builtin_nanf("");
     else to[i] = C(int32_t(code - shift));

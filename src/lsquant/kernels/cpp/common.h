@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
@@ -73,8 +74,9 @@ void parallel(int64_t count, int64_t grain, const F& f) {
     if (count > 0) f(int64_t(0), count);
     return;
   }
-  torch_parallel_for(0, count, grain, [](int64_t b, int64_t e, void* ctx) { (*static_cast<const F*>(ctx))(b, e); },
-                     const_cast<void*>(static_cast<const void*>(&f)));
+  const auto share = [](int64_t b, int64_t e, void* ctx) { (*static_cast<const F*>(ctx))(b, e); };
+  if (torch_parallel_for(0, count, grain, share, const_cast<void*>(static_cast<const void*>(&f))))
+    throw std::runtime_error("lsquant: a thread of the C++ engine failed, probably for lack of memory");
 }
 
 // memory for one call, aligned for vectors

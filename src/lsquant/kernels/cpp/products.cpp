@@ -165,11 +165,26 @@ namespace {
 
 struct Finish { Floats scale[2], bias[2]; Ints correction[2]; };  // of one panel
 
+// which windows of an image hold a value that is NaN or infinite; only their outputs are NaN
+template <class T>
+std::vector<uint8_t> bad_windows(const T* x, const Shape& s) {
+  std::vector<uint8_t> pixels(s.h * s.w), windows(s.out_h * s.out_w);
+  for (int64_t i = 0; i < s.c * s.h * s.w; ++i)
+    if (const float v = load(x[i]); v - v != 0.0f) pixels[s.channels_last ? i / s.c : i % (s.h * s.w)] = 1;
+  for (int64_t i = 0; i < s.out_h * s.out_w; ++i)
+    for (int64_t tap = 0; tap < s.kernel_h * s.kernel_w; ++tap) {
+      const int64_t h = i / s.out_w * s.stride_h + tap / s.kernel_w * s.dilation_h - s.pad_h;
+      const int64_t w = i % s.out_w * s.stride_w + tap % s.kernel_w * s.dilation_w - s.pad_w;
+      if (h >= 0 && h < s.h && w >= 0 && w < s.w) windows[i] |= pixels[h * s.w + w];
+    }
+  return windows;
+}
+
 template <class T, class C>
 void forward_as(const T* x, const Shape& s, const InputGrid& q, const Packed& p, const float* scale, const float* bias, float* y) {
   const int64_t channels = p.padded, height = s.h + 2 * s.pad_h, width = s.w + 2 * s.pad_w, pixels = s.out_h * s.out_w;
   const int64_t size = height * width * channels, pixel = s.stride_w * channels;
-  const int32_t zero = int32_t(q.zero - q.q_min);  // what a value of 0 is after the shift
+  const int32_t zero = q.zero == q.zero ? int32_t(q.zero - q.q_min) : 0;  // what a value of 0 is after the shift
   std::vector<Run> runs;
   for (int64_t kh = 0; kh < s.kernel_h; ++kh) {
     const int64_t offset = kh * s.dilation_h * width * channels;
@@ -195,9 +210,13 @@ void forward_as(const T* x, const Shape& s, const InputGrid& q, const Packed& p,
     std::fill_n(buffer.data, size + 64, C(zero));
     int64_t there = -1;
     bool bad = false;
+    std::vector<uint8_t> windows;  // of a bad image
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / shares, share = task % shares;
-      if (n != there) bad = quantize_image(x + n * image_in, buffer.data, scratch.data, s, width, channels, q, q.q_min);
+      if (n != there) {
+        bad = quantize_image(x + n * image_in, buffer.data, scratch.data, s, width, channels, q, q.q_min);
+        if (bad) windows = bad_windows(x + n * image_in, s);
+      }
       there = n;
       for (int64_t panel = share * p.panels / shares; panel < (share + 1) * p.panels / shares; ++panel) {
         const int64_t first = panel * PANEL, count = std::min(PANEL, p.out - first);
@@ -219,7 +238,7 @@ void forward_as(const T* x, const Shape& s, const InputGrid& q, const Packed& p,
               for (int i = 0; i < 2; ++i) {
                 out[i] = __builtin_convertvector(sums[m][i] - f.correction[i], Floats) * f.scale[i];
                 if (bias) out[i] += f.bias[i];
-                if (bad) out[i] = Floats{} + __builtin_nanf("");
+                if (bad && windows[oh * s.out_w + ow + m]) out[i] = Floats{} + __builtin_nanf("");
               }
               if (out_pixel == PANEL || count == PANEL) std::memcpy(to, out, sizeof out);
               else std::memcpy(to, out, count * sizeof(float));

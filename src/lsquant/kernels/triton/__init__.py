@@ -94,6 +94,7 @@ def _numbers(grid: Grid) -> tuple[Any, ...]:
 def _dense(x: Tensor, grid: Grid) -> Tensor:
     """x without gaps, row-major for groups.  Raises: UsageError where the shapes do not fit."""
     x = x if grid.group_size is None else x.contiguous()
+    reference.require_bounds(grid.q_min, grid.q_max)
     reference.require_layout(x, grid.step, grid.axis, grid.group_size, grid.zero_point, grid.offset)
     return x if x.stride() == torch.empty_like(x, device="meta").stride() else torch.empty_like(x).copy_(x)
 
@@ -130,7 +131,8 @@ class TritonEngine(Engine):
             return to, torch.zeros_like(grid.step), torch.zeros_like(grid.step) if learned else None
         m = _matrix(x, grid)
         (down, across), columns, kinds = m.tiles, m.by == "column", 2 if learned else 1
-        sums = torch.empty((kinds, down * m.columns if columns else m.rows * across), device=x.device)
+        partial = (kinds, down * m.columns if columns else m.rows * across)
+        sums = torch.empty(partial, dtype=torch.float32, device=x.device)
         flags = {"BY": m.by, "LEARNED": learned, "IN_PLACE": to is grad}
         _run("backward", m, grad, x, to, sums, sums.shape[1], *_numbers(grid), **flags)
         terms = sums.view(kinds, -1, m.steps, m.inner if columns else across).sum((1, 3), dtype=torch.float64)
@@ -148,7 +150,7 @@ class TritonEngine(Engine):
         qx, bad = _codes(x.reshape(-1, weight.shape[1]).contiguous(), shift, x_grid)
         qw, bad_w = _codes(weight.contiguous(), 0, w_grid)
         more = (shift - z) * qw.sum(1, dtype=torch.int32) if shift or x_grid.offset is not None else None
-        y = torch.empty((qx.shape[0], qw.shape[0]), device=x.device)
+        y = torch.empty((qx.shape[0], qw.shape[0]), dtype=torch.float32, device=x.device)
         m = _Matrix(y.shape[0], y.shape[1], y.numel(), 1, 1, "tensor")
         scale = x_grid.step * w_grid.step + bad_w
         _run("finish", m, torch.ops.aten._int_mm(qx, qw.t()), more, bad, scale, bias, y)
@@ -170,7 +172,8 @@ def _codes(x: Tensor, shift: int, grid: Grid) -> tuple[Tensor, Tensor]:
     """``q - shift`` of x: (rows, columns), int8; and per row 0, or NaN where a part of it is not finite."""
     steps = grid.step.numel()
     m = _Matrix(x.shape[0], x.shape[1], x.numel(), steps, 1, "tensor" if steps == 1 else "row")
-    q, bad = torch.empty_like(x, dtype=torch.int8), torch.empty((m.rows, m.tiles[1]), device=x.device)
+    q = torch.empty_like(x, dtype=torch.int8)
+    bad = torch.empty((m.rows, m.tiles[1]), dtype=torch.float32, device=x.device)
     _run("forward", m, x, q, bad, float(shift), *_numbers(grid), BY=m.by)
     return q, bad.sum(1)
 
