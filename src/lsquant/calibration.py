@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lsquant._util.batches import Forward, evaluating, observing_inputs, run_batch, take, unwrapped
+from lsquant._util.batches import Forward, evaluating, observing_inputs, require_one_process, run_batch, take
 from lsquant._util.errors import UsageError
 from lsquant.convert import disabled, multiplies
 from lsquant.mse import ValueSummary
@@ -93,7 +93,7 @@ def calibrate(
     Raises: UsageError naming the layer for NaN, infinite, all-zero or missing values, for a wrong guess of the first or
         last layer, and when a quantizer would be left without a step; the model's steps are then unchanged.
     """
-    _check_arguments(model, method, weights)
+    model = _check_arguments(model, method, weights)
     # everything is computed before anything is changed: (quantizer, a copy of it that is set)
     found = [(q, _weight_step(layer, q, weights or "paper")) for q, layer in _weights_to_set(model, weights)]
     observers: dict[Quantizer, _Observer] = {}
@@ -120,17 +120,19 @@ def calibrate(
         quantizer.adopt(ready)
 
 
-def _check_arguments(model: nn.Module, method: Any, weights: Any) -> None:
-    if unwrapped(model) is not model:
-        raise UsageError(
-            f"calibrate: calibrate the model before it is wrapped in {type(model).__name__}, with the same batches in "
-            "every process; or calibrate .module and call lsquant.integrations.distributed.synchronize on it"
-        )
+def _check_arguments(model: nn.Module, method: Any, weights: Any) -> nn.Module:
+    model = require_one_process(
+        model,
+        "calibrate",
+        "with the same batches in every process; or calibrate .module and call lsquant.integrations.distributed."
+        "synchronize on it",
+    )
     if not any(True for _ in quantizers(model)):
         raise UsageError("calibrate: the model has no quantizers; call lsquant.prepare(model, recipe) first")
     for name, rule in (("method", method), ("weights", weights or "paper")):
         if rule not in ("mse", "paper"):
             raise UsageError(f"calibrate: {name}={rule!r}; use 'mse' or 'paper'")
+    return model
 
 
 def _weights_to_set(model: nn.Module, rule: Method | None) -> list[tuple[Quantizer, QuantizedLayer]]:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lsquant._util.batches import unwrapped
+from lsquant._util.batches import require_one_process, unwrapped
 from lsquant._util.errors import DamagedFile, UsageError
 from lsquant._util.tensors import read_tensors, write_tensors
 from lsquant._version import __version__ as VERSION
@@ -105,6 +105,7 @@ def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: 
     Returns: the model.
     Raises: UsageError for another architecture.
     """
+    given, model = model, require_one_process(model, "load")
     _check_architecture(model, tensors, path)
     was_float = not any(float_type(m) for m in model.modules())
     try:
@@ -114,7 +115,7 @@ def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: 
         if was_float:
             revert(model)
         raise UsageError(f"{path} does not fit {type(model).__name__}: {error}") from error
-    return model
+    return given
 
 
 def _check_architecture(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:

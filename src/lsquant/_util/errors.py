@@ -15,6 +15,10 @@ class UsageError(LsquantError, ValueError):
     exit_code = 2
 
 
+class ForwardError(UsageError, RuntimeError):
+    """A forward pass that failed: the model and the batch do not fit together."""
+
+
 class MissingExtra(LsquantError, ImportError):
     """A missing optional package; the message names the extra that installs it."""
 

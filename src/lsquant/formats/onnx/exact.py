@@ -26,6 +26,7 @@ A transposed convolution is one with reversed kernels over codes between which s
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -100,7 +101,7 @@ def _convolution(
         edges = split_terms(operands, trace.label)
         slices = [
             (_channels(graph, trace, operands, layer.groups, a, b, len(edges) > 2), operands.stored[:, a:b])
-            for a, b in zip(edges, edges[1:], strict=False)
+            for a, b in itertools.pairwise(edges)
         ]
         sums = _integer_sums(graph, trace, "ConvInteger", slices, operands.narrow, "", attributes)
     trace.scales = [graph.constant(f"{name}.scale", per_channel(array(scale), layer))]
@@ -207,7 +208,7 @@ def _matmul_integer(graph: Graph, layer: IntegerLayer, trace: LayerTrace, operan
         edges = split_terms(operands._replace(stored=block), trace.label)
         slices = [
             (_features(graph, operands.q, g * size + a, g * size + b, stored.shape[1]), block[:, a:b].T)
-            for a, b in zip(edges, edges[1:], strict=False)
+            for a, b in itertools.pairwise(edges)
         ]
         sums = _integer_sums(graph, trace, "MatMulInteger", slices, operands.narrow, suffix, {})
         scale = graph.constant(f"{name}.scale{suffix}", scales[:, g] if scales.shape[0] > 1 else scales[0, g])

@@ -9,7 +9,8 @@ DequantizeLinear is a licence for a runtime to compute otherwise.  Where that wo
 written by Cast, Sub and Mul:
 
 - an input beside a float weight: ONNX Runtime would quantize that weight by itself;
-- a weight beside a float input in MatMul: ONNX Runtime would fuse them to MatMulNBits, which rounds the input to 8 bits;
+- a weight beside a float input in MatMul: ONNX Runtime would fuse them to MatMulNBits, which rounds the input to 8
+  bits;
 - both, where sums over codes could leave int32 in a fused integer operator.
 """
 

@@ -4,12 +4,13 @@ An integer operator of ONNX adds up in int32.  Codes are stored shifted, and a r
 
     sum (x - z)(w - v) = sum x w - v sum x - z sum w + sum z v
 
-So the bound is that of all four terms together, ``sum (|x| + |z|)(|w| + |v|)``: below 2^31 no order of additions, and no
-accumulator that saturates, changes a sum.
+So the bound is that of all four terms together, ``sum (|x| + |z|)(|w| + |v|)``: below 2^31 no order of additions, and
+no accumulator that saturates, changes a sum.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,13 +75,13 @@ def split_terms(operands: Operands, label: str) -> list[int]:
     count = bound // INT32_SUMS + 1
     while count <= terms:
         edges = [terms * i // count for i in range(count + 1)]
-        parts = (stored[:, a:b] for a, b in zip(edges, edges[1:], strict=False))
+        parts = (stored[:, a:b] for a, b in itertools.pairwise(edges))
         if all(operands.reach * _largest_row(part, operands.weight_point) < INT32_SUMS for part in parts):
             return edges
         count += 1
     raise UsageError(
-        f"export_onnx: the sums of layer {label!r} can reach {bound:,}, beyond int32, and those of one input channel alone "
-        "cannot be split; give it fewer bits, or leave it in floating point (skip=)"
+        f"export_onnx: the sums of layer {label!r} can reach {bound:,}, beyond int32, and those of one input channel "
+        "alone cannot be split; give it fewer bits, or leave it in floating point (skip=)"
     )
 
 
