@@ -18,6 +18,8 @@ from lsquant import Recipe
 from lsquant._util.batches import unwrapped
 from lsquant._util.errors import UsageError
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's own
+
 W4A4 = Recipe(4, 4)
 NAMES = ["0.weight_quantizer", "0.input_quantizer", "2.weight_quantizer", "2.input_quantizer"]
 INPUT = torch.randn(8, 6, generator=torch.Generator().manual_seed(3))
@@ -108,7 +110,7 @@ def torchao_weights(model: Any, _: Path) -> Any:
     return list(dict(found.named_modules())), found[0].weight.dequantize().tolist()
 
 
-def without_time(model: nn.Module, path: Path) -> None:
+def report(model: nn.Module, path: Path) -> None:
     lsquant.write_report(model, path, [INPUT], title="t")
 
 
@@ -127,7 +129,7 @@ READING: dict[str, Callable[[Any, Path], Any]] = {
     "to_integer": lambda model, _: codes(lsquant.to_integer(model)),
     "to_torchao": torchao_weights,
     "verify": lambda model, folder: (onnx_verdict(model, folder), packed_verdict(model, folder)),
-    "write_report": with_file(without_time),
+    "write_report": with_file(report),
 }
 
 
@@ -171,20 +173,13 @@ def test_the_tables_have_every_public_function_of_a_model() -> None:
     assert of_model == READING.keys() | CHANGING.keys()
 
 
-def same(a: Any, b: Any) -> bool:
-    """Files bear the time in places: a zip's entries, the environment of a report."""
-    return a == b
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("function", READING)
 def test_functions_that_read_look_inside(function: str, tmp_path: Path) -> None:
     expected = READING[function](quantized(), tmp_path)
     for wrapper, (wrap, _) in WRAPPERS.items():
-        assert same(READING[function](wrap(quantized()), tmp_path), expected), wrapper
+        assert READING[function](wrap(quantized()), tmp_path) == expected, wrapper
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("function", CHANGING)
 def test_functions_that_change_look_inside_compiled_models_only(function: str, tmp_path: Path) -> None:
     """A parallel wrapper has taken stock of the parameters, so they say which one is in the way."""
