@@ -220,7 +220,11 @@ def test_forward_may_call_the_wrapped_model(tmp_path: Path) -> None:
     model = quantized()
     wrapped = compiled(model)
     lsquant.export_packed(model, tmp_path / "p")
-    verdict = lsquant.verify(model, tmp_path / "p", [INPUT], forward=lambda m, x: m(x) if m is not model else wrapped(x))
+
+    def forward(m: nn.Module, x: Any) -> Any:
+        return wrapped(x) if m is model else m(x)
+
+    verdict = lsquant.verify(model, tmp_path / "p", [INPUT], forward=forward)
     assert verdict.exact
     assert verdict.checks[-1].compared == 8 * 3
 

@@ -136,7 +136,8 @@ def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None) -> A
         reason = next(iter(str(error).splitlines()), "")
         kind = type(unwrapped(model)).__name__
         raise ForwardError(
-            f"the forward pass of {kind} failed on a batch ({shapes}): {type(error).__name__}: {reason}"
+            f"the forward pass of {kind} failed on a batch ({shapes}): {type(error).__name__}: {reason}; "
+            "give batches of the shape, type and device that it takes"
         ) from error
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lsquant._util.batches import Forward, evaluating, run_batch, take, unwrapped
-from lsquant._util.errors import UsageError
+from lsquant._util.errors import LsquantError, UsageError
 from lsquant.formats import FileFormat, format_of
 from lsquant.formats.onnx.graph import array
 from lsquant.shipped import FrozenQuantizer, Pair, Stored, frozen_parts, paired, ship
@@ -190,7 +190,10 @@ class _Levels:
             self.layer_outputs.add(key[0], np.zeros(0), comparable(call.layers[key].output))
         self.returned = call.returned
         if not self.first and (self.codes.found or self.outputs.found):
-            self.first = observed.explain()
+            try:
+                self.first = observed.explain()
+            except LsquantError as error:  # the counts stand by themselves
+                self.first = f"what differs first was not found: {error}"
 
     def remarks(self) -> tuple[str, ...]:
         """Return what differs first, and which comparison had nothing to compare."""
