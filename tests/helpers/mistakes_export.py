@@ -58,7 +58,7 @@ def a_key_that_forward_does_not_take(_: Path) -> Any:
 
 @mistake("failed on a batch ([2, 5])", "shape, type and device")
 def a_batch_of_another_shape(_: Path) -> Any:
-    lsquant.calibrate(linear(), [torch.randn(2, 5)])
+    lsquant.prepare(nn.Sequential(nn.Linear(4, 4)), W4A4, example_inputs=torch.randn(2, 5))
 
 
 # ---- wrapped models ----

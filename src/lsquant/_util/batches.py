@@ -154,10 +154,11 @@ def require_arguments(model: nn.Module, batch: Any) -> None:
     except TypeError as error:
         taken = "of a tuple or list only the first element is taken, " if isinstance(batch, (tuple, list)) else ""
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        names = ", ".join(name for name, p in signature.parameters.items() if p.kind not in variadic)
+        known = [name for name, p in signature.parameters.items() if p.kind not in variadic]
+        given = f" with the keys {', '.join(map(repr, kwargs))}" if kwargs else ""
         raise UsageError(
-            f"{type(inner).__name__}.forward does not take this batch ({error}): {taken}a mapping gives keyword "
-            f"arguments; pass a dict with the keys it takes ({names}), or where possible "
+            f"{type(inner).__name__}.forward does not take this batch{given} ({error}): {taken}a mapping gives keyword "
+            f"arguments; pass a dict with the keys it takes ({', '.join(known)}), or where possible "
             "forward=lambda model, batch: model(*batch)"
         ) from error
 
