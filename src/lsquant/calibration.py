@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsquant._util.batches import Forward, evaluating, observing_inputs, run_batch, take, unwrapped
+from lsquant._util.batches import Forward, evaluating, observing_inputs, require_one_process, run_batch, take
 from lsquant._util.errors import UsageError
 from lsquant._util.rollback import unchanged_on_error
 from lsquant._util.tensors import on_meta
@@ -102,7 +102,7 @@ def calibrate(
         last layer, and when a quantizer would be left without a step.  Whatever is raised, a KeyboardInterrupt too, steps,
         signs and N are then unchanged.
     """
-    _check_arguments(model, method, weights)
+    model = _check_arguments(model, method, weights)
     # everything is computed before anything is changed: (quantizer, a copy of it that is set)
     with unchanged_on_error(model.modules(), values=False):
         wanted = _weights_to_set(model, weights, again)
@@ -142,12 +142,13 @@ def _activation_quantizers(model: nn.Module) -> list[Quantizer]:
     return of_layers + [quantizer for _, quantizer in lone_quantizers(model)]
 
 
-def _check_arguments(model: nn.Module, method: Any, weights: Any) -> None:
-    if unwrapped(model) is not model:
-        raise UsageError(
-            f"calibrate: calibrate the model before it is wrapped in {type(model).__name__}, with the same batches in "
-            "every process; or calibrate .module and call lsquant.integrations.distributed.synchronize on it"
-        )
+def _check_arguments(model: nn.Module, method: Any, weights: Any) -> nn.Module:
+    model = require_one_process(
+        model,
+        "calibrate",
+        "with the same batches in every process; or calibrate .module and call lsquant.integrations.distributed."
+        "synchronize on it",
+    )
     if not any(True for _ in quantizers(model)):
         raise UsageError("calibrate: the model has no quantizers; call lsquant.prepare(model, recipe) first")
     if empty := on_meta(model):
@@ -155,6 +156,7 @@ def _check_arguments(model: nn.Module, method: Any, weights: Any) -> None:
     for name, rule in (("method", method), ("weights", weights or "paper")):
         if rule not in ("mse", "paper"):
             raise UsageError(f"calibrate: {name}={rule!r}; use 'mse' or 'paper'")
+    return model
 
 
 def _weights_to_set(model: nn.Module, rule: Method | None, again: bool) -> list[tuple[Quantizer, QuantizedLayer]]:

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lsquant._util.batches import unwrapped
+from lsquant._util.batches import require_one_process, unwrapped
 from lsquant._util.errors import DamagedFile, UsageError
 from lsquant._util.rollback import unchanged_on_error
 from lsquant._util.tensors import on_meta, read_tensors, write_tensors
@@ -109,6 +109,7 @@ def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: 
     Returns: the model.
     Raises: UsageError for another architecture or a model on the meta device.
     """
+    given, model = model, require_one_process(model, "load")
     if empty := on_meta(model):
         raise UsageError(
             f"{path} cannot be loaded: {len(empty)} tensors of {type(model).__name__}, {empty[0]!r} the first, are on the "
@@ -122,7 +123,7 @@ def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: 
             model.load_state_dict(tensors)
     except (UsageError, RuntimeError) as error:
         raise UsageError(f"{path} does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error
-    return model
+    return given
 
 
 def _check_architecture(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:

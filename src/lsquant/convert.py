@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lsquant._util.batches import evaluating, run_batch, unwrapped
+from lsquant._util.batches import evaluating, require_one_process, run_batch, uncompiled
 from lsquant._util.bypass import BypassDetector, address
 from lsquant._util.errors import UsageError
 from lsquant.changes import Change, Changes
@@ -58,7 +58,7 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
     Returns: Changes, a row per layer.
     Raises: UsageError naming the rule or layer; the model is then unchanged.
     """
-    _check_arguments(model, recipe, steps)
+    model = _check_arguments(model, recipe, steps)
     layers = _layers(model)
     if not layers:
         raise UsageError(
@@ -86,15 +86,14 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
     return Changes(_rows(model, layers, plan, reasons, multiplications))
 
 
-def _check_arguments(model: Any, recipe: Any, steps: Any) -> None:
+def _check_arguments(model: Any, recipe: Any, steps: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"prepare: the model is a {type(model).__name__}, not an nn.Module")
     if not isinstance(recipe, Recipe):
         raise UsageError(f"prepare: recipe is {recipe!r}; give lsquant.Recipe(...) or lsquant.Recipe.preset('w4a4')")
-    if unwrapped(model) is not model:
-        raise UsageError(f"prepare: prepare the model before it is wrapped in {type(model).__name__}")
     if steps not in ("rescale", "recalibrate"):
         raise UsageError(f"prepare: steps={steps!r}; use 'rescale' or 'recalibrate'")
+    return require_one_process(model, "prepare")
 
 
 def _layers(model: nn.Module) -> Names:
@@ -140,7 +139,7 @@ def execution_order(model: nn.Module, batch: Any) -> tuple[dict[nn.Module, int],
     weights = {layer: address(layer.weight) for layer in layers}  # type: ignore[arg-type]
     detector = BypassDetector({place: place for place in weights.values()}, running, any_use=True)
     try:
-        with disabled(model), evaluating(model), detector:
+        with disabled(model), evaluating(model), uncompiled(), detector:
             run_batch(model, batch)
     finally:
         for hook in hooks:
@@ -348,7 +347,8 @@ def revert(model: nn.Module) -> nn.Module:
 
     Returns: the model.
     """
-    for module in list(model.modules()):
+    inside = require_one_process(model, "revert")
+    for module in list(inside.modules()):
         _revert_layer(module)
     return model
 

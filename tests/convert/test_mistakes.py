@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from helpers import (
-    mistakes_files,  # noqa: F401  (fills the table)
+    mistakes_export,  # noqa: F401  (fills the table)
+    mistakes_files,  # noqa: F401
     mistakes_model,  # noqa: F401
 )
 from helpers.mistakes import MISTAKES, Mistake

@@ -1,7 +1,12 @@
-"""How a batch becomes the inputs of a model: the same in calibrate, check, verify, report and evaluate."""
+"""How a batch becomes the inputs of a model, and which model is meant.
+
+The same in prepare, calibrate, export, check, verify, report and evaluate.
+"""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -10,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lsquant._util.errors import UsageError
+from lsquant._util.errors import ForwardError, LsquantError, UsageError
+from lsquant._util.nested import tensors_in
 
 T = TypeVar("T")
 Forward = Callable[[nn.Module, Any], Any]
@@ -47,6 +53,8 @@ def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 def observing_inputs(observers: Iterable[tuple[nn.Module, Callable[[Any], object]]]) -> Iterator[None]:
     """Call functions with the first input of modules, before each of their forward passes inside the ``with`` block.
 
+    Compiled models run uncompiled, for compiled code may leave hooks out.
+
     observers: (module, function) pairs; the first input is the first positional argument, or the first keyword's.
     """
 
@@ -60,23 +68,99 @@ def observing_inputs(observers: Iterable[tuple[nn.Module, Callable[[Any], object
     try:
         for module, observe in observers:
             hooks.append(module.register_forward_pre_hook(hook_for(observe), with_kwargs=True))
-        yield
+        with uncompiled():
+            yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
+def uncompiled() -> Any:
+    """Run compiled models as they are written inside the ``with`` block: compiled code may leave new hooks out."""
+    return torch.compiler.set_stance("force_eager")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DataParallel or DistributedDataParallel; any other model itself."""
-    return model.module if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else model
+    """Return the model inside torch.compile, DataParallel and DistributedDataParallel, in any order of wrapping.
+
+    Any other model is returned itself.
+    """
+    while (inner := _inside(model)) is not None:
+        model = inner
+    return model
+
+
+def _inside(model: Any) -> nn.Module | None:
+    if isinstance(model, PARALLEL):
+        return model.module
+    dynamo: Any = sys.modules.get("torch._dynamo")  # what has not been imported has compiled nothing
+    return model._orig_mod if dynamo is not None and isinstance(model, dynamo.OptimizedModule) else None
+
+
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def require_one_process(model: nn.Module, caller: str, remedy: str = "or give .module") -> nn.Module:
+    """Return the model inside torch.compile.
+
+    For functions that add, remove or set parameters, of which a parallel wrapper has taken stock before.
+
+    caller: name of the function, for the message.
+    remedy: what else can be done.
+
+    Raises: UsageError for a model in DataParallel or DistributedDataParallel.
+    """
+    inner: Any = model
+    while inner is not None:
+        if isinstance(inner, PARALLEL):
+            raise UsageError(f"{caller}: {caller} the model before it is wrapped in {type(inner).__name__}, {remedy}")
+        model, inner = inner, _inside(inner)
+    return model
 
 
 def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
-    """Run the model on one batch; ``forward(model, batch)``, if given, replaces the rule of ``model_inputs``."""
+    """Run the model on one batch; ``forward(model, batch)``, if given, replaces the rule of ``model_inputs``.
+
+    Raises: UsageError for a batch that the model's forward does not take; ForwardError where that fails.
+    """
     if forward is not None:
         return forward(model, batch)
     args, kwargs = model_inputs(batch)
-    return model(*args, **kwargs)
+    try:
+        return model(*args, **kwargs)
+    except (LsquantError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        require_arguments(model, batch)
+        shapes = ", ".join(str(list(t.shape)) for t in tensors_in((args, kwargs))[:4]) or "no tensor"
+        reason = next(iter(str(error).splitlines()), "")
+        kind = type(unwrapped(model)).__name__
+        raise ForwardError(
+            f"the forward pass of {kind} failed on a batch ({shapes}): {type(error).__name__}: {reason}; "
+            "give batches of the shape, type and device that it takes"
+        ) from error
+
+
+def require_arguments(model: nn.Module, batch: Any) -> None:
+    """Raise a UsageError where the batch does not give what the model's ``forward`` has to be called with."""
+    args, kwargs = model_inputs(batch)
+    inner = unwrapped(model)
+    try:
+        signature = inspect.signature(inner.forward)
+    except (TypeError, ValueError):  # a forward that is not written in Python
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        taken = "of a tuple or list only the first element is taken, " if isinstance(batch, (tuple, list)) else ""
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        known = [name for name, p in signature.parameters.items() if p.kind not in variadic]
+        given = f" with the keys {', '.join(map(repr, kwargs))}" if kwargs else ""
+        raise UsageError(
+            f"{type(inner).__name__}.forward does not take this batch{given} ({error}): {taken}a mapping gives keyword "
+            f"arguments; pass a dict with the keys it takes ({', '.join(known)}), or where possible "
+            "forward=lambda model, batch: model(*batch)"
+        ) from error
 
 
 def take(batches: Iterable[T], max_batches: int | None) -> Iterator[T]:

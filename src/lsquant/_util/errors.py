@@ -19,6 +19,10 @@ class ShapeError(UsageError, RuntimeError):
     """Shapes that PyTorch's own layer refuses too, in its words: whoever catches its RuntimeError catches this one."""
 
 
+class ForwardError(UsageError, RuntimeError):
+    """A forward pass that failed: the model and the batch do not fit together."""
+
+
 class MissingExtra(LsquantError, ImportError):
     """A missing optional package; the message names the extra that installs it."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch import nn as _nn
 
+from lsquant._util.batches import unwrapped as _unwrapped
 from lsquant.nn import layout as _layout
 from lsquant.nn import norm as _norm
 from lsquant.nn import pool as _pool
@@ -83,14 +84,14 @@ def float_type(module: _nn.Module) -> type[_nn.Module] | None:
 
 def quantized_layers(model: _nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
     """(name, layer) of every quantized layer, each once, in order of definition."""
-    for name, module in model.named_modules():
+    for name, module in _unwrapped(model).named_modules():
         if isinstance(module, QuantizedLayer):
             yield name, module
 
 
 def quantizers(model: _nn.Module) -> Iterator[tuple[str, Quantizer]]:
     """(name, quantizer), each once, in order of definition; stand-alone ones included."""
-    for name, module in model.named_modules():
+    for name, module in _unwrapped(model).named_modules():
         if isinstance(module, Quantizer):
             yield name, module
 

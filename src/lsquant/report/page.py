@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lsquant._util.batches import Forward
+from lsquant._util.batches import Forward, unwrapped
 from lsquant._util.files import atomic_write_text, json_text
 from lsquant._version import __version__
 from lsquant.diagnostics.environment import environment
@@ -46,7 +46,7 @@ def write_report(
     """
     facts = model_facts(model, batches, max_batches=max_batches, forward=forward)
     missing = [] if batches is not None else ["no data was given: the page has the weights' quantizers only"]
-    run = {"name": title or type(model).__name__, "environment": environment(), "missing": missing}
+    run = {"name": title or type(unwrapped(model)).__name__, "environment": environment(), "missing": missing}
     write_page(title or "lsquant report", [run | {"verdicts": list(verdicts)} | facts], path)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lsquant._util.batches import unwrapped
 from lsquant._util.errors import UsageError
 from lsquant.quantizer import Quantizer
 from lsquant.tying import weight_quantizers
@@ -56,6 +57,7 @@ def param_groups(
     """
     if step_lr is not None and relative_step_lr is not None:
         raise UsageError("param_groups: give step_lr, the same for all steps, or relative_step_lr, not both")
+    model = unwrapped(model)
     bits: dict[nn.Parameter, int] = {}
     low: set[nn.Parameter] = set()
     for quantizer, (_, layer) in weight_quantizers(model).items():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lsquant._util.batches import Forward, evaluating, run_batch, take, unwrapped
-from lsquant._util.errors import UsageError
+from lsquant._util.errors import LsquantError, UsageError
 from lsquant.formats import FileFormat, format_of
 from lsquant.formats.onnx.graph import array
 from lsquant.shipped import FrozenQuantizer, Pair, Stored, frozen_parts, paired, ship
@@ -151,6 +151,8 @@ def compare(
             batches=batch_count,
             samples=sample_count,
             checks=(weights, *levels.checks()),
+            not_compared=tuple(name for name in modules if name not in levels.layer_outputs.parts),
+            remarks=levels.remarks(),
         )
         for levels, (options, _) in zip(counted, opened.runners, strict=True)
     ]
@@ -166,13 +168,16 @@ class _Levels:
         self.layer_outputs = Differences("layers", "outputs, layer by layer")
         self.codes = Differences("codes", "input codes, end to end")
         self.outputs = Differences("outputs", "outputs")
+        self.first = self.returned = ""
 
     def checks(self) -> tuple[Check, ...]:
         return tuple(d.check() for d in (self.layer_codes, self.layer_outputs, self.codes, self.outputs))
 
     def add(self, call: Call, expected: dict[Any, np.ndarray | None], observed: Observed) -> None:
         """Compare one call of the model.  expected: the trained codes of each layer call, None where there are none."""
+        compared = set()
         for key, codes, y in observed.layers:
+            compared.add(key)
             _add_codes(self.layer_codes, key[0], codes, expected[key])
             self.layer_outputs.add(key[0], comparable(y), comparable(call.layers[key].output))
         for key, codes in observed.codes:
@@ -181,6 +186,23 @@ class _Levels:
             raise UsageError(f"{self.file} has {len(observed.outputs)} outputs, the model {len(call.outputs)}")
         for (name, y), want in zip(observed.outputs, call.outputs, strict=True):
             self.outputs.add(name, comparable(y), comparable(want))
+        for key in call.layers.keys() - compared if self.outputs.found else ():  # it is no part that was of no use
+            self.layer_outputs.add(key[0], np.zeros(0), comparable(call.layers[key].output))
+        self.returned = call.returned
+        if not self.first and (self.codes.found or self.outputs.found):
+            try:
+                self.first = observed.explain()
+            except LsquantError as error:  # the counts stand by themselves
+                self.first = f"what differs first was not found: {error}"
+
+    def remarks(self) -> tuple[str, ...]:
+        """Return what differs first, and which comparison had nothing to compare."""
+        nothing = []
+        if not self.outputs.check().compared and self.outputs.parts:
+            nothing = ["nothing was compared: the batches hold no samples"]
+        elif not self.outputs.parts:
+            nothing = [f"no outputs were compared: no tensor is found in what the model returns, a {self.returned}"]
+        return (*nothing, *([self.first] if self.first else []))
 
 
 def _codes(modules: dict[str, nn.Module], call: Call) -> dict[Any, np.ndarray | None]:

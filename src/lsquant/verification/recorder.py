@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from lsquant import nn as lsq_nn
 from lsquant import reference
-from lsquant._util.nested import map_tensors, tensors_in
+from lsquant._util.batches import uncompiled
+from lsquant._util.nested import Path, map_tensors, named_tensors, tensors_in
 from lsquant.quantizer import Quantizer
 from lsquant.shipped import FrozenQuantizer, IntegerLayer, frozen_parts
 
@@ -42,14 +44,19 @@ class Recorded:
 class Call:
     """One call of the model.
 
-    inputs, keywords: the tensors it was called with, by position and by name.
+    inputs, keywords: the tensors it was called with, by position and by name; a tensor in a container is named after
+        the way to it, ``batch_pixels``.
+    names: of the inputs by position, after the arguments of ``forward``.
     outputs: the tensors that it returned.
+    returned: the name of the type that it returned.
     layers: the calls of its layers, in order of execution.
     """
 
     inputs: list[Tensor]
     keywords: dict[str, Tensor]
+    names: list[str] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
+    returned: str = ""
     layers: dict[LayerCall, Recorded] = field(default_factory=dict)
 
 
@@ -66,10 +73,11 @@ def recording(model: nn.Module) -> Iterator[list[Call]]:
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         counts.clear()
-        calls.append(Call(tensors_in(args), {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}))
+        keywords = {_joined(path): tensor for path, tensor in named_tensors(kwargs)}
+        calls.append(Call(tensors_in(args), keywords, _argument_names(module, args)))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        calls[-1].outputs = tensors_in(output)
+        calls[-1].outputs, calls[-1].returned = tensors_in(output), type(output).__name__
 
     def layer_hook(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -84,10 +92,24 @@ def recording(model: nn.Module) -> Iterator[list[Call]]:
         handles.append(module.register_forward_hook(layer_hook(name), with_kwargs=True))
     handles.append(model.register_forward_hook(leave))
     try:
-        yield calls
+        with uncompiled():
+            yield calls
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _argument_names(model: nn.Module, args: tuple[Any, ...]) -> list[str]:
+    """Return a name for each tensor among the positional arguments; "" where ``forward`` does not tell."""
+    try:
+        bound = inspect.signature(model.forward).bind_partial(*args).arguments
+    except (TypeError, ValueError):
+        return [""] * len(tensors_in(args))
+    return [_joined(path) for path, _ in named_tensors(bound)]
+
+
+def _joined(path: Path) -> str:
+    return "_".join(map(str, path))
 
 
 def _copy(t: Tensor) -> Tensor:

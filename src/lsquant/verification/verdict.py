@@ -61,6 +61,11 @@ class Differences:
             gap = np.abs(a - b)
             part[2] = max(part[2], float("inf") if np.isnan(gap).any() else float(gap.max()))
 
+    @property
+    def found(self) -> bool:
+        """Whether anything differs."""
+        return any(part[1] for part in self.parts.values())
+
     def check(self) -> Check:
         """Return the sum over all parts."""
         failing = {name: part for name, part in self.parts.items() if part[1]}
@@ -95,7 +100,9 @@ class Verdict:
     runtime: with its version.
     session: the options used.
     layers, batches, samples: how many were compared.
-    checks: in the order of the levels; a level without a check was not compared and does not hold.
+    checks: in the order of the levels; a level of which no element was compared does not hold.
+    not_compared: layers that no batch reached, or that are not in the file because no output depends on them.
+    remarks: what differs first, and what had nothing to compare.
     plain: the verdict of the same file in a session without any option.
     """
 
@@ -108,16 +115,24 @@ class Verdict:
     samples: int
     checks: tuple[Check, ...]
     plain: Verdict | None = None
+    not_compared: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def level(self) -> str:
-        """The strongest level at which, and below which, nothing differs."""
+        """The strongest level at which, and below which, elements were compared and nothing differs.
+
+        A model without a quantized input has no codes: there the level ``codes`` is passed over.
+        """
         reached = "none"
         for level in LEVELS[1:]:
             checks = [check for check in self.checks if check.level == level]
             if not checks or any(check.mismatches for check in checks):
                 break
-            reached = level
+            if any(check.compared for check in checks):
+                reached = level
+            elif level != "codes" or any(check.parts for check in checks):
+                break
         return reached
 
     @property
@@ -129,12 +144,30 @@ class Verdict:
         """Tell whether ``level``, one of LEVELS, holds."""
         return LEVELS.index(self.level) >= LEVELS.index(level)
 
+    @property
+    def other_training(self) -> bool:
+        """Whether most layers hold other codes or steps in the same shapes: those of another state of this network."""
+        weights = [check for check in self.checks if check.level == "weights"]
+        return any(2 * check.failing > check.parts and check.largest != float("inf") for check in weights)
+
+    def statements(self) -> list[str]:
+        """Return in sentences what the counts do not say."""
+        said = list(self.remarks)
+        if self.other_training:
+            said.append("the file holds other trained values: exported from another state of this network?")
+        if self.not_compared:
+            names = ", ".join(map(repr, self.not_compared[:5])) + (", ..." if len(self.not_compared) > 5 else "")
+            said.append(f"not compared, for no batch or no output of the file needs them: layers {names}")
+        return said
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         fields = {name: getattr(self, name) for name in ("level", "exact", "path", "profile", "runtime", "session")}
         counts = {name: getattr(self, name) for name in ("layers", "batches", "samples")}
         checks = [asdict(check) for check in self.checks]
-        return {**fields, **counts, "checks": checks, "plain": None if self.plain is None else self.plain.to_dict()}
+        said = {"statements": self.statements(), "not_compared": list(self.not_compared)}
+        plain = None if self.plain is None else self.plain.to_dict()
+        return {**fields, **counts, "checks": checks, **said, "plain": plain}
 
     def __str__(self) -> str:
         said = "exact: equal outputs, bit for bit" if self.exact else f"not exact; level reached: {self.level}"
@@ -142,13 +175,14 @@ class Verdict:
             f"{self.path} (profile {self.profile}) in {self.runtime}: {said}",
             f"{self.layers} quantized layers, {self.samples} samples in {self.batches} batches",
             *_table(self.checks),
+            *self.statements(),
         ]
         options = " ".join(f"{k}={v}" for k, v in self.session.items()) or "no options"
         lines.append(f"session: {options}")
         if self.plain is not None and self.plain.checks == self.checks:
             lines.append("plain session: the same in every count")
         elif self.plain is not None:
-            lines += [f"plain session: level {self.plain.level}", *_table(self.plain.checks)]
+            lines += [f"plain session: level {self.plain.level}", *_table(self.plain.checks), *self.plain.remarks]
         return "\n".join(lines)
 
 

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lsquant._util.batches import model_inputs
-from lsquant._util.errors import UsageError
+from lsquant._util.batches import model_inputs, require_arguments
+from lsquant._util.errors import LsquantError, UsageError
 from lsquant._util.nested import map_tensors, tensors_in
 from lsquant.shipped import FrozenQuantizer, IntegerEmbedding, frozen_parts
 
@@ -35,6 +35,8 @@ def captured(
     if not layers:
         raise UsageError("export_onnx: this model has no quantized layer; call lsquant.prepare on it first")
     args, kwargs = model_inputs(example_inputs)
+    require_arguments(frozen, example_inputs)
+    frozen.register_forward_hook(_outputs)
     shapes = None
     if dynamic_batch:
         args, kwargs = _at_least_two_samples(args, kwargs)
@@ -43,11 +45,27 @@ def captured(
         try:
             program = torch.export.export(frozen, args, kwargs, dynamic_shapes=shapes, strict=False)
             exported = torch.onnx.export(program, dynamo=True, opset_version=max(opset, TORCH_OPSET), verbose=False)
+        except LsquantError:
+            raise
         except Exception as error:
+            if isinstance(found := _root(error), LsquantError):
+                raise found from error
             how = " with a dynamic batch dimension" if dynamic_batch else ""
             raise UsageError(f"export_onnx: torch cannot trace this model{how}: {_first_lines(error)}") from error
     assert exported is not None
     return exported.model_proto, layers
+
+
+def _outputs(frozen: nn.Module, args: Any, output: Any) -> list[Tensor]:
+    """Return the tensors of a model's output, in whatever containers they are: what ``verify`` compares."""
+    found = tensors_in(output)
+    if not found:
+        kind = type(output).__name__
+        raise UsageError(
+            f"export_onnx: no tensor is found in what the model returns, a {kind}; return tensors in tuples, lists, "
+            "mappings or dataclasses"
+        )
+    return found
 
 
 def _marked(frozen: nn.Module) -> dict[str, nn.Module]:
@@ -83,9 +101,13 @@ def _dynamic_batch(frozen: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _first_lines(error: BaseException) -> str:
     """Return the reason at the root of torch's error, without its advice."""
+    return " ".join(line.strip() for line in str(_root(error)).splitlines()[:4] if line.strip())
+
+
+def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
-    return " ".join(line.strip() for line in str(error).splitlines()[:4] if line.strip())
+    return error
 
 
 @contextmanager

@@ -16,23 +16,27 @@ missing in older releases.)
 
     x -> QuantizeLinear -> Clip -> ConvInteger | MatMulInteger -> Cast(FLOAT) -> Mul(fl(s_x s_w)) -> Add(bias)
 
+These operators add up in int32.  ``sums.py`` finds from the trained codes whether a sum can leave it.  Such a sum is
+split along its terms, and the parts are added in float64, which has all integers that occur:
+
+    q -> Slice -> MatMulInteger -> Cast(DOUBLE) -> Add ... -> Cast(FLOAT) -> Mul(fl(s_x s_w)) -> Add(bias)
+
 A transposed convolution is one with reversed kernels over codes between which stride - 1 zero points are put.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
 
 from lsquant._util.errors import UsageError
 from lsquant.formats.onnx.codes import Clip, narrow_type, quantize, zero_point_name
-from lsquant.formats.onnx.graph import FLOAT, INT8, UINT8, Dims, Graph, LayerTrace, array
+from lsquant.formats.onnx.graph import DOUBLE, FLOAT, INT8, UINT8, Dims, Graph, LayerTrace, array
 from lsquant.formats.onnx.operators import add_bias, geometry, output_padding, per_channel
+from lsquant.formats.onnx.sums import FLOAT_SUMS, Operands, largest_sum, split_terms
 from lsquant.shipped import FrozenQuantizer, IntegerConv, IntegerLayer
-
-FLOAT_SUMS = 2**24
-"""Sums of integers that stay below this are exact in float32, in any order."""
 
 
 def write_exact(
@@ -58,21 +62,13 @@ def write_exact(
         trace.weight_shift = -low if dtype is np.uint8 and low < 0 else 0
     narrow = narrow_type(low + trace.weight_shift, high + trace.weight_shift, narrow_opset)
     stored = (array(codes).astype(np.int16) + trace.weight_shift).astype(dtype)
+    point = _zero_point(source) + shift
+    operands = Operands(q, source.q_max + shift + abs(point), stored, trace.weight_shift, narrow)
     if isinstance(layer, IntegerConv):
-        y = _convolution(graph, layer, trace, shapes, q, stored, narrow, in_float)
+        y = _convolution(graph, layer, trace, shapes, operands, in_float)
     else:
-        y = _matmul_integer(graph, layer, trace, q, stored, narrow)
+        y = _matmul_integer(graph, layer, trace, operands)
     add_bias(graph, layer, trace, y)
-
-
-def largest_sum(layer: IntegerLayer) -> int:
-    """Return ``max over outputs of sum |q_w|  *  max |q_x - z|``: no sum of products, nor part of one, is larger."""
-    source, codes = layer.input, layer.codes
-    assert source is not None
-    assert codes is not None
-    zero = _zero_point(source)
-    reach = max(abs(source.q_min - zero), abs(source.q_max - zero))
-    return reach * int(np.abs(array(codes).astype(np.int64)).reshape(len(codes), -1).sum(1).max())
 
 
 def _zero_point(source: FrozenQuantizer) -> int:
@@ -80,12 +76,12 @@ def _zero_point(source: FrozenQuantizer) -> int:
 
 
 def _convolution(
-    graph: Graph, layer: IntegerConv, trace: LayerTrace, shapes: tuple[Dims, Dims], q: str, stored: np.ndarray,
-    narrow: Any, in_float: bool,
-) -> str:  # fmt: skip
-    """Write Conv over codes in float32, or ConvInteger, and the scale.  q: the codes; stored: those of the weight."""
+    graph: Graph, layer: IntegerConv, trace: LayerTrace, shapes: tuple[Dims, Dims], operands: Operands, in_float: bool
+) -> str:
+    """Write Conv over codes in float32, or ConvInteger, and the scale."""
     name, scale, attributes = trace.label, layer.scale, geometry(layer)
     assert scale is not None
+    q, stored, narrow = operands.q, operands.stored, operands.narrow
     if layer.transposed:
         trace.layout, stored = "reversed", np.flip(stored, tuple(range(2, stored.ndim)))
         q = _spread(graph, layer, trace, q, shapes)
@@ -101,12 +97,54 @@ def _convolution(
         limits = [graph.constant(f"float32_{n}", np.float32(n)) for n in (-FLOAT_SUMS, FLOAT_SUMS)]
         sums = graph.node("Clip", [product, *limits], f"{graph.prefix}/sums", "Clip_sums")
     else:
-        weight = _weight(graph, trace, f"{name}.weight", stored, narrow)
-        points = [zero_point_name(trace), _weight_point(graph, trace, stored.dtype)]
-        sums = graph.node("ConvInteger", [q, weight, *points], f"{graph.prefix}/int_sums", **attributes)
-        sums = graph.node("Cast", [sums], f"{graph.prefix}/sums", to=FLOAT)
+        operands = operands._replace(q=q, stored=stored)
+        edges = split_terms(operands, trace.label)
+        slices = [
+            (_channels(graph, trace, operands, layer.groups, a, b, len(edges) > 2), operands.stored[:, a:b])
+            for a, b in itertools.pairwise(edges)
+        ]
+        sums = _integer_sums(graph, trace, "ConvInteger", slices, operands.narrow, "", attributes)
     trace.scales = [graph.constant(f"{name}.scale", per_channel(array(scale), layer))]
     return graph.node("Mul", [sums, trace.scales[0]], f"{graph.prefix}/scaled")
+
+
+def _channels(graph: Graph, trace: LayerTrace, operands: Operands, groups: int, a: int, b: int, part: bool) -> str:
+    """Write the codes of the input channels a to b of every group; all of them where it is no part."""
+    if not part:
+        return operands.q
+    size = operands.stored.shape[1]
+    wanted = np.concatenate([np.arange(g * size + a, g * size + b) for g in range(groups)])
+    indices = graph.constant(f"{trace.label}.channels.part{a}", wanted.astype(np.int64))
+    return graph.node("Gather", [operands.q, indices], f"{graph.prefix}/codes_part{a}", f"Gather_part{a}", axis=1)
+
+
+def _integer_sums(
+    graph: Graph,
+    trace: LayerTrace,
+    operator: str,
+    slices: list[tuple[str, np.ndarray]],
+    narrow: Any,
+    suffix: str,
+    attributes: dict[str, Any],
+) -> str:
+    """Write one integer operator for each slice of the terms, and their sum as float32.
+
+    slices: (codes of the input, those of the weight).
+    suffix: of the names, "" or that of a group of weights.
+    """
+    total = ""
+    for number, (q, block) in enumerate(slices):
+        end = suffix if len(slices) == 1 else f"{suffix}.part{number}"
+        tag = end.replace(".", "_")
+        weight = _weight(graph, trace, f"{trace.label}.weight{end}", block, narrow)
+        operands = [q, weight, zero_point_name(trace), _weight_point(graph, trace, block.dtype)]
+        sums = graph.node(operator, operands, f"{graph.prefix}/int_sums{tag}", f"{operator}{tag}", **attributes)
+        if len(slices) == 1:
+            return graph.node("Cast", [sums], f"{graph.prefix}/sums{tag}", f"Cast{tag}", to=FLOAT)
+        part = graph.node("Cast", [sums], f"{graph.prefix}/wide_sums{tag}", f"Cast_wide{tag}", to=DOUBLE)
+        total = part if not total else graph.node("Add", [total, part], f"{graph.prefix}/all{tag}", f"Add_wide{tag}")
+    tag = suffix.replace(".", "_")
+    return graph.node("Cast", [total], f"{graph.prefix}/sums{tag}", f"Cast{tag}", to=FLOAT)
 
 
 def _weight_point(graph: Graph, trace: LayerTrace, dtype: np.dtype) -> str:
@@ -156,36 +194,35 @@ def _spread(graph: Graph, layer: IntegerConv, trace: LayerTrace, q: str, shapes:
     return graph.node("Pad", [q, pads, point], f"{graph.prefix}/padded")
 
 
-def _matmul_integer(
-    graph: Graph, layer: IntegerLayer, trace: LayerTrace, q: str, stored: np.ndarray, narrow: Any
-) -> str:
+def _matmul_integer(graph: Graph, layer: IntegerLayer, trace: LayerTrace, operands: Operands) -> str:
     """Write one MatMulInteger, or one per group; the scaled sums of groups are added in the order of the groups."""
     assert layer.scale is not None
-    name, trace.transposed = trace.label, True
-    points = [zero_point_name(trace), _weight_point(graph, trace, stored.dtype)]
+    name, stored, trace.transposed = trace.label, operands.stored, True
     count = 1 if layer.group_size is None else stored.shape[1] // layer.group_size
+    size = stored.shape[1] // count
     scales = array(layer.scale).reshape(-1, count)
-    parts = [q] if count == 1 else _split(graph, q, count, stored.shape[1] // count)
     total = ""
-    for g, (part, block) in enumerate(zip(parts, np.split(stored, count, axis=1), strict=True)):
+    for g in range(count):
         suffix = "" if count == 1 else f".group{g}"
-        weight = _weight(graph, trace, f"{name}.weight{suffix}", block.T, narrow)
+        block = stored[:, g * size : (g + 1) * size]
+        edges = split_terms(operands._replace(stored=block), trace.label)
+        slices = [
+            (_features(graph, operands.q, g * size + a, g * size + b, stored.shape[1]), block[:, a:b].T)
+            for a, b in itertools.pairwise(edges)
+        ]
+        sums = _integer_sums(graph, trace, "MatMulInteger", slices, operands.narrow, suffix, {})
         scale = graph.constant(f"{name}.scale{suffix}", scales[:, g] if scales.shape[0] > 1 else scales[0, g])
         trace.scales.append(scale)
         tag = suffix.replace(".", "_")
-        operands = [part, weight, *points]
-        sums = graph.node("MatMulInteger", operands, f"{graph.prefix}/int_sums{tag}", f"MatMulInteger{tag}")
-        sums = graph.node("Cast", [sums], f"{graph.prefix}/sums{tag}", f"Cast{tag}", to=FLOAT)
         y = graph.node("Mul", [sums, scale], f"{graph.prefix}/scaled{tag}", f"Mul{tag}")
         total = y if g == 0 else graph.node("Add", [total, y], f"{graph.prefix}/total{tag}", f"Add{tag}")
     return total
 
 
-def _split(graph: Graph, q: str, count: int, size: int) -> list[str]:
-    """Write slices of the last dimension."""
+def _features(graph: Graph, q: str, a: int, b: int, size: int) -> str:
+    """Write the codes a to b of the last dimension, which has ``size`` of them."""
+    if (a, b) == (0, size):
+        return q
+    edges = [graph.constant(f"int64_{n}", np.array([n], np.int64)) for n in (a, b)]
     axis = graph.constant("int64_last_axis", np.array([-1], np.int64))
-    edges = [graph.constant(f"int64_{g * size}", np.array([g * size], np.int64)) for g in range(count + 1)]
-    return [
-        graph.node("Slice", [q, edges[g], edges[g + 1], axis], f"{graph.prefix}/codes_group{g}", f"Slice_group{g}")
-        for g in range(count)
-    ]
+    return graph.node("Slice", [q, *edges, axis], f"{graph.prefix}/codes_{a}_{b}", f"Slice_{a}_{b}")

@@ -15,6 +15,18 @@ LOWEST_OPSET = 13
 """QuantizeLinear and DequantizeLinear have an axis from here on."""
 
 
+def require_opset(wanted: Any) -> None:
+    """Raise a UsageError for an operator set that there is not, or that the installed onnx does not know."""
+    known = require("onnx", extra="onnx").defs.onnx_opset_version()
+    if wanted is None:
+        return
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= known:
+        raise UsageError(
+            f"export_onnx: opset={wanted!r} is not possible; the installed onnx writes {LOWEST_OPSET} to {known}, and "
+            "without opset= the file has the lowest one that serves"
+        )
+
+
 def small_opset(frozen: nn.Module, wanted: int | None) -> int | None:
     """Return the operator set of a file of profile small: the lowest with the types that its weights fit in.
 

@@ -4,6 +4,14 @@ Codes are in int8 containers, in uint8 for unsigned codes of 8 bits.  Those of f
 QuantizeLinear (``codes.py``), so that it and DequantizeLinear stay neighbours.
 
     x -> Clip -> QuantizeLinear -> DequantizeLinear -> Conv | Gemm | MatMul(DequantizeLinear(codes)) + bias
+
+DequantizeLinear is a licence for a runtime to compute otherwise.  Where that would be wrong, ``(code - z) * s`` is
+written by Cast, Sub and Mul:
+
+- an input beside a float weight: ONNX Runtime would quantize that weight by itself;
+- a weight beside a float input in MatMul: ONNX Runtime would fuse them to MatMulNBits, which rounds the input to 8
+  bits;
+- both, where sums over codes could leave int32 in a fused integer operator.
 """
 
 from __future__ import annotations
@@ -13,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from lsquant.formats.onnx.codes import dequantize, quantize_to_bytes
-from lsquant.formats.onnx.graph import Dims, Graph, LayerTrace, array
+from lsquant.formats.onnx.graph import FLOAT, Dims, Graph, LayerTrace, array
 from lsquant.formats.onnx.operators import add_bias, geometry, output_padding
+from lsquant.formats.onnx.sums import fits_int32
 from lsquant.shipped import IntegerConv, IntegerLayer
 
 
@@ -25,12 +34,13 @@ def write_qdq(graph: Graph, layer: IntegerLayer, trace: LayerTrace, shapes: tupl
     narrow: the type of ml_dtypes with 4 or 2 bits for the codes of the weight, or None for a byte.
     """
     x, rank = trace.input, len(shapes[1])
+    turned = rank != 2 and not isinstance(layer, IntegerConv)
+    standard = layer.codes is not None and (fits_int32(layer) if layer.input is not None else not turned)
     if layer.input is not None:
         codes = quantize_to_bytes(graph, layer.input, trace)
-        standard = layer.codes is not None
         x = dequantize(graph, codes, layer.input, trace, f"{graph.prefix}/dequantized", rank, standard)
     product = f"{graph.prefix}/product"
-    weight = _weight(graph, layer, trace, narrow, turned=rank != 2 and not isinstance(layer, IntegerConv))
+    weight = _weight(graph, layer, trace, narrow, turned, standard)
     if isinstance(layer, IntegerConv):
         extra: dict[str, Any] = {"output_padding": output_padding(layer, shapes)} if layer.transposed else {}
         operator = "ConvTranspose" if layer.transposed else "Conv"
@@ -42,10 +52,11 @@ def write_qdq(graph: Graph, layer: IntegerLayer, trace: LayerTrace, shapes: tupl
     add_bias(graph, layer, trace, product)
 
 
-def _weight(graph: Graph, layer: IntegerLayer, trace: LayerTrace, narrow: Any, turned: bool) -> str:
-    """Write the float weight in the operator's own layout: an initializer, or DequantizeLinear of the codes.
+def _weight(graph: Graph, layer: IntegerLayer, trace: LayerTrace, narrow: Any, turned: bool, standard: bool) -> str:
+    """Write the float weight in the operator's own layout: an initializer, or the codes and what dequantizes them.
 
     turned: whether the operator wants (in, out).
+    standard: whether to use DequantizeLinear; blocks always do.
 
     Groups are blocks of DequantizeLinear where ``narrow`` is a type, else rows of the stored codes.  Blocks lie along
     the second axis: ONNX Runtime fuses those along the first to MatMulNBits, which rounds the activations as well and
@@ -74,11 +85,17 @@ def _weight(graph: Graph, layer: IntegerLayer, trace: LayerTrace, narrow: Any, t
     trace.weights = [graph.constant(f"{name}.weight", np.ascontiguousarray(codes, dtype))]
     trace.weight_steps = [graph.constant(f"{name}.weight_step", steps.reshape(()) if flat else steps)]
     operands = [*trace.weights, *trace.weight_steps]
-    if narrow is None:
-        operands.append(graph.constant(f"{name}.weight_zero_point", np.zeros(() if flat else steps.shape, dtype)))
     attributes = {} if flat else {"axis": axis, **block}
     value = f"{graph.prefix}/dequantized_weight"
-    graph.node("DequantizeLinear", operands, value, "DequantizeLinear_weight", **attributes)
+    if standard or block:
+        if narrow is None:
+            operands.append(graph.constant(f"{name}.weight_zero_point", np.zeros(() if flat else steps.shape, dtype)))
+        graph.node("DequantizeLinear", operands, value, "DequantizeLinear_weight", **attributes)
+    else:
+        shaped = steps.reshape(() if flat else (-1, *[1] * (codes.ndim - 1 - axis)))
+        trace.weight_steps = [graph.constant(f"{name}.weight_step", shaped)]
+        cast = graph.node("Cast", trace.weights, f"{graph.prefix}/float_weight_codes", "Cast_weight", to=FLOAT)
+        graph.node("Mul", [cast, *trace.weight_steps], value, "Mul_weight")
 
     def reshaped(to: tuple[int, ...], tag: str = "") -> str:
         target = graph.constant(f"{name}.weight_shape{tag}", np.array(to, np.int64))

@@ -68,10 +68,13 @@ class OnnxFormat(FileFormat):
         return content.profile
 
     def weights(self, content: OnnxFile, record: Shipped) -> Iterator[Pair]:
-        """Yield codes, steps and products of steps of each call of a layer."""
+        """Yield codes, steps and products of steps of each call of a layer.
+
+        Layers of the model that the file lacks, because its graph never calls them, are passed over.
+        """
         names = {trace.layer for trace in content.traces}
-        if odd := sorted(names ^ {*record.layers, *record.standalone()}):
-            raise UsageError(f"{content.path} is of another model: the layer {odd[0]!r} is only in one of the two")
+        if odd := sorted(names - {*record.layers, *record.standalone()}):
+            raise UsageError(f"{content.path} is of another model: only the file has a layer {odd[0]!r}")
         try:
             values = initializers(content.proto)
             for trace in content.traces:

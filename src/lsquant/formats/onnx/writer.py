@@ -17,7 +17,7 @@ from lsquant._version import __version__
 from lsquant.formats.onnx.capture import TORCH_OPSET, captured
 from lsquant.formats.onnx.graph import Graph, LayerTrace
 from lsquant.formats.onnx.lowering import lower
-from lsquant.formats.onnx.opset import set_opset, small_opset
+from lsquant.formats.onnx.opset import require_opset, set_opset, small_opset
 from lsquant.formats.onnx.reader import FORMAT
 from lsquant.formats.onnx.tidy import tidy
 from lsquant.shipped import integer_model, ship
@@ -72,6 +72,7 @@ def onnx_model(
         raise UsageError(f"export_onnx: profile={profile!r} is unknown; choose from {known}")
     onnx = require("onnx", extra="onnx")
     require("onnxscript", extra="onnx")
+    require_opset(opset)
     with evaluating(model):
         frozen = integer_model(ship(model))
     opset = small_opset(frozen, opset) if profile == "small" else opset
@@ -80,7 +81,13 @@ def onnx_model(
     tidy(proto, traces)
     set_opset(proto, opset)
     _write_metadata(proto, profile, traces)
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise UsageError(
+            f"export_onnx: onnx refuses the graph of this model: {next(iter(str(error).splitlines()), '')}; look for "
+            "inputs, layers or buffers of one name"
+        ) from error
     return proto
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lsquant import nn as lsq_nn
+from lsquant._util.batches import unwrapped
 from lsquant._util.bits import pack
 from lsquant._util.errors import UsageError
 from lsquant._util.tensors import write_tensors
@@ -93,7 +94,7 @@ def load_packed(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     Raises: as ``read_packed``; UsageError for another architecture; the model is then unchanged.
     """
     packed = read_packed(path)
-    dtypes = {name: t.dtype for name, t in model.state_dict().items()}
+    dtypes = {name: t.dtype for name, t in unwrapped(model).state_dict().items()}
     state: dict[str, Tensor] = {}
     for name, q in packed.quantizers.items():
         state |= {f"{name}.{key}": value for key, value in q.state().items()}

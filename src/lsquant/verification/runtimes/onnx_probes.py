@@ -9,14 +9,20 @@ from lsquant._util.optional import require
 from lsquant.formats.onnx.codes import quantize_node
 from lsquant.formats.onnx.graph import FLOAT, LayerTrace
 
+MOVING = ("Concat", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Shape", "Slice", "Split", "Squeeze")
+CHOOSING = ("And", "Constant", "Equal", "Greater", "Less", "MaxPool", "Not", "Or", "Sign", "Tile", "Transpose", "Where")
+ROUNDING = ("Abs", "Add", "Cast", "Ceil", "Clip", "Div", "Floor", "Max", "Min", "Mul", "Neg", "Relu", "Sqrt", "Sub")
+ROUNDED_ONCE = frozenset((*MOVING, "Unsqueeze", *CHOOSING, *ROUNDING))
+"""Operators that move values, or round each once, as IEEE 754 says: every runtime gives the same bits."""
 
-def with_outputs(proto: Any, names: list[str]) -> bytes:
-    """Return the model with these values as further outputs, serialized."""
+
+def with_outputs(proto: Any, names: list[str], floats: bool = False) -> bytes:
+    """Return the model with these values as further outputs, serialized.  floats: whether they are no codes."""
     onnx = require("onnx", extra="onnx")
     model = onnx.ModelProto()
     model.CopyFrom(proto)
     present = {value.name for value in model.graph.output}
-    types = _code_types(proto, names)
+    types = dict.fromkeys(names, FLOAT) if floats else _code_types(proto, names)
     extra = [onnx.helper.make_tensor_value_info(n, types[n], None) for n in names if n not in present]
     model.graph.output.extend(extra)
     return model.SerializeToString()
@@ -58,6 +64,18 @@ def layers_alone(proto: Any, layers: list[LayerTrace]) -> bytes:
     kept = [tensor for name, tensor in constants.items() if name in used]
     graph = helper.make_graph(nodes, "layers", inputs, outputs, kept)
     return helper.make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version).SerializeToString()
+
+
+def float_nodes(proto: Any, value: str, ends: set[str]) -> list[Any]:
+    """Return the nodes that lead to a value from others, in order of execution.  ends: where to stop."""
+    makers = {name: node for node in proto.graph.node for name in node.output}
+    found, left = set(), [value]
+    while left:
+        node = makers.get(left.pop())
+        if node is not None and id(node) not in found:
+            found.add(id(node))
+            left += [name for name in node.input if name not in ends]
+    return [node for node in proto.graph.node if id(makers.get(next(iter(node.output), ""))) in found]
 
 
 def _between(trace: LayerTrace, makers: dict[str, Any], constants: dict[str, Any]) -> list[Any]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from lsquant._util.batches import Forward
 from lsquant._util.errors import UsageError
 from lsquant.formats.onnx.graph import array
 from lsquant.formats.onnx.row import OnnxFile
 from lsquant.verification.recorder import Call, LayerCall, layer_input, watched
-from lsquant.verification.runtimes.onnx_probes import layers_alone, with_outputs
+from lsquant.verification.runtimes.onnx_probes import ROUNDED_ONCE, float_nodes, layers_alone, with_outputs
 from lsquant.verification.runtimes.onnx_session import Arrays, Engine
 from lsquant.verification.runtimes.protocol import Observed
+from lsquant.verification.verdict import different
 
 
 class OnnxRunner:
@@ -29,6 +31,7 @@ class OnnxRunner:
 
     def __init__(self, engine: Engine, file: OnnxFile, model: nn.Module, options: dict[str, str]) -> None:
         self.file, self.traces, self.modules = file, file.traces, watched(model)
+        self.engine, self.options = engine, options
         self.whole = engine.open(file.path, options)
         self.outputs = [value.name for value in file.proto.graph.output]
         self.codes = list(dict.fromkeys(trace.codes for trace in self.traces if trace.codes is not None))
@@ -42,7 +45,8 @@ class OnnxRunner:
             feeds = self._feeds(call)
             codes = self._codes(feeds)
             outputs = self.whole.run(self.outputs, feeds)
-            yield Observed(layers, codes, list(zip(self.outputs, outputs, strict=True)))
+            explain = partial(self._first_difference, call, feeds)
+            yield Observed(layers, codes, list(zip(self.outputs, outputs, strict=True)), explain)
 
     def _layers(self, call: Call) -> list[tuple[LayerCall, np.ndarray | None, np.ndarray]]:
         feeds, wanted = {}, []
@@ -70,14 +74,55 @@ class OnnxRunner:
         return found
 
     def _feeds(self, call: Call) -> Arrays:
-        keywords = {name.lower(): t for name, t in call.keywords.items()}  # torch's exporter writes lower case
+        """Return what the file is given: the tensors of its inputs' names, the others in order."""
+        given = [*zip(call.names, call.inputs, strict=True), *call.keywords.items()]
         inputs = self.whole.inputs
+        if len(inputs) != len(given):
+            raise UsageError(f"{self.file.path} takes the inputs {inputs}; the model was given {len(given)} tensors")
+        named = {name.lower(): tensor for name, tensor in given}  # torch's exporter writes lower case
+        if len(named) == len(given) and all(name.lower() in named for name in inputs):
+            return {name: array(named[name.lower()]) for name in inputs}
+        keywords = {name.lower(): t for name, t in call.keywords.items()}
         feeds = {name: array(keywords[name.lower()]) for name in inputs if name.lower() in keywords}
-        names = [name for name in inputs if name not in feeds]
-        if len(names) != len(call.inputs):
-            given = len(call.inputs)
-            raise UsageError(f"{self.file.path} takes the inputs {inputs}; the model was given {given} tensors")
-        return {**feeds, **dict(zip(names, map(array, call.inputs), strict=True))}
+        left = [name for name in inputs if name not in feeds]
+        rest = [*call.inputs, *(t for name, t in call.keywords.items() if name.lower() not in map(str.lower, feeds))]
+        return {**feeds, **dict(zip(left, map(array, rest), strict=True))}
+
+    def _first_difference(self, call: Call, feeds: Arrays) -> str:
+        """Name what first gives another value than the trained model, from the inputs on: a float part or a layer."""
+        graph = self.file.proto.graph
+        ends = {value.name for value in [*graph.input, *graph.initializer]}
+        wanted = [name for trace in self.traces for name in (trace.input, trace.output) if name not in ends]
+        wanted = list(dict.fromkeys([*wanted, *self.outputs]))
+        session = self.engine.open(with_outputs(self.file.proto, wanted, floats=True), self.options)
+        got = dict(zip(wanted, session.run(wanted, feeds), strict=True))
+
+        def differs(name: str, want: Tensor) -> bool:
+            if name not in got:  # an input of the model
+                return False
+            return got[name].shape != tuple(want.shape) or bool(different(got[name], array(want)).any())
+
+        before = ""
+        for trace in self.traces:
+            recorded = call.layers[trace.layer, trace.call]
+            if differs(trace.input, layer_input(self.modules[trace.layer], recorded.input)):
+                return self._float_parts(trace.input, f"before layer {trace.layer!r}")
+            if differs(trace.output, recorded.output):
+                return f"layer {trace.layer!r} differs first: it is given equal values"
+            before = trace.layer
+        for name, want in zip(self.outputs, call.outputs, strict=True):
+            if differs(name, want):
+                return self._float_parts(name, f"after layer {before!r}")
+        return "with inner values as outputs the runtime gives equal values, so it computes fused operators otherwise"
+
+    def _float_parts(self, value: str, where: str) -> str:
+        """Name the operators that lead from layers and inputs to a value: those that runtimes round differently."""
+        ends = {trace.output for trace in self.traces}
+        nodes = float_nodes(self.file.proto, value, ends)
+        suspects = [node for node in nodes if node.op_type not in ROUNDED_ONCE] or nodes
+        named = [f"{node.op_type} ({node.name})" for node in suspects[:3]]
+        more = f" and {len(suspects) - 3} more" if len(suspects) > 3 else ""
+        return f"float parts that differ first: {', '.join(named)}{more}, {where}"
 
 
 def _trained_codes(stored: np.ndarray, shift: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lsquant._util.errors import UsageError
 from lsquant._util.optional import require
 from lsquant.formats.onnx.reader import make_session
 from lsquant.verification.runtimes.onnx_runtime import OnnxRuntime
@@ -35,4 +36,9 @@ class OrtSession:
         self.outputs = [value.name for value in self.session.get_outputs()]
 
     def run(self, names: Sequence[str], feeds: Arrays) -> list[np.ndarray]:
-        return self.session.run(list(names), feeds)
+        try:
+            return self.session.run(list(names), feeds)
+        except Exception as error:
+            shapes = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in feeds.items())
+            reason = next(iter(str(error).splitlines()), "")
+            raise UsageError(f"ONNX Runtime cannot run the file on this batch ({shapes}): {reason}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ class Observed:
     layers: (layer call, codes of its input, output) of every layer, each given the trained model's own input.
     codes: (layer call, codes of its input) of every layer, end to end.
     outputs: (name, value) of every output of the model.
+    explain: names what differs first, once something does.
 
     Codes are float32 integers; None where there are none.
     """
@@ -33,6 +34,7 @@ class Observed:
     layers: Iterable[tuple[LayerCall, Array | None, Array]]
     codes: Iterable[tuple[LayerCall, Array | None]]
     outputs: Sequence[tuple[str, Array]]
+    explain: Callable[[], str] = str
 
 
 class Runner(Protocol):

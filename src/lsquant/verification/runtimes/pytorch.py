@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lsquant._util.batches import Forward, evaluating, run_batch
+from lsquant._util.errors import UsageError
 from lsquant.convert import revert
 from lsquant.formats.packed import load_packed
 from lsquant.kernels import engine_for
@@ -53,9 +55,13 @@ class ModelRunner:
         """Yield what the model gives for each call on the batch; layers are computed as they are asked for."""
         with recording(self.twin) as own_calls:
             run_batch(self.twin, batch, forward)
+        if len(own_calls) != len(calls):
+            kind = type(self.twin).__name__
+            raise UsageError(f"verify: {kind} was called {len(own_calls)} times, the trained model {len(calls)} times")
         for own, call in zip(own_calls, calls, strict=True):
             outputs = [(f"output {i}", y) for i, y in enumerate(own.outputs)]
-            yield Observed(self._alone(call), self._end_to_end(own, call), outputs)
+            explain = partial(_first_difference, own, call)
+            yield Observed(self._alone(call), self._end_to_end(own, call), outputs, explain)
 
     def _alone(self, call: Call) -> Iterator[tuple[LayerCall, Tensor | None, Tensor]]:
         for key, recorded in call.layers.items():
@@ -69,3 +75,23 @@ class ModelRunner:
     def _input_codes(self, key: LayerCall, x: Tensor) -> Tensor | None:
         layer = self.layers[key[0]]
         return input_codes(layer, layer_input(layer, x))
+
+
+def _first_difference(own: Call, call: Call) -> str:
+    """Name what first gives another value than the trained model: a layer, or the float parts beside one."""
+    before = ""
+    for key, recorded in call.layers.items():
+        found = own.layers.get(key)
+        if found is None:
+            return f"layer {key[0]!r} is not called"
+        if not equal(found.input, recorded.input):
+            return f"float parts that differ first: those before layer {key[0]!r}"
+        if not equal(found.output, recorded.output):
+            return f"layer {key[0]!r} differs first: it is given equal values"
+        before = key[0]
+    return f"float parts that differ first: those after layer {before!r}"
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors are equal; NaN equals NaN."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
