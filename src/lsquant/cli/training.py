@@ -6,11 +6,12 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+from lsquant._util.entry import LARGEST_TOML, read_text
 from lsquant._util.errors import MissingFile, UsageError
 from lsquant.cli.outcome import Outcome
 from lsquant.cli.subject import given
 from lsquant.cli.words import measured, results, table
-from lsquant.recipe import Recipe
+from lsquant.recipe import Recipe, recipe_of_file
 from lsquant.runs.directory import sha256
 from lsquant.tasks import Run, Settings, Task, get_task, open_run, run_training
 
@@ -88,7 +89,7 @@ def recipe_of(a: Namespace) -> Recipe:
             raise UsageError("give --recipe or bits, not both")
         if not Path(a.recipe).is_file():
             raise MissingFile(f"the recipe {a.recipe} does not exist")
-        return Recipe.from_toml(Path(a.recipe).read_text(encoding="utf-8"))
+        return recipe_of_file(read_text(a.recipe, LARGEST_TOML), a.recipe, UsageError)
     weight, activation = a.weight_bits or a.bits, a.activation_bits or a.bits
     if weight is None or activation is None:
         raise UsageError("give --bits N, or --weight-bits and --activation-bits, or --recipe FILE")

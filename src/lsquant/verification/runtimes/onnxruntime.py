@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lsquant._util.entry import reason
+from lsquant._util.errors import DamagedFile
 from lsquant._util.optional import require
 from lsquant.formats.onnx.reader import make_session
 from lsquant.verification.runtimes.onnx_runtime import OnnxRuntime
@@ -30,9 +32,16 @@ class OrtSession:
     """A session of ONNX Runtime."""
 
     def __init__(self, source: str | bytes, options: dict[str, str]) -> None:
+        self.where = source if isinstance(source, str) else "the model"
         self.session = make_session(source, options)
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
 
     def run(self, names: Sequence[str], feeds: Arrays) -> list[np.ndarray]:
-        return self.session.run(list(names), feeds)
+        try:
+            found = self.session.run(list(names), feeds)
+        except Exception as error:  # its own kinds, which derive from Exception
+            raise DamagedFile(f"ONNX Runtime cannot run {self.where}: {reason(error)}") from error
+        if any(not isinstance(value, np.ndarray) for value in found):
+            raise DamagedFile(f"{self.where} has an output that is no tensor")
+        return found
