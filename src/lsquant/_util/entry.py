@@ -44,11 +44,19 @@ class Entry:
 
     def wrong(self, wanted: str) -> LsquantError:
         """Return the error to raise.  wanted: what had to be there."""
-        return self.error(f"{self.file}: {self.key or 'its content'} is {shown(self.value)}; needed is {wanted}")
+        return self.error(f"{self._head()}: {self.key or 'its content'} is {shown(self.value)}; needed is {wanted}")
 
     def refuse(self, why: str) -> NoReturn:
         """Raise the error with a reason instead of the value."""
-        raise self.error(f"{self.file}: {f'{self.key}: ' if self.key else ''}{why}")
+        raise self.error(f"{self._head()}: {f'{self.key}: ' if self.key else ''}{why}")
+
+    def require(self, condition: bool, why: str) -> None:
+        """Raise the error with a reason unless the condition holds."""
+        if not condition:
+            self.refuse(why)
+
+    def _head(self) -> str:
+        return f"{self.file} is damaged" if self.error is DamagedFile else self.file
 
     def at(self, key: str, value: Any) -> Entry:
         """Return a value inside this one."""
@@ -106,6 +114,11 @@ class Entry:
         known = [*needed, *optional]
         if unknown := [name for name in found if name not in known]:
             self.refuse(f"unknown key {shown(unknown[0])}; known are {', '.join(map(repr, sorted(known)))}")
+        return self.parts(*needed)
+
+    def parts(self, *needed: str) -> dict[str, Entry]:
+        """Return the entries of a table that has these keys, and maybe others."""
+        found = self.table()
         if missing := [name for name in needed if name not in found]:
             self.refuse(f"the key {missing[0]!r} is missing")
         return found
@@ -167,7 +180,7 @@ def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
     Raises: MissingFile; DamagedFile for one that is larger, no plain file, cannot be read or is no UTF-8.
     """
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
+        with open(path, "rb", opener=without_waiting) as file:
             about = os.fstat(file.fileno())
             if not stat.S_ISREG(about.st_mode):
                 raise DamagedFile(f"{path} is no plain file")
@@ -198,7 +211,7 @@ def reason(error: BaseException) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _without_waiting(path: str, flags: int) -> int:
+def without_waiting(path: str, flags: int) -> int:
     """Open a named pipe without waiting for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 

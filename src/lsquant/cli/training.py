@@ -26,7 +26,7 @@ def train(a: Namespace) -> Outcome:
     if a.resume and a.overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     if a.resume and (a.task is None or Path(a.out).exists()):
-        run = open_run(a.out, **given(a, "data"))
+        run = open_run(a.out, **given(a, "task", "data"))
         _refuse_changes(a, run)
         metrics = run_training(run, resume=True, **how)
     elif a.task is None:
@@ -64,14 +64,13 @@ def _refuse_idle(a: Namespace, names: tuple[str, ...], why: str) -> None:
 
 def _refuse_changes(a: Namespace, run: Run) -> None:
     """Raises: UsageError where options beside --resume say something else than the run, which has them all."""
-    asked = given(a, *_SETTINGS, "init", "teacher", "start", "task", "model")
+    asked = given(a, *_SETTINGS, "init", "teacher", "start", "model")
     has = {
         **run.task.options,
         **run.settings.to_dict(),
         "init": run.init,
         "teacher": run.teacher,
         "start": run.start,
-        "task": run.task_name,
     }
     differ = [f"{name} is {has.get(name)!r}, not {value!r}" for name, value in asked.items() if has.get(name) != value]
     if (a.recipe or a.bits or a.weight_bits or a.activation_bits) and recipe_of(a) != run.recipe:
