@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 
 import torch
@@ -83,8 +84,10 @@ def _read(path: str | os.PathLike[str], with_tensors: bool) -> tuple[dict[str, s
             f"{path} was not written by lsquant.save: it has no recipe. For a float checkpoint use "
             "model.load_state_dict(safetensors.torch.load_file(path)), before or after prepare"
         )
+    if not re.fullmatch("[0-9]{1,6}", version, re.ASCII):
+        raise DamagedFile(f"{path} is damaged: lsquant.format is {shown(version)}; needed is a number")
     if version != FORMAT:
-        raise UsageError(f"{path} has format {shown(version)}; lsquant {VERSION} reads format {FORMAT}: update lsquant")
+        raise UsageError(f"{path} has format {version}; lsquant {VERSION} reads format {FORMAT}: update lsquant")
     if with_tensors and not sound:
         raise DamagedFile(f"{path} is damaged: its checksum does not fit its content")
     return metadata, tensors

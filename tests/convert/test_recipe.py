@@ -223,7 +223,7 @@ RECIPES = [
     *(Recipe.preset(name) for name in PRESETS),
     *(Recipe(4, spec) for spec in SPECS),
     *(Recipe(spec, None) for spec in WEIGHT_SPECS),
-    Recipe.preset("w2a2", first_last=3, skip=["a", nn.Conv2d], rules=[Rule(r're:x\.[0-9]+"é"', weight=4)]),
+    Recipe.preset("w2a2", first_last=3, skip=["a", nn.Conv2d], rules=[Rule('x.["é"]*', weight=4)]),
     Recipe(4, 4, [Rule("a", None), Rule("b", activation=None), Rule("c", None, None), Rule("d"), Rule("last", 8, 8)]),
     Recipe(None, None, [Rule("x.*", WEIGHT_SPECS[2], SPECS[4])]),
 ]
@@ -274,7 +274,7 @@ def test_plain_bits_and_float_may_be_written_by_hand():
         ("activation = {bits = 4, granularity = 'channel'}", "one step"),
         ("[[rules]]\nweight = 4", "'which'"),
         ("[[rules]]\nwhich = 'x'\nbits = 4", "'which'"),
-        ("[[rules]]\nwhich = 3\nweight = 4", "which=3"),
+        ("[[rules]]\nwhich = 3\nweight = 4", r"rules\[0\]\.which is 3; needed is a text"),
         ("rules = 3", "rules"),
         ("rules = ['x']", "rule"),
         ("[rules]\nwhich = 'x'", "rule"),

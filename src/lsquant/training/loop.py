@@ -305,8 +305,8 @@ def _restore(
     at, threads = _progress(parts["at"], run), parts["threads"].integer(1, 1 << 20)
     for value in kept.values():
         value.table()
-    check_optimizer_part(parts["optimizer"], optimizer)
     load_model_state(model, check_model_part(parts["model"]))
+    check_optimizer_part(parts["optimizer"], optimizer)
     try:
         optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:

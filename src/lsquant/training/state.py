@@ -31,7 +31,7 @@ MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 def encode(value: Any) -> tuple[Any, dict[str, torch.Tensor]]:
     """Split a value into (structure, tensors): valid JSON, and contiguous CPU tensors that share no memory.
 
-    Raises: UsageError for a type that the format does not have, integers beyond 64 bits and more than LEVELS of nesting.
+    Raises: UsageError for a type that the format does not have, integers beyond 64 bits, more than LEVELS of nesting.
     """
     tensors: dict[str, torch.Tensor] = {}
     storages: set[int] = set()
