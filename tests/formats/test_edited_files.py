@@ -17,7 +17,7 @@ import lsquant
 from helpers.checkpoint import VARIED, trained
 from helpers.convert import images, net, ready
 from helpers.edited_files import Edits, Subject, edited_safetensors, fuzz, read_safetensors
-from lsquant import Recipe
+from lsquant import Recipe, Rule
 from lsquant._util.files import json_text, write_json
 from lsquant._util.tensors import read_tensors
 from lsquant.report.run_files import read_verdict, run_files
@@ -30,6 +30,10 @@ from lsquant.training import CosineSchedule, TransitionRate, WeightAverage, fit,
 from lsquant.verification import export_vectors
 from lsquant.verification.check_vectors import main as check_vectors
 
+RECIPE = Recipe(
+    VARIED.weight, VARIED.activation, [*VARIED.rules, Rule("0*", 8), Rule("*", None)],
+    Recipe.preset("w4a4").preset_rules,
+)  # fmt: skip
 FAST, MANY = 150, 10_000
 PARTS = 4  # of the many, so that they can run side by side
 
@@ -43,8 +47,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(x, folder / "x.pt")
     lsquant.save(model, folder / "saved")
     lsquant.export_packed(model, folder / "packed")
-    rules = Recipe.preset("w4a4", skip=["a.*"]).to_toml().partition("\n\n")[2]
-    (folder / "recipe").write_text(VARIED.to_toml() + rules)
+    (folder / "recipe").write_text(RECIPE.to_toml())
     run_directory(folder / "run")
     training(folder / "state")
     return folder
@@ -312,6 +315,7 @@ SLOWER = {"exact": 40, "small": 40, "qdq": 40, "state": 100}
 
 def test_the_bases_are_read(bases, tmp_path):
     """What is edited is good to begin with."""
+    assert lsquant.prepare(net(), Recipe.from_toml((bases / "recipe").read_text()))
     assert not run_files(bases / "run")["missing"]
     assert open_run(bases / "run").model() is not None
     assert read_tensors(bases / "state")[2]
@@ -323,7 +327,7 @@ def test_the_bases_are_read(bases, tmp_path):
 def test_some_edited_files(name, tmp_path, request):
     base, make = SUBJECTS[name]
     found = fuzz(make(request.getfixturevalue(base), tmp_path), SLOWER.get(name, FAST), seed=0)
-    assert found["refused"] > 10, found
+    assert min(found["refused"], found["read"]) > 3, found
 
 
 @pytest.mark.slow
@@ -333,4 +337,4 @@ def test_ten_thousand_edited_files(name, part, tmp_path, request):
     base, make = SUBJECTS[name]
     found = fuzz(make(request.getfixturevalue(base), tmp_path), MANY // PARTS, seed=1 + part)
     print(name, part, dict(found))
-    assert found["refused"] > 100, found
+    assert min(found["refused"], found["read"]) > 50, found
