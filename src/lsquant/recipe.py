@@ -237,15 +237,22 @@ class Recipe:
         """Return the user's rules, then the preset's."""
         return (*self.rules, *self.preset_rules)
 
-    def with_names(self, build: Callable[[], nn.Module]) -> Recipe:
-        """Return the recipe as files hold it: each rule for a class or a regular expression by the names it matches.
+    @property
+    def has_only_names(self) -> bool:
+        """Whether no rule is for a class or a regular expression, so that a file can hold it as it is."""
+        return not any(rule.which.startswith(("re:", "re2:", "class:")) for rule in self.all_rules())
 
-        build: gives the model; called only where there is such a rule.
+    def with_names(self, model: nn.Module) -> Recipe:
+        """Return the recipe as files hold it: a rule for a class or a regular expression by the names it matches.
+
+        model: the one that the recipe is for, float or prepared.
+
+        >>> recipe = lsquant.Recipe(4, 4, [lsquant.Rule("re:[02]", weight=8)])
+        >>> [rule.which for rule in recipe.with_names(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))).rules]
+        ['0', '2']
         """
-        if not any(rule.which.startswith(("re:", "re2:", "class:")) for rule in self.all_rules()):
-            return self
         layers: dict[nn.Module, list[str]] = {}
-        for name, module in build().named_modules(remove_duplicate=False):
+        for name, module in model.named_modules(remove_duplicate=False):
             if quantized_type(module) is not None:
                 layers.setdefault(module, []).append(name)
 
@@ -290,7 +297,10 @@ class Recipe:
     # ---- TOML ----
 
     def to_toml(self) -> str:
-        """Return the recipe as TOML; ``Recipe.from_toml`` gives an equal one."""
+        """Return the recipe as TOML; ``Recipe.from_toml`` gives an equal one.
+
+        Regular expressions are written as they are, and read with the extra re2 only; ``with_names`` replaces them.
+        """
 
         def entry(value: Any) -> Any:
             return value.to_dict() if isinstance(value, QuantSpec) else "float" if value is None else value

@@ -299,7 +299,7 @@ def _fill(folder: Path, run: Run) -> None:
                 shutil.copyfile(file, copy)
     if run.teacher is not None:
         check_teacher(run, folder / TEACHER)
-    atomic_write_text(folder / "recipe.toml", run.recipe.with_names(run.task.model).to_toml())
+    atomic_write_text(folder / "recipe.toml", _by_name(run.recipe, run.task).to_toml())
     write_json(folder / "env.json", {"format": FORMAT, **environment()})
     atomic_write_text(folder / "config.toml", to_toml({**run.config(), "folder": os.getcwd()}))
 
@@ -334,7 +334,7 @@ def _clear(path: Path) -> None:
 def _check_same(run: Run, stored: StoredRun) -> None:
     """Raises: UsageError naming what differs between `run` and the one in its directory."""
     new, old = _compared(run, run.task_name), _compared(stored, stored.task_name)
-    new["recipe"], old["recipe"] = (one.recipe.with_names(run.task.model) for one in (run, stored))
+    new["recipe"], old["recipe"] = (_by_name(one.recipe, run.task) for one in (run, stored))
     different = [f"{key} was {old[key]!r}, not {value!r}" for key, value in new.items() if old[key] != value]
     if ":" not in stored.task_name:  # a user's own task brings its options
         before = {key: value for key, value in stored.options.items() if key != "data"}  # data may lie elsewhere
@@ -343,6 +343,11 @@ def _check_same(run: Run, stored: StoredRun) -> None:
         different += [f"options was {before!r}, not {now!r}"] if before != now else []
     if different:
         raise UsageError(f"{run.path} is another run ({'; '.join(different)}): resume it as it was, or --overwrite it")
+
+
+def _by_name(recipe: Recipe, task: Task) -> Recipe:
+    """Return the recipe without classes and regular expressions, as recipe.toml has it."""
+    return recipe if recipe.has_only_names else recipe.with_names(task.model())
 
 
 def _compared(run: Run | StoredRun, task_name: str) -> dict[str, Any]:
