@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import lsquant
 from helpers.checkpoint import VARIED, trained
 from helpers.convert import images, net, ready
 from helpers.edited_files import Edits, Subject, edited_safetensors, fuzz, read_safetensors
-from lsquant import Recipe, Rule
+from lsquant import LsquantError, Recipe, Rule
 from lsquant._util.files import json_text, write_json
 from lsquant._util.tensors import read_tensors
 from lsquant.report.run_files import read_verdict, run_files
@@ -262,12 +265,18 @@ def of_run(bases: Path, folder: Path) -> Subject:
 # ---- the state of a training ----
 
 
-def training(path: Path, stop: bool = True) -> nn.Module:
-    """Train a small model from the checkpoint at ``path``, if there is one; ``stop``: only until there is one."""
+@cache
+def small() -> tuple[nn.Module, list[Any]]:
+    """A calibrated model and the batches of an epoch; to be copied."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     data = [(torch.rand(4, 3), torch.tensor([0, 1, 0, 1]))] * 3
-    ready(model, Recipe(4, 4), data[0][0])
+    return ready(model, Recipe(4, 4), data[0][0]), data
+
+
+def training(path: Path, stop: bool = True) -> nn.Module:
+    """Train a small model from the checkpoint at ``path``, if there is one; ``stop``: only until there is one."""
+    model, data = copy.deepcopy(small())
     optimizer = torch.optim.AdamW(param_groups(model, 0.001, low_bit=True))
     transition, average = TransitionRate(model, optimizer, steps=6), WeightAverage(model, 0.9)
 
@@ -292,8 +301,9 @@ def of_state(bases: Path, folder: Path) -> Subject:
     parts, target = read_safetensors(bases / "state"), folder / "last.safetensors"
 
     def read() -> None:
+        with contextlib.suppress(LsquantError):  # a float network is wanted: it is read, and does not fit
+            load_float(nn.Linear(3, 4), target)
         training(target, stop=False)
-        load_float(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), target)
 
     return Subject(lambda e: edited_safetensors(e, target, parts, "structure"), read)
 

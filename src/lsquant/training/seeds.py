@@ -54,11 +54,11 @@ def set_rng_state(state: dict[str, Any]) -> None:
     entry = Entry(state, "the state of the random generators")
     found = entry.record(("torch", "numpy", "python"), ("cuda",))
     name, keys, position, has_gauss, gauss = _parts(found["numpy"], list, 5)
-    keys = [key.integer(0, _WORD) for key in keys.items(_WORDS)]
+    keys = _words(keys, list, _WORDS)
     rest = (position.integer(0, _WORDS), has_gauss.integer(0, 1), gauss.number())
-    found["numpy"].require(name.value == "MT19937" and len(keys) == _WORDS, "it is of another generator")
+    found["numpy"].require(name.value == "MT19937", "it is of another generator")
     version, words, python_gauss = _parts(found["python"], tuple, 3)
-    words = [word.integer(0, _WORD) for word in _parts(words, tuple, _WORDS + 1)]
+    words = _words(words, tuple, _WORDS + 1)
     found["python"].require(words[-1] <= _WORDS, "its position is beyond its end")
     python_gauss = None if python_gauss.value is None else python_gauss.number()
     cuda = found["cuda"].items(1024) if "cuda" in found else []
@@ -80,3 +80,12 @@ def _parts(entry: Entry, kind: type, number: int) -> list[Entry]:
     if not isinstance(entry.value, kind) or len(entry.value) != number:
         raise entry.wrong(f"{number} parts")
     return [entry.at(str(i), part) for i, part in enumerate(entry.value)]
+
+
+def _words(entry: Entry, kind: type, number: int) -> list[int]:
+    """Return a list or tuple of so many words of 32 bits."""
+    words = entry.value
+    if not isinstance(words, kind) or len(words) != number:
+        raise entry.wrong(f"{number} integers")
+    entry.require(all(type(word) is int and 0 <= word <= _WORD for word in words), "an integer beyond 32 bits")
+    return list(words)

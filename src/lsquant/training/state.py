@@ -71,9 +71,12 @@ def decode(structure: Any, tensors: dict[str, torch.Tensor], file: str = "the ch
 
 def _decoded(entry: Entry, tensors: dict[str, torch.Tensor]) -> Any:
     value = entry.value
-    if isinstance(value, list):
-        items = entry.items()
-        return [_decoded(item, tensors) if isinstance(item.value, (dict, list)) else item.value for item in items]
+    if isinstance(value, list):  # most are long lists of numbers
+        parts = [(i, item) for i, item in enumerate(value) if isinstance(item, (dict, list))]
+        found = list(value)
+        for i, item in parts:
+            found[i] = _decoded(entry.at(str(i), item), tensors)
+        return found
     if not isinstance(value, dict):
         return value
     if len(value) != 1:
@@ -87,14 +90,14 @@ def _decoded(entry: Entry, tensors: dict[str, torch.Tensor]) -> Any:
         inner.items()
         return tuple(_decoded(inner, tensors))
     if kind == "dict":
-        found: dict[Any, Any] = {}
+        table: dict[Any, Any] = {}
         for pair in inner.items():
-            parts = pair.items(2)
-            pair.require(len(parts) == 2, "a pair of key and value is needed")
-            key = parts[0].value if type(parts[0].value) is int else parts[0].text()
-            pair.require(key not in found, f"the key {shown(key)} is there twice")
-            found[key] = _decoded(parts[1], tensors)
-        return found
+            halves = pair.items(2)
+            pair.require(len(halves) == 2, "a pair of key and value is needed")
+            key = halves[0].value if type(halves[0].value) is int else halves[0].text()
+            pair.require(key not in table, f"the key {shown(key)} is there twice")
+            table[key] = _decoded(entry.at(str(key), halves[1].value), tensors)
+        return table
     entry.refuse(f"unknown structure {shown(kind)}")
 
 
