@@ -212,16 +212,18 @@ class TooLong(BaseException):
 
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TooLong(f"more than {seconds} s")
+    """Stop what takes more of the processor's time: the machine may be busy with other things."""
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    def stop(*_: Any) -> None:
+        raise TooLong(f"more than {seconds} s of the processor")
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def fuzz(subject: Subject, count: int, seed: int, seconds: float = 5.0, megabytes: int = 400) -> Counter[str]:
