@@ -14,22 +14,34 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lsquant._util.batches import require_one_process, unwrapped
+from lsquant._util.entry import parse_json, shown
 from lsquant._util.errors import DamagedFile, UsageError
 from lsquant._util.rollback import unchanged_on_error
 from lsquant._util.tensors import on_meta, read_tensors, write_tensors
 from lsquant._version import __version__ as VERSION
 from lsquant.convert import prepare, resolved_recipe
 from lsquant.nn import quantized_layers, quantizers
-from lsquant.recipe import Recipe
+from lsquant.recipe import Recipe, recipe_of_file
 from lsquant.tying import stored_once
 
 FORMAT = "1"
+QUANTIZERS = frozenset({"weight_quantizer", "input_quantizer"})
+BUFFERS: dict[str, Callable[[Tensor], bool]] = {
+    "step": lambda t: t.dtype == torch.float32 and t.dim() == 1,
+    "offset": lambda t: t.dtype == torch.float32 and t.dim() == 1,
+    "initial_step": lambda t: t.dtype == torch.float32 and t.dim() == 1,
+    "signed": lambda t: t.dtype == torch.int8 and t.dim() == 0 and -1 <= int(t) <= 1,
+    "count": lambda t: t.dtype == torch.int64 and t.dim() == 0 and int(t) >= 0,
+    "initialized": lambda t: t.dtype == torch.bool and t.dim() == 0,
+}
+"""What a quantizer's tensors in a file have to be; the values of steps are the guard's business."""
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
@@ -75,6 +87,8 @@ def _read(path: str | os.PathLike[str], with_tensors: bool) -> tuple[dict[str, s
             f"{path} was not written by lsquant.save: it has no recipe. For a float checkpoint use "
             "model.load_state_dict(safetensors.torch.load_file(path)), before or after prepare"
         )
+    if not re.fullmatch("[0-9]{1,6}", version, re.ASCII):
+        raise DamagedFile(f"{path} is damaged: lsquant.format is {shown(version)}; needed is a number")
     if version != FORMAT:
         raise UsageError(f"{path} has format {version}; lsquant {VERSION} reads format {FORMAT}: update lsquant")
     if with_tensors and not sound:
@@ -92,13 +106,26 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raised, a KeyboardInterrupt too, the model is then unchanged, bit for bit.
     """
     metadata, tensors = _read(path, with_tensors=True)
-    try:
-        for name, first in json.loads(metadata.get("lsquant.aliases", "{}")).items():
-            tensors[name] = tensors[first]
-        recipe = Recipe.from_toml(metadata["lsquant.recipe"])
-    except (KeyError, ValueError, AttributeError) as error:
-        raise DamagedFile(f"{path}: its lsquant metadata is damaged: {error}") from error
-    return restore(model, recipe, tensors, path)
+    recipe, state = _content(metadata, tensors, os.fspath(path))
+    return restore(model, recipe, state, path)
+
+
+def _content(metadata: Mapping[str, str], tensors: dict[str, Tensor], file: str) -> tuple[Recipe, dict[str, Tensor]]:
+    """Return the recipe and the state dict of a file, checked.  Raises: DamagedFile naming file and key."""
+    aliases = parse_json(metadata.get("lsquant.aliases", "{}"), file, "lsquant.aliases")
+    state = dict(tensors)
+    for name, entry in aliases.table().items():
+        first = entry.text()
+        entry.require(first in tensors, f"it names {shown(first)}, which is not there")
+        entry.require(name not in tensors, "it is a tensor of its own")
+        state[name] = tensors[first]
+    if "lsquant.recipe" not in metadata:
+        aliases.at("lsquant.recipe", None).refuse("it is missing")
+    for name, tensor in state.items():
+        kind = name.rpartition(".")[2] if QUANTIZERS.intersection(name.split(".")) else ""
+        if kind in BUFFERS and not BUFFERS[kind](tensor):
+            raise DamagedFile(f"{file} is damaged: {shown(name)} has a type or a value that no quantizer has")
+    return recipe_of_file(metadata["lsquant.recipe"], f"{file}: lsquant.recipe"), state
 
 
 def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> nn.Module:
@@ -141,8 +168,16 @@ def _check_architecture(model: nn.Module, tensors: dict[str, Tensor], path: str 
     problems += [f"the model lacks {k}" for k in theirs if k not in mine]
     differ = [k for k, shape in mine.items() if theirs.get(k, shape) != shape]
     problems += [f"{k} is {theirs[k]} in the file and {mine[k]} in the model" for k in differ]
+    kinds = model.state_dict()
+    differ = [k for k in mine if k in tensors and _kind(tensors[k]) != _kind(kinds[k])]
+    problems += [f"{k} is {tensors[k].dtype} in the file and {kinds[k].dtype} in the model" for k in differ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         kind = type(model).__name__
         found = "; ".join(problems[:3]) + more
         raise UsageError(f"{path} is of another architecture than {kind}: {found}. Build the model that was saved")
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool]:
+    """Return what a copy does not change silently: whether numbers are floating and whether they are complex."""
+    return tensor.is_floating_point(), tensor.is_complex()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -33,7 +32,7 @@ from lsquant.nn import (
     weight_steps,
 )  # fmt: skip
 from lsquant.quantizer import Quantizer
-from lsquant.recipe import Recipe, Rule
+from lsquant.recipe import Recipe, Rule, glob_of
 from lsquant.spec import QuantSpec
 from lsquant.tying import layers_by_weight, share_weight_quantizers
 from lsquant.unsupported import reason_for_layer, reason_for_module
@@ -211,7 +210,10 @@ def _shared_specification(
 
 def _check_rules(recipe: Recipe, model: nn.Module, layers: Names, positions: dict[nn.Module, list[str]]) -> None:
     """Raise UsageError for a rule of the user's that matches no layer."""
+    known = {name for names in layers.values() for name in names}
     for rule in recipe.rules:
+        if rule.name in known:
+            continue
         if any(rule.matches(names, layer, positions.get(layer, ())) for layer, names in layers.items()):
             continue
         found = [(name, module) for name, module in model.named_modules() if name and rule.matches([name], module)]
@@ -224,8 +226,9 @@ def _check_rules(recipe: Recipe, model: nn.Module, layers: Names, positions: dic
             )
         if found and rule.weight is None and rule.activation is None:
             continue  # skipping something that would stay float anyway
-        known = [name for names in layers.values() for name in names]
-        near = difflib.get_close_matches(str(rule.which), known, 3, 0.3) or known[:3]
+        said = rule.which if rule.name is None else rule.name
+        listed = [name for names in layers.values() for name in names]
+        near = difflib.get_close_matches(said, listed, 3, 0.3) or listed[:3]
         raise UsageError(f"prepare: the rule for {rule.which!r} matches no layer; near names: {', '.join(near)}")
 
 
@@ -398,5 +401,5 @@ def resolved_recipe(model: nn.Module) -> Recipe:
     for name, layer in quantized_layers(model):
         weight = None if layer.weight_quantizer is None else layer.weight_quantizer.requested
         activation = None if layer.input_quantizer is None else layer.input_quantizer.requested
-        rules.append(Rule("re:" + re.escape(name), weight, activation))
+        rules.append(Rule(glob_of(name), weight, activation))
     return Recipe(None, None, rules)

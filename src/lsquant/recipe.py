@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 from torch import nn
 
-from lsquant._util.errors import UsageError
+from lsquant._util.entry import Entry, parse_toml, shown
+from lsquant._util.errors import DamagedFile, LsquantError, MissingExtra, UsageError
+from lsquant._util.optional import require
 from lsquant._util.toml import to_toml
+from lsquant.nn import quantized_type
 from lsquant.spec import MAX_BITS, MIN_BITS, QuantSpec
 
 INHERIT = "inherit"
@@ -22,7 +25,66 @@ Setting = QuantSpec | int | None | str
 FORMAT = 1
 HALVES = ("weight", "activation")
 POSITIONS = ("first", "last")
-PRESET = re.compile(r"w(\d+)(?:g(\d+))?(?:a(\d+))?")
+PRESET = re.compile(r"w(\d{1,9})(?:g(\d{1,9}))?(?:a(\d{1,9}))?", re.ASCII)
+RE2_MEMORY = 1 << 20
+"""Bytes that google-re2 may take for one pattern of a file."""
+# in files; what code says is not bounded
+MOST_RULES, MOST_PATTERNS, LONGEST_WHICH, MOST_STARS = 1 << 18, 1000, 1000, 32
+CLASS_IN_FILE = re.compile(r"class:[\w.<>]+")
+Made = TypeVar("Made")
+
+
+# ---- names and patterns ----
+
+
+def glob_of(name: str) -> str:
+    """Return the glob that matches one name and nothing else: the name itself, but for characters of patterns."""
+    escaped = re.sub(r"[*?[]", r"[\g<0>]", name)
+    if name in POSITIONS or name.startswith(("re:", "re2:", "class:")):
+        escaped = f"[{escaped[0]}]{escaped[1:]}"
+    return escaped
+
+
+def name_of(which: str) -> str | None:
+    """Return the only name that a rule's ``which`` matches; None where it is a pattern, a class or a position.
+
+    >>> name_of("blocks.0"), name_of("blocks[[]0]"), name_of("blocks.*")
+    ('blocks.0', 'blocks[0]', None)
+    """
+    if which in POSITIONS or which.startswith(("re:", "re2:", "class:")):
+        return None
+    if not re.fullmatch(r"(?:[^*?[]|\[[*?[a-z]\])*", which, re.DOTALL):
+        return None
+    return re.sub(r"\[([*?[a-z])\]", r"\1", which)
+
+
+def literal_of(pattern: str) -> str | None:
+    """Return the only text that a regular expression matches as ``re.escape`` writes it, anchored or not, else None.
+
+    >>> literal_of(re.escape("blocks.0-a")), literal_of("blocks.0"), literal_of(r"blocks\\d")
+    ('blocks.0-a', None, None)
+    """
+    body = re.fullmatch(r"(?:\^|\\A)?((?:[^\\.^$*+?{}\[\]|()]|\\[^a-zA-Z0-9])*)(?:\$|\\Z)?", pattern, re.DOTALL)
+    return None if body is None else re.sub(r"\\(.)", r"\1", body[1], flags=re.DOTALL)
+
+
+def _re2(pattern: str) -> Any:
+    """Compile a pattern of a file.  Raises: MissingExtra naming the rule; UsageError."""
+    try:
+        re2 = require("re2", extra="re2")
+    except MissingExtra as error:
+        said = shown(f"re:{pattern}")
+        raise MissingExtra(
+            f"the rule for {said} is a regular expression in a file; with Python's it could run for ever, so the "
+            f"package google-re2 is needed: pip install 'lsquant[re2]', or write names and globs",
+            name="re2",
+        ) from error
+    options = re2.Options()
+    options.log_errors, options.max_mem = False, RE2_MEMORY
+    try:
+        return re2.compile(pattern, options)
+    except re2.error as error:
+        raise UsageError(f"Rule: {shown(pattern)} is not a regular expression of google-re2: {error}") from error
 
 
 def _specification(value: Setting, what: str) -> QuantSpec | str | None:
@@ -34,7 +96,7 @@ def _specification(value: Setting, what: str) -> QuantSpec | str | None:
     if isinstance(value, int) and not isinstance(value, bool) and MIN_BITS <= value <= MAX_BITS:
         value = QuantSpec(value)
     if not isinstance(value, QuantSpec):
-        raise UsageError(f"{what}={value!r}: give bits (2 to 8), a QuantSpec, or None for floating point")
+        raise UsageError(f"{what}={shown(value)}: give bits (2 to 8), a QuantSpec, or None for floating point")
     if what == "activation":
         if value.granularity != "tensor":
             raise UsageError(f"activation={value}: a layer's input has one step; use granularity='tensor'")
@@ -48,10 +110,11 @@ def _specification(value: Setting, what: str) -> QuantSpec | str | None:
 class Rule:
     """Give some layers their bits.
 
-    which: a glob on the layer's name ("stem.*"), "re:..." for a regular expression on the whole name, a layer class
-        (subclasses included), "first" or "last" (of the layers that multiply).
+    which: a glob on the layer's name ("stem.*"), "re:..." for a regular expression on the whole name ("re2:..." for
+        one of google-re2, which takes bounded time), a layer class (subclasses included), "first" or "last" (of the
+        layers that multiply).
     weight, activation: bits, a QuantSpec, None for floating point; left out, the next matching rule decides.
-    Raises: UsageError for a value that is not allowed.
+    Raises: UsageError for a value that is not allowed; MissingExtra for "re2:..." without google-re2.
 
     >>> lsquant.Rule("head", weight=8).weight.bits
     8
@@ -68,24 +131,36 @@ class Rule:
                 raise UsageError(f"Rule: {which.__name__} is not a layer class")
             object.__setattr__(self, "which", f"class:{which.__module__}.{which.__qualname__}")
         elif not isinstance(which, str):
-            raise UsageError(f"Rule: which={which!r}; give a glob, 're:...', a layer class, 'first' or 'last'")
+            raise UsageError(f"Rule: which={shown(which)}; give a glob, 're:...', a layer class, 'first' or 'last'")
         elif which.startswith("re:"):
             try:
                 re.compile(which[3:])
             except re.error as error:
                 raise UsageError(f"Rule: {which!r} is not a regular expression: {error}") from error
+        elif which.startswith("re2:"):
+            _re2(which[4:])
         for what in HALVES:
             object.__setattr__(self, what, _specification(getattr(self, what), what))
+
+    @cached_property
+    def name(self) -> str | None:
+        """The only name that the rule is for; None for a pattern, a class or a position."""
+        return name_of(self.which)
 
     def matches(self, names: Sequence[str], layer: nn.Module, position: Iterable[str] = ()) -> bool:
         """Tell whether the rule is for a layer.  names: all names of the layer; position: "first" and/or "last"."""
         which: str = self.which
+        if self.name is not None:
+            return self.name in names
         if which in POSITIONS:
             return which in position
         if which.startswith("class:"):
             return any(f"class:{c.__module__}.{c.__qualname__}" == which for c in type(layer).__mro__)
         if which.startswith("re:"):
             return any(re.fullmatch(which[3:], name) for name in names)
+        if which.startswith("re2:"):
+            pattern = _re2(which[4:])
+            return any(pattern.fullmatch(name) for name in names)
         return any(fnmatchcase(name, which) for name in names)
 
 
@@ -162,6 +237,37 @@ class Recipe:
         """Return the user's rules, then the preset's."""
         return (*self.rules, *self.preset_rules)
 
+    @property
+    def has_only_names(self) -> bool:
+        """Whether no rule is for a class or a regular expression, so that a file can hold it as it is."""
+        return not any(rule.which.startswith(("re:", "re2:", "class:")) for rule in self.all_rules())
+
+    def with_names(self, model: nn.Module) -> Recipe:
+        """Return the recipe as files hold it: a rule for a class or a regular expression by the names it matches.
+
+        model: the one that the recipe is for, float or prepared.
+
+        >>> recipe = lsquant.Recipe(4, 4, [lsquant.Rule("re:[02]", weight=8)])
+        >>> [rule.which for rule in recipe.with_names(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))).rules]
+        ['0', '2']
+        """
+        layers: dict[nn.Module, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if quantized_type(module) is not None:
+                layers.setdefault(module, []).append(name)
+
+        def named(rules: Sequence[Rule]) -> list[Rule]:
+            found = []
+            for rule in rules:
+                if rule.which.startswith(("re:", "re2:", "class:")):
+                    hits = [names[0] for layer, names in layers.items() if rule.matches(names, layer)]
+                    found += [replace(rule, which=glob_of(name)) for name in hits]
+                else:
+                    found.append(rule)
+            return found
+
+        return replace(self, rules=named(self.rules), preset_rules=named(self.preset_rules))
+
     def resolve(
         self, names: Sequence[str], layer: nn.Module, position: Iterable[str] = ()
     ) -> tuple[QuantSpec | None, QuantSpec | None, int]:
@@ -173,20 +279,28 @@ class Recipe:
         strength: what decided the weight: 2 a rule of the user's, 1 a rule of the preset, 0 the default.
         """
 
+        hits = [(2 - i, rule) for i, table in enumerate(self._tables) for rule in table.hits(names, layer, position)]
+
         def pick(get: Callable[[Rule | Recipe], Any]) -> tuple[QuantSpec | None, int]:
-            for strength, rules in ((2, self.rules), (1, self.preset_rules)):
-                for rule in rules:
-                    if get(rule) != INHERIT and rule.matches(names, layer, position):
-                        return get(rule), strength
+            for strength, rule in hits:
+                if get(rule) != INHERIT:
+                    return get(rule), strength
             return get(self), 0
 
         weight, strength = pick(lambda r: r.weight)
         return weight, pick(lambda r: r.activation)[0], strength
 
+    @cached_property
+    def _tables(self) -> tuple[_Table, _Table]:
+        return _Table(self.rules), _Table(self.preset_rules)
+
     # ---- TOML ----
 
     def to_toml(self) -> str:
-        """Return the recipe as TOML; ``Recipe.from_toml`` gives an equal one."""
+        """Return the recipe as TOML; ``Recipe.from_toml`` gives an equal one.
+
+        Regular expressions are written as they are, and read with the extra re2 only; ``with_names`` replaces them.
+        """
 
         def entry(value: Any) -> Any:
             return value.to_dict() if isinstance(value, QuantSpec) else "float" if value is None else value
@@ -206,29 +320,93 @@ class Recipe:
 
     @classmethod
     def from_toml(cls, text: str) -> Recipe:
-        """Read a recipe.  Raises: UsageError for broken TOML, unknown keys or a newer format."""
-        try:
-            values = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise UsageError(f"recipe: not valid TOML: {error}") from error
-        if (version := values.pop("format", FORMAT)) != FORMAT:
-            raise UsageError(f"recipe: format {version!r}; this lsquant reads format {FORMAT}, update it")
-        known = {"weight", "activation", "rules", "preset_rules"}
-        if unknown := sorted(set(values) - known):
-            raise UsageError(f"recipe: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")
+        """Read a recipe.
 
-        def entry(value: Any) -> Any:
-            return QuantSpec.from_dict(value) if isinstance(value, dict) else None if value == "float" else value
+        A rule is for a name or a glob; a regular expression that is one escaped name is read as that name, another
+        needs the extra re2.  A class is compared by its name with the layers' classes; nothing is imported.
 
-        def rule(table: Any) -> Rule:
-            if not isinstance(table, dict) or "which" not in table or set(table) - {"which", "weight", "activation"}:
-                raise UsageError(f"recipe: a rule has 'which' and 'weight' and/or 'activation', not {table!r}")
-            return Rule(table["which"], **{k: entry(v) for k, v in table.items() if k != "which"})
+        Raises: UsageError for broken TOML, unknown keys, a value of another type, or a newer format; MissingExtra.
+        """
+        return recipe_of_file(text, "recipe", UsageError)
 
-        def rules(name: str) -> list[Rule]:
-            if not isinstance(tables := values.get(name, []), list):
-                raise UsageError(f"recipe: {name} is a list of rules, written [[{name}]], not {tables!r}")
-            return [rule(t) for t in tables]
 
-        halves = (entry(values.get("weight")), entry(values.get("activation")))
-        return cls(*halves, rules("rules"), rules("preset_rules"))
+class _Table:
+    """Rules, ready to be asked: those for one name are found by it, the others are tried."""
+
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules, self.tried = rules, []
+        self.named: dict[str, list[int]] = {}
+        for number, rule in enumerate(rules):
+            if rule.name is None:
+                self.tried.append(number)
+            else:
+                self.named.setdefault(rule.name, []).append(number)
+
+    def hits(self, names: Sequence[str], layer: nn.Module, position: Iterable[str]) -> list[Rule]:
+        """Return the rules that match, in their order."""
+        found = {number for name in names for number in self.named.get(name, ())}
+        found |= {number for number in self.tried if self.rules[number].matches(names, layer, position)}
+        return [self.rules[number] for number in sorted(found)]
+
+
+# ---- what files say ----
+
+
+def recipe_of_file(text: str, file: str, error: type[LsquantError] = DamagedFile) -> Recipe:
+    """Return the recipe in a text, as ``Recipe.from_toml``; errors are of that type and name the file."""
+    document = parse_toml(text, file, error)
+    version = document.value.pop("format", FORMAT)
+    if type(version) is not int or version != FORMAT:
+        document.refuse(f"format {shown(version)}; this lsquant reads format {FORMAT}, update it")
+    found = document.record((), (*HALVES, "rules", "preset_rules"))
+    halves = [_setting(found[half]) if half in found else None for half in HALVES]
+    lists = [_rules_of_file(found[name]) if name in found else [] for name in ("rules", "preset_rules")]
+    if sum(len(rules) for rules in lists) > MOST_RULES:
+        document.refuse(f"more than {MOST_RULES:,} rules")
+    patterns = sum(rule.name is None and rule.which not in POSITIONS for rules in lists for rule in rules)
+    if patterns > MOST_PATTERNS:
+        document.refuse(f"{patterns:,} rules with patterns; a file may have {MOST_PATTERNS:,}, and more with names")
+    return _made(document, lambda: Recipe(*halves, *lists))
+
+
+def _made(entry: Entry, make: Callable[[], Made]) -> Made:
+    """Return what is made of an entry, or raise its error with the key."""
+    try:
+        return make()
+    except UsageError as error:
+        entry.refuse(str(error))
+
+
+def _setting(entry: Entry) -> Any:
+    """Return what weight or activation says: bits, a QuantSpec, or None for "float"."""
+    if isinstance(entry.value, dict):
+        return _made(entry, lambda: QuantSpec.from_dict(entry.value))
+    return None if entry.value == "float" else entry.value
+
+
+def _rules_of_file(entry: Entry) -> list[Rule]:
+    """Return the rules of a list of tables."""
+    if not isinstance(entry.value, list):
+        entry.refuse(f"a list of rules is needed, written [[{entry.key}]], not {shown(entry.value)}")
+    return [_rule_of_file(item) for item in entry.items()]
+
+
+def _rule_of_file(entry: Entry) -> Rule:
+    found = entry.record(("which",), HALVES)
+    which = _which_of_file(found["which"])
+    halves = {half: _setting(found[half]) for half in HALVES if half in found}
+    return _made(entry, lambda: Rule(which, **halves))
+
+
+def _which_of_file(entry: Entry) -> str:
+    """Return for which layers a rule of a file is: a glob or name of bounded length, or the name of a class."""
+    which = entry.text(LONGEST_WHICH)
+    if which.startswith("re:"):
+        name = literal_of(which[3:])
+        return f"re2:{which[3:]}" if name is None else glob_of(name)
+    if which.startswith("class:"):
+        if not CLASS_IN_FILE.fullmatch(which):
+            entry.refuse(f"{shown(which)} is no name of a class")
+    elif which.count("*") > MOST_STARS and name_of(which) is None:
+        entry.refuse(f"{which.count('*')} stars in one glob; a file may have {MOST_STARS}")
+    return which

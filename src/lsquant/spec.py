@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
+from lsquant._util.entry import shown
 from lsquant._util.errors import UsageError
 
 MIN_BITS, MAX_BITS = 2, 8
+MAX_GROUP = 2**40
 GRANULARITIES = ("tensor", "channel", "group")
 FORMER = {"step_dtype": "float32", "dynamic": False}
 """Fields that earlier versions had, each with the only value it could take; files that contain them are read."""
@@ -42,22 +44,26 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise UsageError(
-                f"QuantSpec: bits={self.bits!r}; bits must be an integer from {MIN_BITS} to {MAX_BITS}. "
+                f"QuantSpec: bits={shown(self.bits)}; bits must be an integer from {MIN_BITS} to {MAX_BITS}. "
                 "To leave a layer in floating point give None instead of a QuantSpec."
             )
-        if self.signed not in (True, False, None):
-            raise UsageError(f"QuantSpec: signed={self.signed!r}; use True, False or None (decided by calibration)")
+        if self.signed is not None and type(self.signed) is not bool:
+            said = shown(self.signed)
+            raise UsageError(f"QuantSpec: signed={said}; use True, False or None (decided by calibration)")
+        for name in ("narrow", "offset"):
+            if type(value := getattr(self, name)) is not bool:
+                raise UsageError(f"QuantSpec: {name}={shown(value)}; use True or False")
         if self.narrow and self.signed is False:
             raise UsageError("QuantSpec: narrow=True drops the lowest signed level and cannot go with signed=False")
-        if self.granularity not in GRANULARITIES:
-            raise UsageError(f"QuantSpec: granularity={self.granularity!r}; use one of {', '.join(GRANULARITIES)}")
+        if not isinstance(self.granularity, str) or self.granularity not in GRANULARITIES:
+            raise UsageError(f"QuantSpec: granularity={shown(self.granularity)}; use one of {', '.join(GRANULARITIES)}")
         if (self.granularity == "group") != (self.group_size is not None):
             raise UsageError(
-                f"QuantSpec: granularity={self.granularity!r} with group_size={self.group_size!r}; "
+                f"QuantSpec: granularity={self.granularity!r} with group_size={shown(self.group_size)}; "
                 "group_size goes with granularity='group' and only with it"
             )
-        if self.group_size is not None and (type(self.group_size) is not int or self.group_size < 1):
-            raise UsageError(f"QuantSpec: group_size={self.group_size!r}; it must be a positive integer")
+        if self.group_size is not None and (type(self.group_size) is not int or not 1 <= self.group_size <= MAX_GROUP):
+            raise UsageError(f"QuantSpec: group_size={shown(self.group_size)}; it must be a positive integer")
         if self.signed is None and (self.narrow or self.offset):
             object.__setattr__(self, "signed", bool(self.narrow))
 
@@ -94,12 +100,13 @@ class QuantSpec:
     def from_dict(cls, values: dict[str, Any]) -> QuantSpec:
         """Read what ``to_dict`` wrote, this version's or an earlier one's.
 
-        Raises: UsageError for an unknown field, or one of ``FORMER`` with another value.
+        Raises: UsageError for an unknown field, one of ``FORMER`` with another value, or a value that is not allowed.
         """
-        values = {k: v for k, v in values.items() if k not in FORMER or v != FORMER[k]}
+        former = {k for k, v in FORMER.items() if type(values.get(k)) is type(v) and values[k] == v}
+        values = {k: v for k, v in values.items() if k not in former}
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise UsageError(f"QuantSpec: unknown field {unknown[0]!r}; known are {', '.join(sorted(known))}")
+            raise UsageError(f"QuantSpec: unknown field {shown(unknown[0])}; known are {', '.join(sorted(known))}")
         if "bits" not in values:
             raise UsageError("QuantSpec: the field 'bits' is missing")
         return cls(**values)

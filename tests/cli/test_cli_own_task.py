@@ -17,9 +17,12 @@ def test_train_a_task_of_ones_own(own, capsys, name):
     settings = (own / "run" / "config.toml").read_text()
     assert f'task = "{where}"' in settings
     assert "batch_size = 32" in settings  # the task's own settings
-    assert result(capsys, "eval", "run")["accuracy"] == facts["lsq"]["accuracy"]
-    assert result(capsys, "train", "--resume", "--out", "run", "--quiet")["lsq"] == facts["lsq"]
-    result(capsys, "check", "run")
+    assert result(capsys, "eval", "run", "--task", where)["accuracy"] == facts["lsq"]["accuracy"]
+    assert result(capsys, "train", where, "--resume", "--out", "run", "--quiet")["lsq"] == facts["lsq"]
+    result(capsys, "check", "run", "--task", where)
+    for command in (["train", "--resume", "--out", "run"], ["eval", "run"], ["check", "run"], ["export", "run"]):
+        run(*command, code=2)  # what a directory names is not run
+        assert "if you trust that file, name it with --task FILE.py:task" in capsys.readouterr().err
     run("check", "run", "--model", "points.py:task", code=2)
     assert "leave out --model and --data" in capsys.readouterr().err
 
@@ -30,11 +33,12 @@ def test_a_run_is_opened_from_another_folder(own, capsys, monkeypatch):
     elsewhere = own / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    assert result(capsys, "eval", "../run")["accuracy"] == facts["lsq"]["accuracy"]
-    assert result(capsys, "report", "../run")["missing"] == []
-    assert result(capsys, "train", "--resume", "--out", "../run", "--quiet")["lsq"] == facts["lsq"]
+    named = ["--task", "../points.py:task"]
+    assert result(capsys, "eval", "../run", *named)["accuracy"] == facts["lsq"]["accuracy"]
+    assert result(capsys, "report", "../run", *named)["missing"] == []
+    assert result(capsys, "train", "../points.py:task", "--resume", "--out", "../run", "--quiet")["lsq"] == facts["lsq"]
     (own / "points.py").rename(own / "moved.py")
-    run("eval", "../run", code=3)
+    run("eval", "../run", *named, code=3)
     assert "points.py does not exist" in capsys.readouterr().err
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 import tomllib
+import types
 from typing import Any
 
 import pytest
 from torch import nn
 
+import lsquant
+from helpers.convert import net
 from lsquant import QuantSpec, Recipe, Rule
-from lsquant._util.errors import UsageError
+from lsquant._util.errors import MissingExtra, UsageError
+from lsquant._util.toml import to_toml
+from lsquant.recipe import glob_of, literal_of, name_of
 
 LINEAR = nn.Linear(4, 4)
 
@@ -223,7 +229,7 @@ RECIPES = [
     *(Recipe.preset(name) for name in PRESETS),
     *(Recipe(4, spec) for spec in SPECS),
     *(Recipe(spec, None) for spec in WEIGHT_SPECS),
-    Recipe.preset("w2a2", first_last=3, skip=["a", nn.Conv2d], rules=[Rule(r're:x\.[0-9]+"é"', weight=4)]),
+    Recipe.preset("w2a2", first_last=3, skip=["a", nn.Conv2d], rules=[Rule('x.["é"]*', weight=4)]),
     Recipe(4, 4, [Rule("a", None), Rule("b", activation=None), Rule("c", None, None), Rule("d"), Rule("last", 8, 8)]),
     Recipe(None, None, [Rule("x.*", WEIGHT_SPECS[2], SPECS[4])]),
 ]
@@ -274,7 +280,7 @@ def test_plain_bits_and_float_may_be_written_by_hand():
         ("activation = {bits = 4, granularity = 'channel'}", "one step"),
         ("[[rules]]\nweight = 4", "'which'"),
         ("[[rules]]\nwhich = 'x'\nbits = 4", "'which'"),
-        ("[[rules]]\nwhich = 3\nweight = 4", "which=3"),
+        ("[[rules]]\nwhich = 3\nweight = 4", r"rules\[0\]\.which is 3; needed is a text"),
         ("rules = 3", "rules"),
         ("rules = ['x']", "rule"),
         ("[rules]\nwhich = 'x'", "rule"),
@@ -289,3 +295,135 @@ def test_a_newer_format_is_said_before_its_keys():
     with pytest.raises(UsageError, match=r"this lsquant reads format 1"):
         Recipe.from_toml("format = 9\nschedule = 'x'\n")
     assert re.match(r"format = 1\n", Recipe(4).to_toml())
+
+
+# ---- recipes in files: names, bounded globs, and google-re2 for other patterns ----
+
+NAMES = ["", "a", "blocks.0.fc1", "a[0]", "*", "?", "[", "]", "[!a]", "first", "last", "re:x", "re2:x", "class:x",
+         "a b", "a\\b", "ä.ß", "a-b", "^a$", "re"]  # fmt: skip
+
+
+def of_file(which: str) -> Rule:
+    return Recipe.from_toml(to_toml({"rules": [{"which": which, "weight": 8}]})).rules[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rule_for_one_name_matches_it_and_nothing_else(name):
+    for rule in (Rule(glob_of(name), 8), of_file(glob_of(name))):
+        assert rule.name == name
+        assert [other for other in NAMES if rule.matches([other], LINEAR, ["first", "last"])] == [name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_escaped_names_of_older_files_are_read_as_names(name):
+    """What lsquant.save wrote before: ``re:`` and re.escape(name)."""
+    for pattern in (re.escape(name), f"^{re.escape(name)}$", rf"\A{re.escape(name)}\Z"):
+        assert literal_of(pattern) == name
+        rule = of_file(f"re:{pattern}")
+        assert rule.name == name
+        assert rule.matches([name], LINEAR)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["a.b", "a*", "a|b", "(a)", "[a]", r"\d", "a\\", "a{2}", "a+", "a$b", "a?", r"\Aa\B"]
+)
+def test_what_is_more_than_one_name(pattern):
+    assert literal_of(pattern) is None
+
+
+def test_globs_are_no_names():
+    assert [name_of(which) for which in ("a*", "a?", "[ab]", "[!a]", "first", "re:a", "class:a.B")] == [None] * 7
+
+
+def test_regular_expressions_in_files_need_google_re2(monkeypatch):
+    monkeypatch.setitem(sys.modules, "re2", None)
+    with pytest.raises(MissingExtra, match=r"'re:\(a\+\)\+\$'.*pip install 'lsquant\[re2\]'"):
+        of_file("re:(a+)+$")
+    assert Rule("re:(a+)+", 4).matches(["aa"], LINEAR)  # of code, as before
+
+
+def test_regular_expressions_in_files_are_google_re2s(monkeypatch):
+    """A stand-in for the package: patterns of files reach it, with bounded memory, and Python's ``re`` never."""
+    asked: list[Any] = []
+
+    class Options:
+        log_errors, max_mem = True, 8 << 20
+
+    class Pattern:
+        def fullmatch(self, text: str) -> Any:
+            return text == "hit" or None
+
+    def compiled(pattern: str, options: Any) -> Pattern:
+        asked.append((pattern, options.log_errors, options.max_mem))
+        if pattern == "(":
+            raise ValueError("missing )")
+        return Pattern()
+
+    stand_in = types.SimpleNamespace(Options=Options, compile=compiled, error=ValueError)
+    monkeypatch.setitem(sys.modules, "re2", stand_in)
+    recipe = Recipe(rules=[of_file("re:(a+)+$")])
+    assert (bits(recipe, "hit"), bits(recipe, "aaa")) == ((8, None), (None, None))
+    assert set(asked) == {("(a+)+$", False, 1 << 20)}
+    assert Recipe.from_toml(recipe.to_toml()) == recipe
+    with pytest.raises(UsageError, match=r"rules\[0\]: Rule: '\(' is not a regular expression"):
+        of_file("re:(")
+
+
+def test_files_hold_names():
+    """Classes and regular expressions by what they match, in order; positions and globs stay."""
+    model = net()
+    rules = [Rule("re:[05]", 8), Rule("5", 3), Rule("*", activation=None), Rule(nn.Linear, 2), Rule("first", 8)]
+    recipe = Recipe(4, 4, rules, [Rule(nn.Conv2d, 6), Rule("last", 8)])
+    named = recipe.with_names(model)
+    assert [rule.which for rule in named.rules] == ["0", "5", "5", "*", "5", "first"]
+    assert [rule.which for rule in named.preset_rules] == ["0", "last"]
+    assert (recipe.has_only_names, named.has_only_names) == (False, True)
+    for name, position in (("0", ("first",)), ("5", ("last",))):
+        layer = model.get_submodule(name)
+        assert named.resolve([name], layer, position) == recipe.resolve([name], layer, position)
+    assert Recipe.from_toml(named.to_toml()) == named
+
+
+def test_a_saved_file_holds_names():
+    model = net()
+    lsquant.prepare(model, Recipe(4, 4, [Rule("re:.*5", 8), Rule(nn.Conv2d, 3)]))
+    assert [rule.which for rule in lsquant.resolved_recipe(model).rules] == ["0", "5"]
+
+
+def test_many_rules_for_names_take_no_time():
+    """20,000 names against 20,000 layers: each is looked up, not tried one after the other."""
+    recipe = Recipe(None, None, [Rule(f"layer.{i}", 2 + i % 7) for i in range(20_000)])
+    assert all(bits(recipe, f"layer.{i}")[0] == 2 + i % 7 for i in range(20_000))
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("weight = {bits = 4, narrow = 'no'}", r"weight: QuantSpec: narrow='no'; use True or False"),
+        ("activation = {bits = 4, offset = 'no'}", r"activation: QuantSpec: offset='no'; use True or False"),
+        ("activation = {bits = 4, signed = 1}", r"activation: QuantSpec: signed=1; use True, False or None"),
+        ("weight = {bits = true}", r"bits=True"),
+        ("weight = {bits = 4.0}", r"bits=4\.0"),
+        ("weight = {bits = 4, granularity = ['channel']}", r"granularity=\['channel'\]"),
+        ("weight = {bits = 4, granularity = 'group', group_size = 8.0}", r"group_size=8\.0"),
+        ("weight = {bits = 4, granularity = 'group', group_size = true}", r"group_size=True"),
+        ("weight = {bits = 4, dynamic = 0}", "unknown field 'dynamic'"),
+        ("weight = 0x" + "f" * 300, "weight=an integer of 1200 bits"),
+        ("weight = true", "weight=True"),
+        ("format = true", "format True"),
+        ("weight = " + "[" * 5000 + "]" * 5000, "not valid TOML"),
+        (".".join("a" * 500) + " = 1", "nested deeper than 64 levels"),
+        ("weight = " + "9" * 5000, "not valid TOML"),
+        ("[[rules]]\nwhich = 'x'\nweight = 4\nbits = 4", r"rules\[0\]: unknown key 'bits'"),
+        ("[[rules]]\nwhich = '" + "x" * 1001 + "'", r"rules\[0\]\.which is 'xxx.*at most 1000 characters"),
+        ("[[rules]]\nwhich = '" + "*a" * 33 + "'", "33 stars in one glob"),
+        ("[[rules]]\nwhich = 'class:os.path; x'", "is no name of a class"),
+        ('[[rules]]\nwhich = "x\\u0000"', r"rules\[0\]\.which"),
+        ("".join(f"[[rules]]\nwhich = 'x{i}*'\n" for i in range(1001)), "1,001 rules with patterns"),
+        ("#" * (1 << 23) + "#", "8,388,609 bytes of TOML"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_types_and_bounds_of_files(text, says):
+    with pytest.raises(UsageError, match=rf"^recipe: .*{says}"):
+        Recipe.from_toml(text)

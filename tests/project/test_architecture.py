@@ -52,7 +52,7 @@ NEVER = {"formats": {"kernels", "training"}}
 OPTIONAL = {
     *("onnx", "onnxruntime", "onnxscript", "onnx_ir", "sklearn", "matplotlib", "PIL"),
     *("transformers", "accelerate", "lightning", "tensorboard", "triton", "gguf", "openvino", "torchao"),
-    *("compressed_tensors", "scipy", "pyarrow"),
+    *("compressed_tensors", "scipy", "pyarrow", "re2"),
 }
 
 

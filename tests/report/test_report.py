@@ -239,7 +239,7 @@ def run_copy(finished, tmp_path):
 
 
 def report(path, capsys, code=0):
-    assert main(["report", str(path), "--json", "--max-batches", "1"]) == code
+    assert main(["report", "--task", f"{TASK}:task", str(path), "--json", "--max-batches", "1"]) == code
     told = capsys.readouterr()
     return page_data(path / "report.html")["runs"][0] if code == 0 else told.err
 
@@ -337,9 +337,10 @@ def test_an_unfinished_run_shows_its_last_checkpoint_or_its_log(run_copy, capsys
 
 def test_several_runs(finished, run_copy, tmp_path, capsys):
     out = tmp_path / "both.html"
-    assert main(["report", str(finished), str(run_copy)]) == 2
+    assert main(["report", "--task", f"{TASK}:task", str(finished), str(run_copy)]) == 2
     assert "--out FILE" in capsys.readouterr().err
-    assert main(["report", str(finished), str(run_copy), "--out", str(out), "--max-batches", "1", "--json"]) == 0
+    named = ["--task", f"{TASK}:task", "--out", str(out), "--max-batches", "1", "--json"]
+    assert main(["report", str(finished), str(run_copy), *named]) == 0
     told = json.loads(capsys.readouterr().out)
     assert list(told["runs"]) == [str(finished), str(run_copy)]
     first, second = page_data(out)["runs"]

@@ -332,7 +332,7 @@ def test_what_the_runtime_refuses_is_told_with_the_batch(tmp_path: Path) -> None
     x = torch.randn(8, 4)
     model = ready(Casting(), x)
     path = lsquant.export_onnx(model, tmp_path / "m.onnx", x)
-    with pytest.raises(UsageError, match=r"ONNX Runtime cannot run the file on this batch \(x \[8, 4\] float64\)"):
+    with pytest.raises(UsageError, match=r"ONNX Runtime cannot run .* on this batch \(x \[8, 4\] float64\)"):
         lsquant.verify(model, path, [x.double()])
 
 

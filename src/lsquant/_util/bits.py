@@ -26,7 +26,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
         words.reshape(-1)[: part.size] = part.astype(np.int64) & (2**bits - 1)
         joined = np.bitwise_or.reduce(words << _shifts(bits), axis=1).astype("<u8")
         out[start // 8 : start // 8 + len(words)] = joined.view(np.uint8).reshape(-1, 8)[:, :bits]
-    return out.reshape(-1)[: _bytes(flat.size, bits)]
+    return out.reshape(-1)[: packed_bytes(flat.size, bits)]
 
 
 def unpack(data: np.ndarray, bits: int, count: int, signed: bool) -> np.ndarray:
@@ -38,8 +38,8 @@ def unpack(data: np.ndarray, bits: int, count: int, signed: bool) -> np.ndarray:
     Returns: (count,) int8 where signed, else uint8.
     Raises: ValueError for another number of bytes.
     """
-    if data.size != _bytes(count, bits):
-        raise ValueError(f"{count} codes of {bits} bits take {_bytes(count, bits)} bytes, not {data.size}")
+    if data.size != packed_bytes(count, bits):
+        raise ValueError(f"{count} codes of {bits} bits take {packed_bytes(count, bits)} bytes, not {data.size}")
     out = np.empty(count, np.int8 if signed else np.uint8)
     sign = 2 ** (bits - 1) if signed else 0
     for start in range(0, count, CHUNK):
@@ -55,10 +55,11 @@ def unpack(data: np.ndarray, bits: int, count: int, signed: bool) -> np.ndarray:
 
 def packed_size(count: int, bits: int, steps: int, zero_points: int = 0) -> int:
     """Return the bytes of a quantized tensor: packed codes, float32 steps and int32 zero points."""
-    return _bytes(count, bits) + 4 * (steps + zero_points)
+    return packed_bytes(count, bits) + 4 * (steps + zero_points)
 
 
-def _bytes(count: int, bits: int) -> int:
+def packed_bytes(count: int, bits: int) -> int:
+    """Return the bytes that packed codes take."""
     return (count * bits + 7) // 8
 
 

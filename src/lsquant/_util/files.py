@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lsquant._util.errors import CannotWrite, DamagedFile, DiskFull, LsquantError, MissingFile, UsageError
+from lsquant._util import entry
+from lsquant._util.errors import CannotWrite, DiskFull, LsquantError, MissingFile, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -90,13 +91,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read JSON.  Raises: MissingFile, DamagedFile naming the file."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MissingFile(f"{path} does not exist") from error
-    except ValueError as error:
-        raise DamagedFile(f"{path} is not valid JSON: {error}") from error
+    """Read JSON, plain and not nested deeply.  Raises: MissingFile, DamagedFile naming the file."""
+    return entry.read_json(path).value
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> int:

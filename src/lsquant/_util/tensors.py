@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lsquant._util.entry import reason
 from lsquant._util.errors import DamagedFile, MissingFile
 from lsquant._util.files import atomic_write
 
@@ -47,11 +48,14 @@ def read_tensors(
             metadata = file.metadata() or {}
             names = file.keys() if with_tensors else ()
             tensors = {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, ValueError) as error:
-        with open(path, "rb") as raw:
-            is_zip = raw.read(2) == b"PK"
+    except Exception as error:  # the parser's own kind, and torch's for shapes and types that it does not take
+        try:
+            with open(path, "rb") as raw:
+                is_zip = raw.read(2) == b"PK"
+        except OSError:
+            is_zip = False
         hint = "; it looks like torch.save's: write the state dict with safetensors.torch.save_file" if is_zip else ""
-        raise DamagedFile(f"{path} is damaged or not a safetensors file: {error}{hint}") from error
+        raise DamagedFile(f"{path} is damaged or not a safetensors file: {reason(error)}{hint}") from error
     return metadata, tensors, with_tensors and metadata.get(CHECKSUM) == _checksum(metadata, tensors)
 
 

@@ -53,7 +53,7 @@ def evaluate(a: Namespace) -> Outcome:
     """Measure a run's trained model, or by the task of --task a float checkpoint, a saved or a packed file."""
     if a.task is None or is_run(a.path):
         run = run_of(a, "--task TASK")
-        if a.task is not None or a.model is not None:
+        if a.model is not None or (a.task is not None and ":" not in a.task):
             raise UsageError(f"{a.path} is a run and brings its own model: leave out --task and --model")
         task, model = run.task, run.model()
     else:

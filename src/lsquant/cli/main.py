@@ -24,6 +24,7 @@ from lsquant.runs.settings import Optimizer
 from lsquant.tasks import TASKS
 from lsquant.verification import LEVELS, RUNTIMES
 
+OWN_TASK = "the task FILE.py:task of a RUN of your own: nothing that a file names is run"
 GOOD, NOT_AS_REQUIRED, USAGE, INTERRUPTED = 0, 1, 2, interrupt.INTERRUPTED
 
 
@@ -48,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add("eval", commands.evaluate, "measure the trained model of a run, or with --task of FILE, on the test data")
     sub.add_argument("path", metavar="RUN", help="run directory, or a FILE: float, of lsquant.save, or packed")
-    sub.add_argument("--task", metavar="TASK", help="the task that measures FILE")
+    sub.add_argument("--task", metavar="TASK", help=f"the task that measures FILE, or {OWN_TASK}")
     _task_options(sub)
 
     sub = add("calibrate", commands.calibrate, "quantize a model of your own without training and save it")
@@ -82,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = add("report", report, "write an HTML page about a run, several runs or FILE")
     sub.add_argument("path", nargs="+", metavar="RUN", help="run directories, or with --model a FILE of lsquant.save")
+    sub.add_argument("--task", metavar="FILE.py:task", help=OWN_TASK)
     _own(sub)
     sub.add_argument("--out", metavar="FILE", help="default: RUN/report.html, or beside FILE")
 
@@ -102,6 +104,7 @@ def _profile(sub: argparse.ArgumentParser) -> None:
 
 def _subject(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("path", metavar="RUN", help="run directory, or with --model a FILE of lsquant.save or calibrate")
+    sub.add_argument("--task", metavar="FILE.py:task", help=OWN_TASK)
     _own(sub)
 
 

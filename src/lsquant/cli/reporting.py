@@ -11,20 +11,19 @@ from typing import Any
 from torch import nn
 
 from lsquant._util.errors import LsquantError, UsageError
-from lsquant._util.files import read_json
 from lsquant.cli.outcome import Outcome
-from lsquant.cli.subject import BATCH
+from lsquant.cli.subject import BATCH, given
 from lsquant.cli.user_model import UserModel
 from lsquant.cli.words import measured, results, table
 from lsquant.convert import prepare
 from lsquant.formats import file_formats
 from lsquant.report.model_facts import model_facts
 from lsquant.report.page import write_page, write_report
-from lsquant.report.run_files import complete, from_log, run_files
+from lsquant.report.run_files import complete, from_log, read_verdict, run_files
 from lsquant.runs import Run
 from lsquant.tasks import open_run
 from lsquant.training.progress import message
-from lsquant.training.state import load_model_state, load_state
+from lsquant.training.state import load_model_part, load_model_state
 
 BATCHES = 2  # of the calibration data that the page of a run looks at, unless --max-batches says otherwise
 _FLOATS, _PACKED = "quantized weights in float32", "the same packed, with steps"
@@ -47,7 +46,7 @@ def _report_of_file(a: Namespace) -> Outcome:
     subject, file = UserModel.of(a, name), Path(name)
     model = subject.model()
     path = Path(a.out) if a.out else file.with_suffix(".html")
-    found = [read_json(one) for one in sorted(file.parent.glob(f"{escape(file.stem)}.*verdict.json"))]
+    found = [read_verdict(one) for one in sorted(file.parent.glob(f"{escape(file.stem)}.*verdict.json"))]
     limit = a.max_batches or 32
     write_report(model, path, subject.check_batches(), max_batches=limit, title=file.name, verdicts=found)
     levels = {v["profile"]: v["level"] for v in found if v["runtime"].startswith(("ONNX", "PyTorch"))}
@@ -87,7 +86,7 @@ def run_facts(folder: Path, a: Namespace) -> dict[str, Any]:
     run = run_files(folder)
     last, missing = run.pop("last"), run["missing"]
     try:
-        opened = open_run(folder, **({} if a.data is None else {"data": a.data}))
+        opened = open_run(folder, **given(a, "task", "data"))
         model = trained(opened, missing)
     except LsquantError as error:
         missing.append(f"no model: {error}")
@@ -115,10 +114,9 @@ def trained(run: Run, missing: list[str]) -> nn.Module:
         if not checkpoints:
             raise
         missing.append(f"{error}; shown is the checkpoint {checkpoints[-1].name}")
-    state = load_state(checkpoints[-1])
     model = run.task.model()
     prepare(model, run.recipe, example_inputs=run.task.example_input())
-    load_model_state(model, state["model"])
+    load_model_state(model, load_model_part(checkpoints[-1]))
     return model.eval()
 
 
@@ -147,7 +145,8 @@ def _level_in_words(level: str) -> str:
 
 def commands_of(run: Run) -> list[str]:
     """Return the commands that repeat the run, its files and this page."""
-    return [train_command(run)] + [f"lsquant {c} {quote(str(run.path))}" for c in ("export", "verify", "report")]
+    own = f" --task {quote(run.task_name)}" if ":" in run.task_name else ""
+    return [train_command(run)] + [f"lsquant {c} {quote(str(run.path))}{own}" for c in ("export", "verify", "report")]
 
 
 def train_command(run: Run) -> str:

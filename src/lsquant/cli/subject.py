@@ -85,12 +85,14 @@ class RunModel:
 def subject_of(a: Namespace) -> Subject:
     """Return the user's own model where --model or --data names a function, else the run."""
     if a.model is not None or (a.data is not None and not is_run(a.path)):
+        if a.task is not None:
+            raise UsageError(f"--task {a.task} is for a RUN: leave it out where --model builds the model")
         return UserModel.of(a, a.path)
     return RunModel(run_of(a, "--model package.module:build and --data"))
 
 
 def run_of(a: Namespace, file_needs: str) -> Run:
-    """Open the run that RUN names, with the data of --data.
+    """Open the run that RUN names, with the task of --task and the data of --data.
 
     file_needs: the options that a FILE in its place needs
 
@@ -98,7 +100,7 @@ def run_of(a: Namespace, file_needs: str) -> Run:
     """
     if Path(a.path).is_file():
         raise UsageError(f"{a.path} is a file, not a run directory, and needs {file_needs}")
-    return open_run(a.path, **given(a, "data"))
+    return open_run(a.path, **given(a, "task", "data"))
 
 
 def given(a: Namespace, *names: str) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+from lsquant._util.entry import LARGEST_TOML, read_text
 from lsquant._util.errors import MissingFile, UsageError
 from lsquant.cli.outcome import Outcome
 from lsquant.cli.subject import given
 from lsquant.cli.words import measured, results, table
-from lsquant.recipe import Recipe
+from lsquant.recipe import Recipe, recipe_of_file
 from lsquant.runs.directory import sha256
 from lsquant.tasks import Run, Settings, Task, get_task, open_run, run_training
 
@@ -25,7 +26,7 @@ def train(a: Namespace) -> Outcome:
     if a.resume and a.overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     if a.resume and (a.task is None or Path(a.out).exists()):
-        run = open_run(a.out, **given(a, "data"))
+        run = open_run(a.out, **given(a, "task", "data"))
         _refuse_changes(a, run)
         metrics = run_training(run, resume=True, **how)
     elif a.task is None:
@@ -63,14 +64,13 @@ def _refuse_idle(a: Namespace, names: tuple[str, ...], why: str) -> None:
 
 def _refuse_changes(a: Namespace, run: Run) -> None:
     """Raises: UsageError where options beside --resume say something else than the run, which has them all."""
-    asked = given(a, *_SETTINGS, "init", "teacher", "start", "task", "model")
+    asked = given(a, *_SETTINGS, "init", "teacher", "start", "model")
     has = {
         **run.task.options,
         **run.settings.to_dict(),
         "init": run.init,
         "teacher": run.teacher,
         "start": run.start,
-        "task": run.task_name,
     }
     differ = [f"{name} is {has.get(name)!r}, not {value!r}" for name, value in asked.items() if has.get(name) != value]
     if (a.recipe or a.bits or a.weight_bits or a.activation_bits) and recipe_of(a) != run.recipe:
@@ -88,7 +88,7 @@ def recipe_of(a: Namespace) -> Recipe:
             raise UsageError("give --recipe or bits, not both")
         if not Path(a.recipe).is_file():
             raise MissingFile(f"the recipe {a.recipe} does not exist")
-        return Recipe.from_toml(Path(a.recipe).read_text(encoding="utf-8"))
+        return recipe_of_file(read_text(a.recipe, LARGEST_TOML), a.recipe, UsageError)
     weight, activation = a.weight_bits or a.bits, a.activation_bits or a.bits
     if weight is None or activation is None:
         raise UsageError("give --bits N, or --weight-bits and --activation-bits, or --recipe FILE")

@@ -28,13 +28,15 @@ def results(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(key, name) for key, name in _NAMES.items() if isinstance(metrics.get(key), dict)]
 
 
-def measured(metrics: Mapping[str, float]) -> str:
+def measured(metrics: Mapping[str, float | None]) -> str:
     """Format the numbers of one result."""
     return ", ".join(f"{name} {measure(name, value)}" for name, value in metrics.items())
 
 
-def measure(name: str, value: float) -> str:
-    """Format a number of a task's metric of that name."""
+def measure(name: str, value: float | None) -> str:
+    """Format a number of a task's metric of that name; None stands for one that was not finite."""
+    if value is None:
+        return "not finite"
     return f"{value:.2f} %" if name == "accuracy" else f"{value:.4f}"
 
 

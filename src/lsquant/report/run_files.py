@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lsquant._util.entry import LARGEST_TOML, Entry, parse_toml, read_json, read_text, read_toml
 from lsquant._util.errors import DamagedFile, MissingFile
-from lsquant._util.files import read_json
 from lsquant.report.values import short
-from lsquant.runs.log_reader import LOGGED, finite, latest, log_rows, quantizers_of
+from lsquant.runs.log_reader import LOGGED, finite, latest, log_rows, quantizers_of, read_metrics
+from lsquant.verification.verdict import LEVELS
 
 _FILES = ("config.toml", "recipe.toml", "env.json", "log.jsonl", "metrics.json", "model.safetensors")
 
@@ -28,25 +28,12 @@ def run_files(folder: Path) -> dict[str, Any]:
     if not any((folder / name).exists() for name in _FILES):
         raise MissingFile(f"{folder} is no run directory: it has no config.toml")
     missing: list[str] = []
-    config: dict[str, Any] = {}
-    try:
-        config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        missing.append("config.toml does not exist")
-    except ValueError as error:
-        missing.append(f"config.toml is not valid TOML: {error}")
-    recipe = ""
-    try:
-        recipe = (folder / "recipe.toml").read_text(encoding="utf-8")
-        if not tomllib.loads(recipe):
-            missing.append("recipe.toml is empty")
-    except FileNotFoundError:
-        missing.append("recipe.toml does not exist")
-    except ValueError as error:
-        missing.append(f"recipe.toml is not valid TOML: {error}")
-    metrics, env = _json(folder / "metrics.json", missing), _json(folder / "env.json", missing)
+    config = _found(folder / "config.toml", missing, _config)
+    recipe = _text(folder / "recipe.toml", missing)
+    metrics = _found(folder / "metrics.json", missing, read_metrics)
+    env = _found(folder / "env.json", missing, _environment)
     rows = log_rows(folder / "log.jsonl", missing)
-    verdicts = [v for f in sorted(folder.glob("export/*.verdict.json")) if (v := _json(f, missing))]
+    verdicts = [v for f in sorted(folder.glob("export/*.verdict.json")) if (v := _found(f, missing, read_verdict))]
     patterns = ("model.safetensors", "export/*.onnx", "export/*.safetensors")
     found = [f for pattern in patterns for f in sorted(folder.glob(pattern))]
     return {
@@ -65,20 +52,74 @@ def run_files(folder: Path) -> dict[str, Any]:
     }
 
 
-def _json(path: Path, missing: list[str]) -> dict[str, Any]:
-    """Return the JSON object in a file; append to `missing` that it does not exist or is damaged."""
+def _found(path: Path, missing: list[str], read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Return what ``read`` gives; append to `missing` that the file does not exist or is damaged."""
     try:
-        value = read_json(path)
+        return read(path)
     except MissingFile:
         missing.append(f"{path.name} does not exist")
-        return {}
     except DamagedFile as error:
-        missing.append(f"{path.name} {str(error).removeprefix(str(path)).strip()}")
-        return {}
-    if not isinstance(value, dict):
-        missing.append(f"{path.name} holds no JSON object")
-        return {}
-    return value
+        missing.append(str(error).replace(str(path), path.name))
+    return {}
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    return {name: entry.value for name, entry in read_json(path).table().items()}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    document = read_toml(path)
+    found = document.table()
+    if "task" in found:
+        found["task"].text()
+    if "settings" in found:
+        found["settings"].table()
+    return document.value
+
+
+def _text(path: Path, missing: list[str]) -> str:
+    """Return the recipe as it is written; append to `missing` that it does not exist or is no TOML."""
+    found = ""
+
+    def read(path: Path) -> dict[str, Any]:
+        nonlocal found
+        found = read_text(path, LARGEST_TOML)
+        return parse_toml(found, str(path)).value
+
+    before = len(missing)
+    if not _found(path, missing, read) and len(missing) == before:
+        missing.append(f"{path.name} is empty")
+    return found
+
+
+def read_verdict(path: Path) -> dict[str, Any]:
+    """Return a verdict, as ``Verdict.to_dict`` gave it.  Raises: MissingFile; DamagedFile naming file and key."""
+    document = read_json(path)
+    _check_verdict(document)
+    return document.value
+
+
+def _check_verdict(entry: Entry, inside: bool = False) -> None:
+    found = entry.parts("level", "profile", "runtime")
+    found["level"].choice(LEVELS)
+    for name in {"path", "profile", "runtime"} & found.keys():
+        found[name].text()
+    for name in {"layers", "batches", "samples"} & found.keys():
+        found[name].integer(0, 2**63)
+    if "session" in found:
+        found["session"].text_table()
+    for check in found["checks"].items(1000) if "checks" in found else ():
+        facts = check.parts("level", "what", "compared", "mismatches", "largest", "worst", "failing", "parts")
+        facts["level"].choice(LEVELS)
+        for name in ("what", "worst"):
+            facts[name].text()
+        for name in ("compared", "mismatches", "failing", "parts"):
+            facts[name].integer(0, 2**63)
+        if facts["largest"].value is not None:
+            facts["largest"].number(0.0)
+    if "plain" in found and found["plain"].value is not None:
+        entry.require(not inside, "a verdict within a verdict within a verdict")
+        _check_verdict(found["plain"], inside=True)
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -29,13 +29,14 @@ from typing import Any
 from torch import nn
 
 from lsquant import checkpoint
+from lsquant._util.entry import LARGEST_TOML, Entry, read_text, read_toml, shown
 from lsquant._util.errors import DamagedFile, LsquantError, MissingFile, UsageError
 from lsquant._util.files import atomic_write, atomic_write_text, cannot_write, remove_leftovers, write_json
 from lsquant._util.toml import to_toml
 from lsquant._version import __version__
 from lsquant.diagnostics.environment import environment
 from lsquant.nn import quantizers
-from lsquant.recipe import Recipe
+from lsquant.recipe import Recipe, recipe_of_file
 from lsquant.runs.lock import HOLDER, LOCK, RunLock
 from lsquant.runs.log_reader import latest, log_rows
 from lsquant.runs.settings import Settings
@@ -121,7 +122,7 @@ class Run:
         model = checkpoint.load(self.task.model(), self.file("model.safetensors"))
         logged = latest(log_rows(self.file("log.jsonl"), []))
         for name, quantizer in quantizers(model):
-            quantizer.guarded.fill_(int(logged.get(name, {}).get("guarded") or 0))
+            quantizer.guarded.fill_(int(min(2**53, max(0, logged.get(name, {}).get("guarded", 0)))))
         return model
 
 
@@ -160,8 +161,8 @@ class StoredRun:
 def is_run(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a directory whose config.toml says that it is a run."""
     try:
-        return tomllib.loads((Path(path) / "config.toml").read_text(encoding="utf-8")).get("kind") == KIND
-    except (OSError, ValueError):
+        return read_toml(Path(path) / "config.toml").value.get("kind") == KIND
+    except LsquantError:
         return False
 
 
@@ -173,63 +174,80 @@ def read_run(path: str | os.PathLike[str]) -> StoredRun:
     Raises: MissingFile if there is none; DamagedFile for an unreadable or newer config.toml.
     """
     folder = Path(path)
-    values = _read_config(folder)
+    config = folder / "config.toml"
+    if not config.is_file():
+        raise MissingFile(f"{folder} is no run directory: it has no config.toml")
+    document = read_toml(config)
+    kind, version = document.value.get("kind"), document.value.get("format")
+    if kind != KIND or type(version) is not int or version != FORMAT:
+        raise DamagedFile(
+            f"{config} says kind {shown(kind)}, format {shown(version)}; this version reads {KIND!r}, format {FORMAT}"
+        )
+    if not {"task", "settings"} <= document.value.keys():
+        raise DamagedFile(f"{config} has no task or no settings: it was cut")
+    values = document.parts()
     recipe = _read_recipe(folder)
-    started = Path(values.get("folder", "."))
-    name, options = values["task"], values.get("options", {})
+    started = Path(_text(values, "folder") or ".")
+    name, options = values["task"].text(), _options(values)
     if ":" in name:
         place, _, member = name.rpartition(":")
         name, options = f"{_found(place, started)}:{member}", {}
     if isinstance(data := options.get("data"), str):
         options["data"] = _found(data, started)
+    try:
+        settings = Settings.from_dict({key: entry.value for key, entry in values["settings"].table().items()})
+    except UsageError as error:
+        values["settings"].refuse(str(error))
 
     def file(key: str) -> str | None:
-        return _found(values[key], started) if values.get(key) else None
+        return _found(path, started) if (path := _text(values, key)) else None
 
     return StoredRun(
         folder,
         name,
         options,
         recipe,
-        Settings.from_dict(values["settings"]),
+        settings,
         init=file("init"),
         teacher=file("teacher"),
-        teacher_sha256=values.get("teacher_sha256"),
+        teacher_sha256=_text(values, "teacher_sha256"),
         start=file("start"),
     )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = folder / "config.toml"
-    if not config.is_file():
-        raise MissingFile(f"{folder} is no run directory: it has no config.toml")
-    try:
-        values = tomllib.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedFile(f"{config} is not valid TOML: {error}") from error
-    if (values.get("kind"), values.get("format")) != (KIND, FORMAT):
-        raise DamagedFile(
-            f"{config} says kind {values.get('kind')!r}, format {values.get('format')!r}; "
-            f"this version reads {KIND!r}, format {FORMAT}"
-        )
-    if not {"task", "settings"} <= values.keys():
-        raise DamagedFile(f"{config} has no task or no settings: it was cut")
-    return values
+def _text(values: dict[str, Entry], key: str) -> str | None:
+    """Return a text of config.toml; None where it is left out."""
+    return values[key].text() if key in values else None
+
+
+def _options(values: dict[str, Entry]) -> dict[str, Any]:
+    """Return the options of the task: words, numbers, truth values and lists of them."""
+    found = values["options"].table(100) if "options" in values else {}
+    for entry in found.values():
+        for one in entry.items(1000) if isinstance(entry.value, list) else [entry]:
+            if isinstance(one.value, str):
+                one.text()
+            elif isinstance(one.value, int):
+                one.require(one.value.bit_length() < 64, "an integer beyond 64 bits")
+            else:
+                one.require(isinstance(one.value, float), f"{shown(one.value)} is no option of a task")
+    return {name: entry.value for name, entry in found.items()}
 
 
 def _read_recipe(folder: Path) -> Recipe:
     file = folder / "recipe.toml"
     if not file.is_file():
         raise MissingFile(f"{folder} has no recipe.toml: start it anew with --overwrite")
-    try:
-        return Recipe.from_toml(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DamagedFile(f"{file} is damaged: {error}") from error
+    return recipe_of_file(read_text(file, LARGEST_TOML), str(file))
 
 
 def _found(path: str, started: Path) -> str:
     """Return `path` in the folder that the run was started from if that is another and has it, else as from here."""
-    return str(started / path) if started.resolve() != Path.cwd() and (started / path).exists() else path
+    elsewhere = started / path
+    try:
+        return str(elsewhere) if started.resolve() != Path.cwd() and elsewhere.exists() else path
+    except (OSError, RuntimeError):  # a name that is too long, links that lead in a circle
+        return path
 
 
 def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> RunLock:
@@ -305,7 +323,7 @@ def _fill(folder: Path, run: Run) -> None:
                 shutil.copyfile(file, copy)
     if run.teacher is not None:
         check_teacher(run, folder / TEACHER)
-    atomic_write_text(folder / "recipe.toml", run.recipe.to_toml())
+    atomic_write_text(folder / "recipe.toml", _by_name(run.recipe, run.task).to_toml())
     write_json(folder / "env.json", {"format": FORMAT, **environment()})
     atomic_write_text(folder / "config.toml", to_toml({**run.config(), "folder": os.getcwd()}))
 
@@ -340,6 +358,7 @@ def _clear(path: Path) -> None:
 def _check_same(run: Run, stored: StoredRun) -> None:
     """Raises: UsageError naming what differs between `run` and the one in its directory."""
     new, old = _compared(run, run.task_name), _compared(stored, stored.task_name)
+    new["recipe"], old["recipe"] = (_by_name(one.recipe, run.task) for one in (run, stored))
     different = [f"{key} was {old[key]!r}, not {value!r}" for key, value in new.items() if old[key] != value]
     if ":" not in stored.task_name:  # a user's own task brings its options
         before = {key: value for key, value in stored.options.items() if key != "data"}  # data may lie elsewhere
@@ -350,10 +369,14 @@ def _check_same(run: Run, stored: StoredRun) -> None:
         raise UsageError(f"{run.path} is another run ({'; '.join(different)}): resume it as it was, or --overwrite it")
 
 
+def _by_name(recipe: Recipe, task: Task) -> Recipe:
+    """Return the recipe without classes and regular expressions, as recipe.toml has it."""
+    return recipe if recipe.has_only_names else recipe.with_names(task.model())
+
+
 def _compared(run: Run | StoredRun, task_name: str) -> dict[str, Any]:
     """Return what must be equal for a run to go on, its options apart."""
     return {
-        "recipe": run.recipe,
         **run.settings.to_dict(),
         "task": task_name,
         "init": run.init,

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lsquant._util.entry import parse_json, read_json, without_waiting
+from lsquant._util.errors import DamagedFile
+
 ROWS = 240  # of the log that are read; of more, evenly spaced ones
+LONGEST = 1 << 24  # characters of a row
+MOST_LINES = 1 << 20
 LOGGED = ("step", "step_min", "step_max", "R", "guarded", "clip_rate", "oscillation")
 """What a row says about every quantizer."""
 
 
 def log_rows(path: Path, missing: list[str]) -> list[dict[str, Any]]:
     """Return the rows that can be read, at most ROWS of them; append damaged lines, in words, to `missing`."""
+    rows, damaged = [], []
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        with open(path, "rb", opener=without_waiting) as file:
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST + 1), b""), 1):
+                if number > MOST_LINES:
+                    damaged.append(number)
+                    break
+                try:
+                    rows.append(_row(line, path.name))
+                except DamagedFile:
+                    if line.strip():
+                        damaged.append(number)
     except OSError:
         missing.append(f"{path.name} does not exist")
         return []
-    rows, damaged = [], []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        elif line.strip():
-            damaged.append(number)
     if damaged:
         lines = ", ".join(map(str, damaged[:5])) + (" and others" if len(damaged) > 5 else "")
         missing.append(f"{path.name}: line {lines} cannot be read")
@@ -38,6 +42,31 @@ def log_rows(path: Path, missing: list[str]) -> list[dict[str, Any]]:
     if len(rows) > ROWS:
         rows = [rows[round(i * (len(rows) - 1) / (ROWS - 1))] for i in range(ROWS)]
     return rows
+
+
+def _row(line: bytes, name: str) -> dict[str, Any]:
+    """Return a line as a table.  Raises: DamagedFile."""
+    entry = parse_json(line.decode("utf-8", "replace"), name, largest=LONGEST)
+    entry.table()
+    return entry.value
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Return the content of a metrics.json: results, each with numbers, None for one that was not finite.
+
+    Raises: MissingFile; DamagedFile naming file and key.
+    """
+    found = read_json(path).table(100)
+    for name, entry in found.items():
+        if name == "task":
+            entry.text()
+        elif name in ("format", "seed"):
+            entry.integer(-(2**63), 2**63)
+        else:
+            for number in entry.table(1000).values():
+                if number.value is not None:
+                    number.number()
+    return {name: entry.value for name, entry in found.items()}
 
 
 def quantizers_of(row: Mapping[str, Any]) -> dict[str, Any]:

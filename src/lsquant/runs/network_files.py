@@ -16,8 +16,8 @@ from lsquant.formats import load_packed
 from lsquant.nn import quantizers
 from lsquant.runs.defaults import architectures
 from lsquant.runs.task import Task
-from lsquant.training import load_state
 from lsquant.training.state import FORMAT as CHECKPOINT
+from lsquant.training.state import load_model_part
 
 Loader = Callable[[nn.Module, str | os.PathLike[str]], nn.Module]
 
@@ -92,8 +92,8 @@ def _fits(build: Callable[[], nn.Module], shapes: Mapping[str, torch.Size]) -> b
 def _float_tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     metadata, tensors, _ = read_tensors(path)
     if metadata.get("format") == CHECKPOINT:  # last/float.safetensors of a run
-        tensors = load_state(path)["model"]["state"]
-    if all(name.startswith("module.") for name in tensors):
+        tensors = load_model_part(path)["state"]
+    if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from math import inf
-from typing import Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_type_hints
 
+from lsquant._util.entry import shown
 from lsquant._util.errors import UsageError
 from lsquant.quantizer import Method
 
 Optimizer = Literal["sgd", "adam", "adamw"]
+MOST = 2**63
+"""Whole numbers are below it."""
 
 _LEAST = {
     "batch_size": 1,
@@ -93,6 +97,7 @@ class Settings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         object.__setattr__(self, "progressive", tuple(self.progressive))
         self._check_numbers()
         self._check_shares()
@@ -100,6 +105,25 @@ class Settings:
         for name, kind in (("weight_init", Method), ("activation_init", Method), ("optimizer", Optimizer)):
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"{name}={getattr(self, name)!r}: one of {', '.join(get_args(kind))}")
+
+    def _check_types(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            if value is None and NoneType in kinds:
+                continue
+            if name == "progressive":
+                good = isinstance(value, (list, tuple)) and len(value) < 8 and all(type(b) is int for b in value)
+                wanted = "a list of bits, e.g. [8, 4]"
+            elif bool in kinds:
+                good, wanted = type(value) is bool, "true or false"
+            elif int in kinds:
+                good, wanted = type(value) is int and abs(value) < MOST, "a whole number"
+            elif float in kinds:
+                good, wanted = type(value) is float or (type(value) is int and abs(value) < MOST), "a number"
+            else:
+                good, wanted = isinstance(value, str), "a word"
+            if not good:
+                raise UsageError(f"{name}={shown(value)}: it must be {wanted}")
 
     def _check_numbers(self) -> None:
         for name, least in _LEAST.items():
@@ -144,6 +168,7 @@ class Settings:
         """Read the settings of a config.toml, which leaves out None. Raises: UsageError naming an unknown one."""
         known = {item.name for item in fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise UsageError(f"unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+            said = ", ".join(name[:40] for name in unknown[:3])
+            raise UsageError(f"unknown setting {said}; known are {', '.join(sorted(known))}")
         none: dict[str, Any] = {item.name: None for item in fields(cls) if "None" in str(item.type)}
         return cls(**none | values)

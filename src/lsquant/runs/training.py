@@ -13,13 +13,14 @@ from torch import nn
 
 from lsquant import checkpoint
 from lsquant._util.errors import UsageError
-from lsquant._util.files import read_json, write_json
+from lsquant._util.files import write_json
 from lsquant.calibration import calibrate
 from lsquant.convert import prepare
 from lsquant.nn import quantized_layers, quantizers
 from lsquant.recipe import Recipe
 from lsquant.runs.defaults import FLOAT, LAST, make_loss, make_optimizer
 from lsquant.runs.directory import FORMAT, START, TEACHER, Run, check_teacher, is_run, read_run, sha256, start_run
+from lsquant.runs.log_reader import read_metrics
 from lsquant.runs.network_files import load_float, load_start, load_teacher
 from lsquant.training import (
     CosineSchedule,
@@ -29,7 +30,6 @@ from lsquant.training import (
     WeightAverage,
     clip_rates,
     fit,
-    load_state,
     reestimate_batchnorm,
     save_state,
     widened,
@@ -38,7 +38,7 @@ from lsquant.training.batchnorm import batchnorms
 from lsquant.training.groups import is_low_bit
 from lsquant.training.progress import message
 from lsquant.training.seeds import seed_everything
-from lsquant.training.state import load_model_state, model_state
+from lsquant.training.state import load_model_part, load_model_state, model_state
 
 SAMPLE = 32  # training samples that clip rates are taken from: less than 0.5 % of an epoch's time for ResNet-20
 
@@ -82,7 +82,7 @@ def run_training(
     with start_run(run, resume=resume, overwrite=overwrite):
         if run.file("metrics.json").is_file():
             message(f"{run.path} is complete: nothing is left to train", quiet)
-            return read_json(run.file("metrics.json"))
+            return read_metrics(run.file("metrics.json"))
         torch.set_num_threads(run.settings.threads or before)
         try:
             return _Training(run, log, checkpoint_every, quiet).train()
@@ -192,7 +192,7 @@ class _Training:
         """Load `init`, and copy it into the run, so that resuming does not need that file."""
         copied = self.run.file("last/float.safetensors")
         if copied.exists():
-            load_model_state(model, load_state(copied)["model"])
+            load_model_state(model, load_model_part(copied))
         else:
             load_float(model, init)
             save_state(copied, {"model": model_state(model)})

@@ -7,6 +7,7 @@ and a flip with probability 1/2.  Images (and so the network's activations) and 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from functools import cached_property, partial
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lsquant._util.entry import shown
 from lsquant._util.errors import UsageError
 from lsquant.runs.settings import Settings
 from lsquant.runs.task import Split
@@ -41,12 +43,16 @@ class Cifar10:
     settings = Settings(batch_size=128, float_epochs=100, epochs=5, lr=0.01, calibration_batches=8)
 
     def __init__(self, data: str | None = None, model: str = "resnet20") -> None:
+        if not isinstance(model, str):
+            raise UsageError(f"task 'cifar10': model={shown(model)}; the name of a network, e.g. 'resnet20'")
         if model not in DEPTHS:
             near = " or ".join(map(repr, get_close_matches(model, DEPTHS, 2)))
             hint = f": did you mean {near}?" if near else ""
-            raise UsageError(f"task 'cifar10' has no model {model!r}{hint}; models: {', '.join(DEPTHS)}")
+            raise UsageError(f"task 'cifar10' has no model {shown(model)}{hint}; models: {', '.join(DEPTHS)}")
         if data is None:
             raise UsageError("task 'cifar10' needs --data DIR, the folder of its images (see docs/cifar10.md)")
+        if not isinstance(data, (str, os.PathLike)):
+            raise UsageError(f"task 'cifar10': data={shown(data)}; the name of a folder")
         self.options: dict[str, Any] = {"data": str(data), "model": model}
 
     def model(self) -> nn.Module:

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lsquant._util.entry import shown
+from lsquant._util.errors import UsageError
 from lsquant._util.optional import require
 from lsquant.runs.settings import Settings
 from lsquant.runs.task import Split
@@ -21,6 +23,7 @@ from lsquant.tasks.metrics import classification_metric
 from lsquant.training.seeds import generator
 
 TEST_SIZE = 500
+WIDEST = 4096
 
 
 class DigitsNet(nn.Module):
@@ -54,6 +57,8 @@ class Digits:
     """The task `digits`; the module says more.
 
     width: channels of the first convolution
+
+    Raises: UsageError for a width that is none.
     """
 
     name = "digits"
@@ -61,6 +66,8 @@ class Digits:
     settings = Settings(float_epochs=20, epochs=20, lr=0.03, distill=True, threads=1)
 
     def __init__(self, width: int = 24) -> None:
+        if type(width) is not int or not 1 <= width <= WIDEST:
+            raise UsageError(f"task 'digits': width={shown(width)}; a number of channels from 1 to {WIDEST}")
         self.options: dict[str, Any] = {"width": width}
 
     def model(self) -> nn.Module:

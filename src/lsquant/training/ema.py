@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lsquant._util.entry import Entry
 from lsquant._util.errors import UsageError
 
 
@@ -65,9 +66,11 @@ class WeightAverage:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned. Raises: UsageError if it is of another model."""
-        saved: dict[str, Tensor] = state_dict["average"]
-        if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in self.average.items()}:
+        found = Entry(state_dict, "the state of WeightAverage").record(("updates", "average"))
+        saved = {name: entry.value for name, entry in found["average"].table().items()}
+        form = {n: (t.shape, t.dtype) for n, t in saved.items() if isinstance(t, Tensor)}
+        if form != {n: (t.shape, t.dtype) for n, t in self.average.items()} or len(form) != len(saved):
             raise UsageError("WeightAverage: the saved averages are of another model")
-        self.updates = state_dict["updates"]
+        self.updates = found["updates"].integer(0, 2**62)
         for name, t in self.average.items():
             t.copy_(saved[name])

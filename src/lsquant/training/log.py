@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lsquant._util.entry import parse_json
 from lsquant._util.errors import CannotWrite, DamagedFile, DiskFull
 from lsquant._util.files import disk_is_full, json_text
 from lsquant._util.optional import require
@@ -67,10 +67,18 @@ class Log:
             self.board.close()
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return all rows written so far."""
+        """Return all rows written so far.  Raises: DamagedFile naming the line that is none."""
         if self.path is None or not self.path.exists():
             return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        rows = []
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                entry = parse_json(line.decode("utf-8", "replace"), f"line {number} of {self.path}")
+                row = entry.table()
+                for facts in row["quantizers"].table().values() if "quantizers" in row else ():
+                    facts.table()
+                rows.append(entry.value)
+        return rows
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, float]:
@@ -102,7 +110,7 @@ class Board:
             if phase not in self.writers:
                 self.writers[phase] = SummaryWriter(str(self.folder / phase))
             for tag, value in flat(one).items():
-                self.writers[phase].add_scalar(tag, value, one["iteration"])
+                self.writers[phase].add_scalar(tag, value, one.get("iteration"))
         for writer in self.writers.values():
             writer.flush()
 

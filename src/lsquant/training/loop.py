@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lsquant._util.batches import run_batch
+from lsquant._util.entry import Entry, shown
 from lsquant._util.errors import LsquantError, UsageError
 from lsquant.training.distillation import classification_loss, hits
 from lsquant.training.facts import quantizer_facts
@@ -24,7 +25,14 @@ from lsquant.training.oscillation import EVERY, Oscillation
 from lsquant.training.progress import ProgressBar, message
 from lsquant.training.schedule import CosineSchedule
 from lsquant.training.seeds import rng_state, set_rng_state
-from lsquant.training.state import load_model_state, load_state, model_state, save_state
+from lsquant.training.state import (
+    check_model_part,
+    check_optimizer_part,
+    load_model_state,
+    load_state,
+    model_state,
+    save_state,
+)  # fmt: skip
 from lsquant.training.transitions import TransitionRate, unwrapped
 
 Loss = Callable[[Any, Any, Any], torch.Tensor]
@@ -139,7 +147,7 @@ def fit(
             return at
         message(f"{label}: goes on after {at.epoch} epochs and {at.step} iterations of the next", quiet)
         epoch_rng = state["epoch_rng"]
-        if "oscillation" in state:  # checkpoints of earlier versions have none
+        if isinstance(state.get("oscillation"), dict):  # checkpoints of earlier versions have none
             oscillation.load_state_dict(state["oscillation"])
         rows.cut(at.log_position)
 
@@ -287,22 +295,47 @@ def _restore(
     quiet: bool,
 ) -> TrainProgress:
     """Put back what a checkpoint holds. Raises: UsageError if it is of another run or optimizer."""
-    old = state["run"]
-    different = [f"{key} {old.get(key)!r}, not {value!r}" for key, value in run.items() if old.get(key) != value]
-    if different or set(state["extras"]) != set(extras):
-        raise UsageError(f"{path} is the checkpoint of another run: {'; '.join(different) or sorted(state['extras'])}")
-    load_model_state(model, state["model"])
+    parts = Entry(state, path).parts("run", "at", "rng", "epoch_rng", "threads", "model", "optimizer", "extras")
+    old, kept = parts["run"].parts(), parts["extras"].table()
+    said = {key: old[key].value if key in old else None for key in run}
+    wrong = [key for key, value in run.items() if type(said[key]) is not type(value) or said[key] != value]
+    different = [f"{key} {shown(said[key])}, not {run[key]!r}" for key in wrong]
+    if different or set(kept) != set(extras):
+        raise UsageError(f"{path} is the checkpoint of another run: {'; '.join(different) or sorted(kept)}")
+    at, threads = _progress(parts["at"], run), parts["threads"].integer(1, 1 << 20)
+    for value in kept.values():
+        value.table()
+    load_model_state(model, check_model_part(parts["model"]))
+    check_optimizer_part(parts["optimizer"], optimizer)
     try:
         optimizer.load_state_dict(state["optimizer"])
     except ValueError as error:
         raise UsageError(f"{path} is the checkpoint of another optimizer: {error}") from error
     for name, extra in extras.items():
         extra.load_state_dict(state["extras"][name])
+    set_rng_state(state["epoch_rng"])
     set_rng_state(state["rng"])
-    if state["threads"] != torch.get_num_threads():
+    if threads != torch.get_num_threads():
         message(
-            f"{path} was made with {state['threads']} threads, now there are {torch.get_num_threads()}: "
+            f"{path} was made with {threads} threads, now there are {torch.get_num_threads()}: "
             "the run goes on, but not with the same bits",
             quiet,
         )
-    return TrainProgress(**state["at"])
+    return at
+
+
+def _progress(entry: Entry, run: dict[str, Any]) -> TrainProgress:
+    """Return how far a checkpoint is."""
+    found = entry.record(("epoch", "step"), [f.name for f in fields(TrainProgress)])
+    at: dict[str, Any] = {
+        "epoch": found["epoch"].integer(0, run["epochs"]),
+        "step": found["step"].integer(0, run["steps_per_epoch"]),
+    }
+    for name in {"log_position", "targets", "samples"} & found.keys():
+        at[name] = found[name].integer(0, 2**62)
+    for name in {"seconds", "loss_sum", "right", "norm_sum", "epoch_seconds"} & found.keys():
+        at[name] = found[name].number()
+    if "row" in found:
+        found["row"].table()
+        at["row"] = found["row"].value
+    return TrainProgress(**at)

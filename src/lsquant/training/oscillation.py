@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lsquant import reference
+from lsquant._util.entry import Entry
 from lsquant._util.errors import UsageError
 from lsquant.quantizer import Quantizer
 from lsquant.tying import weight_quantizers
@@ -77,9 +78,18 @@ class Oscillation:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; a state of another model or interval is ignored."""
-        seen: dict[str, Tensor] = state_dict["seen"]
-        if state_dict["every"] == self.every and seen.keys() <= self.layers.keys():
-            self.steps = state_dict["steps"]
+        found = Entry(dict(state_dict), "the state of Oscillation").record(("steps", "every", "seen"))
+        steps, every = (found[name].integer(0, 2**62) for name in ("steps", "every"))
+        seen: dict[str, Tensor] = {}
+        for name, entry in found["seen"].table().items():
+            good = isinstance(entry.value, Tensor) and entry.value.dtype == torch.int16 and entry.value.dim() == 2
+            entry.require(good and len(entry.value) == 3, "it is not (3, n) codes and ages")
+            seen[name] = entry.value
+        if every == self.every and seen.keys() <= self.layers.keys():
+            sizes = {name: min(self.layers[name][0].rows().numel(), SAMPLE) for name in seen}
+            if any(t.shape[1] != sizes[name] for name, t in seen.items()):
+                return
+            self.steps = steps
             self.seen = {name: t.to(self.layers[name][1].step.device, copy=True) for name, t in seen.items()}
 
 

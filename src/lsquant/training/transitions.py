@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lsquant import ops, reference
+from lsquant._util.entry import Entry, shown
 from lsquant._util.errors import UsageError
 from lsquant.quantizer import Quantizer
 from lsquant.training.groups import LOW_BIT, is_low_bit
@@ -151,15 +152,20 @@ class TransitionRate:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned. Raises: UsageError if it is of another schedule."""
-        for name in ("first", "steps", "gain", "smoothing", "fix_steps"):
-            saved, here = state_dict[name], getattr(self, name)
+        fixed = ("first", "steps", "gain", "smoothing", "fix_steps")
+        found = Entry(dict(state_dict), "the state of TransitionRate").record((*fixed, "done", "rate", "lr", "trace"))
+        for name in fixed:
+            saved, here = found[name].value, getattr(self, name)
             if saved != here:
                 raise UsageError(
-                    f"TransitionRate: the saved state has {name}={saved!r}, this one {name}={here!r}; "
+                    f"TransitionRate: the saved state has {name}={shown(saved)}, this one {name}={here!r}; "
                     "resume with the schedule that was begun; make it before the optimizer's state is loaded"
                 )
-        self.done, self.rate, self.lr = int(state_dict["done"]), float(state_dict["rate"]), float(state_dict["lr"])
-        self.trace = [(int(t), float(k), float(r), float(u)) for t, k, r, u in state_dict["trace"]]
+        done, rate, lr = found["done"].integer(0, 2**62), found["rate"].number(0.0, 1.0), found["lr"].number(0.0)
+        trace = [[n.number() for n in point.items(4)] for point in found["trace"].items(POINTS)]
+        found["trace"].require(all(len(point) == 4 for point in trace), "a point has four numbers")
+        self.done, self.rate, self.lr = done, rate, lr
+        self.trace = [(int(t), k, r, u) for t, k, r, u in trace]
         self._set_lr()
 
     # ---- around every optimizer step ----

@@ -79,7 +79,7 @@ def zero_point_name(trace: LayerTrace) -> str:
 def quantize_node(codes: str, makers: dict[str, Any]) -> Any:
     """Return the QuantizeLinear that makes the codes of this name, or None.  makers: value name -> node."""
     node = makers.get(codes)
-    if node is not None and node.op_type == "Clip":
+    if node is not None and node.op_type == "Clip" and node.input:
         node = makers.get(node.input[0])
     return node if node is not None and node.op_type == "QuantizeLinear" else None
 

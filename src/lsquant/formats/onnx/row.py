@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lsquant._util.errors import DamagedFile, LsquantError, UsageError
+from lsquant._util.errors import DamagedFile, UsageError
 from lsquant.formats.base import FileFormat
 from lsquant.formats.onnx.graph import LayerTrace, array
 from lsquant.formats.onnx.reader import initializers, load_onnx
@@ -75,21 +75,34 @@ class OnnxFormat(FileFormat):
         names = {trace.layer for trace in content.traces}
         if odd := sorted(names - {*record.layers, *record.standalone()}):
             raise UsageError(f"{content.path} is of another model: only the file has a layer {odd[0]!r}")
-        try:
-            values = initializers(content.proto)
-            for trace in content.traces:
-                yield from _pairs(trace, record, values)
-        except (ValueError, TypeError, IndexError) as error:
-            if isinstance(error, LsquantError):
-                raise
-            raise DamagedFile(f"{content.path} is damaged: {error}") from error
+        values = initializers(content.proto, content.path)
+        for trace in content.traces:
+            _check_types(trace, values, content.path)
+            try:
+                pairs = list(_pairs(trace, record, values))
+            except ValueError as error:  # shapes that cannot be joined
+                raise DamagedFile(f"{content.path} is damaged: layer {trace.layer!r}: {error}") from error
+            yield from pairs
+
+
+def _check_types(trace: LayerTrace, values: dict[str, np.ndarray], file: str) -> None:
+    """Raise DamagedFile where codes are no integers, or steps no float32."""
+    steps = [*trace.scales, *trace.weight_steps, *([trace.input_step] if trace.input_step else [])]
+    odd = [name for name in trace.weights if not _holds_integers(values[name])]
+    odd += [name for name in steps if values[name].dtype != np.float32]
+    if odd:
+        kind = values[odd[0]].dtype
+        raise DamagedFile(f"{file} is damaged: layer {trace.layer!r}: initializer {odd[0]!r} is of type {kind}")
+    if (trace.scales or trace.weight_steps) and not trace.weights:
+        raise DamagedFile(f"{file} is damaged: layer {trace.layer!r} has steps of a weight, and no weights")
+
+
+def _holds_integers(values: np.ndarray) -> bool:
+    return values.dtype.kind in "iu" or values.dtype.name in ("int2", "uint2", "int4", "uint4")
 
 
 def _pairs(trace: LayerTrace, record: Shipped, values: dict[str, np.ndarray]) -> Iterator[Pair]:
     """Yield what the initializers hold of one call of a layer, or of a quantizer that stands alone."""
-    named = [*trace.weights, *trace.scales, *trace.weight_steps, *([trace.input_step] if trace.input_step else [])]
-    if missing := [name for name in named if name not in values]:
-        raise DamagedFile(f"the file has no initializer {missing[0]!r}, which its layer {trace.layer!r} names")
     layer = record.layers.get(trace.layer)
     source = record.quantizers[trace.layer] if layer is None else layer.input
     if source is not None and trace.input_step:
@@ -109,6 +122,8 @@ def _codes(trace: LayerTrace, quantizer: ShippedQuantizer, values: dict[str, np.
     """Return the codes of a weight, without their shift and as int32, beside the shipped ones."""
     weight = quantizer.weight
     assert weight is not None
+    if not trace.weights:
+        return Pair(trace.layer, None, weight.codes)
     wanted = array(weight.own_codes() if trace.layout == "own" else weight.codes).astype(np.int32)
     parts = [values[name].astype(np.int32) for name in trace.weights]
     if trace.transposed:

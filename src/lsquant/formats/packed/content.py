@@ -6,14 +6,13 @@ offset; everything that stays float under its own name.  The metadata ``lsquant.
 
 from __future__ import annotations
 
-import re
 import zlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lsquant.recipe import Recipe, Rule
+from lsquant.recipe import Recipe, Rule, glob_of
 from lsquant.shipped.record import own_layout
 from lsquant.spec import QuantSpec
 
@@ -97,7 +96,7 @@ class Packed:
         """Return a recipe with one rule per layer, by exact name."""
         asked = {None: None, **{name: q.asked for name, q in self.quantizers.items()}}
         rules = [
-            Rule("re:" + re.escape(name), asked[layer.get("weight")], asked[layer.get("input")])
+            Rule(glob_of(name), asked[layer.get("weight")], asked[layer.get("input")])
             for name, layer in self.layers.items()
         ]
         return Recipe(None, None, rules)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lsquant._util.bits import unpack
-from lsquant._util.errors import DamagedFile, UsageError
+from lsquant._util.bits import packed_bytes, unpack
+from lsquant._util.entry import Entry, parse_json, shown
+from lsquant._util.errors import UsageError
 from lsquant._util.tensors import CHECKSUM, read_tensors
 from lsquant._version import __version__
 from lsquant.formats.packed.content import FORMAT, KEY, Packed, PackedQuantizer, crc32
@@ -20,75 +19,111 @@ from lsquant.nn import weight_steps
 from lsquant.shipped.record import is_shippable
 from lsquant.spec import QuantSpec
 
+MOST = 2**63 - 1
+"""Of a number that becomes an int64."""
+SPEC = ("bits", "signed", "narrow", "granularity", "group_size", "offset", "step_dtype", "dynamic")
+OWN = ("count", "decided", "axis", "weight", "shape", "swapped")
+
 
 def read_packed(path: str | os.PathLike[str]) -> Packed:
     """Return the content of a packed file: codes, steps, zero points and the rest.  No model is needed.
 
-    Raises: MissingFile; DamagedFile; UsageError for a file of another kind or of a newer format.
+    Raises: MissingFile; DamagedFile naming file and key; UsageError for a file of another kind or of a newer format.
     """
     metadata, tensors, sound = read_tensors(path)
     if KEY not in metadata:
         hint = ": read it with lsquant.load" if "lsquant.format" in metadata else ""
         raise UsageError(f"{path} was not written by lsquant.export_packed{hint}")
-    try:
-        _require(sound or CHECKSUM not in metadata, "its checksum does not fit its content")
-        document = json.loads(metadata[KEY])
-        version = document["format"]
-        if not (newer := type(version) is int and version > FORMAT):
-            _require(version == FORMAT, f"format {version!r}")
-            return _content(document, tensors)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise DamagedFile(f"{path} is damaged: {error or type(error).__name__}") from error
-    assert newer
-    raise UsageError(f"{path} has packed format {version}; lsquant {__version__} reads format {FORMAT}: update lsquant")
+    file = Entry(None, os.fspath(path))
+    file.require(sound or CHECKSUM not in metadata, "its checksum does not fit its content")
+    document = parse_json(metadata[KEY], os.fspath(path))
+    version = document.parts("format")["format"].integer(1, MOST)
+    if version > FORMAT:
+        raise UsageError(
+            f"{path} has packed format {version}; lsquant {__version__} reads format {FORMAT}: update lsquant"
+        )
+    return _content(document, tensors)
 
 
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise ValueError(what)
-
-
-def _content(document: dict[str, Any], tensors: dict[str, Tensor]) -> Packed:
-    """Return the checked content.  Raises: ValueError and the like where something does not fit."""
-    for name, checksum in zip(sorted(tensors), document["crc32"], strict=True):
-        _require(checksum == crc32(tensors[name]), f"the checksum of {name!r} does not fit")
-    floats, quantizers = dict(tensors), {}
-    for name, entry in document["quantizers"].items():
-        quantizers[name] = _quantizer(name, dict(entry), floats)
-    for layer in document["layers"].values():
-        _require({layer.get("weight"), layer.get("input")} <= {None, *quantizers}, f"{layer} has no such quantizer")
+def _content(document: Entry, tensors: dict[str, Tensor]) -> Packed:
+    """Return the checked content."""
+    parts = document.parts("versions", "layers", "quantizers", "aliases", "crc32")
+    checksums = parts["crc32"].items()
+    parts["crc32"].require(len(checksums) == len(tensors), f"{len(checksums)} checksums of {len(tensors)} tensors")
+    for name, checksum in zip(sorted(tensors), checksums, strict=True):
+        checksum.require(checksum.value == crc32(tensors[name]), f"the checksum of {shown(name)} does not fit")
+    floats = dict(tensors)
+    quantizers = {name: _quantizer(name, entry, floats) for name, entry in parts["quantizers"].table().items()}
+    layers = {name: _layer(entry, quantizers) for name, entry in parts["layers"].table().items()}
     stored = {*floats, *(q.weight for q in quantizers.values())}
     stored |= {f"{name}.{key}" for name, q in quantizers.items() for key in q.state()}
-    _require(set(document["aliases"].values()) <= stored, "an alias of a tensor that it does not have")
-    return Packed(quantizers, floats, document["layers"], document["aliases"], dict(document["versions"]))
+    aliases = parts["aliases"].text_table()
+    for name, first in aliases.items():
+        parts["aliases"].require(first in stored, f"{shown(name)} is an alias of {shown(first)}, which is not there")
+        parts["aliases"].require(name not in stored, f"{shown(name)} is an alias, and a tensor of its own")
+    return Packed(quantizers, floats, layers, aliases, parts["versions"].text_table())
 
 
-def _quantizer(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> PackedQuantizer:
+def _layer(entry: Entry, quantizers: dict[str, PackedQuantizer]) -> dict[str, str]:
+    """Return what the file says of a layer: texts, and the names of quantizers that are there, each on its side."""
+    layer = entry.text_table()
+    for side in ("weight", "input"):
+        name = layer.get(side)
+        entry.require(name is None or name in quantizers, f"it has no such quantizer, {shown(name)}")
+        is_weight = name is not None and quantizers[name].weight is not None
+        entry.require(name is None or is_weight == (side == "weight"), f"its {side} has a quantizer of another side")
+    return layer
+
+
+def _quantizer(name: str, entry: Entry, tensors: dict[str, Tensor]) -> PackedQuantizer:
     """Return a checked quantizer; its tensors are taken out of ``tensors``."""
-    count, decided, axis = entry.pop("count"), entry.pop("decided", False), entry.pop("axis", None)
-    weight, shape, swapped = entry.pop("weight", None), entry.pop("shape", []), entry.pop("swapped", 0)
-    spec = QuantSpec.from_dict(entry)
-    step, zero_point = tensors.pop(f"{name}.step"), tensors.pop(f"{name}.zero_point", None)
-    low, high = spec.q_min, spec.q_max
-    _require(step.dtype == torch.float32 and step.dim() == 1 and step.numel() > 0, f"{name}: an invalid step")
-    _require(bool(is_shippable(step).all()), f"{name}: a step is not finite, too large, or not above 0")
-    has_both = spec.offset == (zero_point is not None)
-    _require(has_both, f"{name}: a zero point without an offset, or an offset without a zero point")
-    if zero_point is not None:
-        fits = zero_point.dtype == torch.int32 and zero_point.shape == step.shape
-        _require(fits and bool(((zero_point >= low) & (zero_point <= high)).all()), f"{name}: a wrong zero point")
-    numbers = (count, swapped, *shape, axis or 0)
-    _require(all(type(n) is int and 0 <= n < 2**63 for n in numbers) and type(spec.narrow) is bool, f"{name}: {entry}")
+    found = entry.record(("bits", "count"), (*SPEC[1:], *OWN[1:]))
+    try:
+        spec = QuantSpec.from_dict({key: found[key].value for key in SPEC if key in found})
+    except UsageError as error:
+        entry.refuse(str(error))
+    entry.require(spec.signed is not None, "its sign is undecided")
+    count = found["count"].integer(0, MOST)
+    axis = found["axis"].integer(0, MOST) if "axis" in found else None
+    decided = found["decided"].boolean() if "decided" in found else False
     asked = replace(spec, signed=None) if decided else spec
-    if weight is None:
+    step, zero_point = _steps(name, entry, spec, tensors)
+    if "weight" not in found:
         return PackedQuantizer(spec, asked, step, zero_point, count, axis)
-    _require(type(weight) is str and len(shape) > (swapped > 0) and min(shape) > 0, f"{name}: shape {shape}")
-    _require(not swapped or shape[0] % swapped == 0, f"{name}: {swapped} groups of {shape[0]} channels")
-    data = tensors.pop(f"{name}.codes")
-    _require(data.dtype == torch.uint8 and data.dim() == 1, f"{name}: codes of {data.dtype}")
-    codes = torch.from_numpy(unpack(data.numpy(), spec.bits, math.prod(shape), low < 0))
-    _require(int(codes.min()) >= low and int(codes.max()) <= high, f"{name}: a code outside {low} to {high}")
-    steps, share = weight_steps(torch.Size(shape), spec.granularity, spec.group_size, name)
-    _require(steps == step.numel(), f"{name}: {step.numel()} steps instead of {steps}")
+    weight = found["weight"].text()
+    shape = torch.Size(n.integer(1, MOST) for n in (found["shape"].items(16) if "shape" in found else []))
+    swapped = found["swapped"].integer(0, MOST) if "swapped" in found else 0
+    entry.require(not spec.offset, "an offset of a weight")
+    entry.require(len(shape) > (swapped > 0), f"shape {shown(list(shape))}")
+    entry.require(not swapped or shape[0] % swapped == 0, f"{swapped} groups of {shape[0]} channels")
+    data = tensors.pop(f"{name}.codes", None)
+    if data is None or data.dtype != torch.uint8 or data.dim() != 1:
+        entry.refuse("it has no codes in one dimension of uint8")
+    total, low, high = math.prod(shape), spec.q_min, spec.q_max
+    wanted = packed_bytes(total, spec.bits)
+    entry.require(data.numel() == wanted, f"{total} codes of {spec.bits} bits take {wanted} bytes, not {data.numel()}")
+    codes = torch.from_numpy(unpack(data.numpy(), spec.bits, total, low < 0))
+    entry.require(int(codes.min()) >= low and int(codes.max()) <= high, f"a code outside {low} to {high}")
+    try:
+        steps, share = weight_steps(shape, spec.granularity, spec.group_size, name)
+    except UsageError as error:
+        entry.refuse(str(error))
+    entry.require(steps == step.numel(), f"{step.numel()} steps instead of {steps}")
     rows = codes.reshape(steps, share)
     return PackedQuantizer(spec, asked, step, zero_point, count, axis, weight, rows, tuple(shape), swapped)
+
+
+def _steps(name: str, entry: Entry, spec: QuantSpec, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return the steps and zero points of a quantizer, taken out of ``tensors``."""
+    step, zero_point = tensors.pop(f"{name}.step", None), tensors.pop(f"{name}.zero_point", None)
+    if step is None or step.dtype != torch.float32 or step.dim() != 1 or not step.numel():
+        entry.refuse("it has no steps in one dimension of float32")
+    entry.require(bool(is_shippable(step).all()), "a step is not finite, too large, or not above 0")
+    has_both = spec.offset == (zero_point is not None)
+    entry.require(has_both, "a zero point without an offset, or an offset without a zero point")
+    if zero_point is not None:
+        fits = zero_point.dtype == torch.int32 and zero_point.shape == step.shape
+        entry.require(fits, "its zero points do not fit its steps")
+        inside = (zero_point >= spec.q_min) & (zero_point <= spec.q_max)
+        entry.require(bool(inside.all()), "a zero point out of range")
+    return step, zero_point

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lsquant._util.entry import reason
 from lsquant._util.errors import DamagedFile
 from lsquant._util.optional import require
 from lsquant.formats.onnx.codes import quantize_node
@@ -41,7 +42,10 @@ def layers_alone(proto: Any, layers: list[LayerTrace]) -> bytes:
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     types = _code_types(proto, [trace.codes for trace in layers if trace.codes is not None])
     nodes, inputs, outputs, used = [], [], [], set()
-    shaped = onnx.shape_inference.infer_shapes(proto).graph
+    try:
+        shaped = onnx.shape_inference.infer_shapes(proto).graph
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
+        raise DamagedFile(f"the file's shapes do not fit together: {reason(error)}") from error
     ranks = {v.name: [None] * len(v.type.tensor_type.shape.dim) for v in [*shaped.input, *shaped.value_info]}
     for i, trace in enumerate(layers):
         names = {trace.input: f"probe/{i}/input"}
@@ -81,20 +85,20 @@ def float_nodes(proto: Any, value: str, ends: set[str]) -> list[Any]:
 def _between(trace: LayerTrace, makers: dict[str, Any], constants: dict[str, Any]) -> list[Any]:
     """Return the nodes that lead from the layer's input to its output, in order of execution."""
     found: dict[int, Any] = {}
-
-    def visit(name: str) -> None:
+    begun: set[int] = set()
+    waiting = [(trace.output, False)]
+    while waiting:
+        name, ready = waiting.pop()
         if not name or name == trace.input or name in constants:
-            return
+            continue
         node = makers.get(name)
         if node is None:
             raise DamagedFile(f"the file's layer {trace.layer!r} is not connected from its input to its output")
-        if id(node) in found:
-            return
-        for source in node.input:
-            visit(source)
-        found[id(node)] = node
-
-    visit(trace.output)
+        if ready:
+            found[id(node)] = node
+        elif id(node) not in begun:
+            begun.add(id(node))
+            waiting += [(name, True), *((source, False) for source in reversed(node.input))]
     return list(found.values())
 
 
@@ -105,7 +109,7 @@ def _code_types(proto: Any, names: list[str]) -> dict[str, int]:
     types = {}
     for name in names:
         node = quantize_node(name, makers)
-        if node is None or node.input[2] not in constants:
+        if node is None or len(node.input) < 3 or node.input[2] not in constants:
             raise DamagedFile(f"the file has no QuantizeLinear that makes {name!r}")
         types[name] = constants[node.input[2]]
     return types

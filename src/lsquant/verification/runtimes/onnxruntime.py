@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lsquant._util.errors import UsageError
+from lsquant._util.entry import reason
+from lsquant._util.errors import DamagedFile, UsageError
 from lsquant._util.optional import require
 from lsquant.formats.onnx.reader import make_session
 from lsquant.verification.runtimes.onnx_runtime import OnnxRuntime
@@ -31,14 +32,17 @@ class OrtSession:
     """A session of ONNX Runtime."""
 
     def __init__(self, source: str | bytes, options: dict[str, str]) -> None:
+        self.where = source if isinstance(source, str) else "the model"
         self.session = make_session(source, options)
         self.inputs = [value.name for value in self.session.get_inputs()]
         self.outputs = [value.name for value in self.session.get_outputs()]
 
     def run(self, names: Sequence[str], feeds: Arrays) -> list[np.ndarray]:
         try:
-            return self.session.run(list(names), feeds)
-        except Exception as error:
+            found = self.session.run(list(names), feeds)
+        except Exception as error:  # its own kinds, which derive from Exception
             shapes = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in feeds.items())
-            reason = next(iter(str(error).splitlines()), "")
-            raise UsageError(f"ONNX Runtime cannot run the file on this batch ({shapes}): {reason}") from error
+            raise UsageError(f"ONNX Runtime cannot run {self.where} on this batch ({shapes}): {reason(error)}") from error
+        if any(not isinstance(value, np.ndarray) for value in found):
+            raise DamagedFile(f"{self.where} has an output that is no tensor")
+        return found
