@@ -27,6 +27,7 @@ from lsquant.convert import prepare, resolved_recipe, revert
 from lsquant.nn import float_type, quantized_layers
 from lsquant.recipe import Recipe
 from lsquant.tying import stored_once
+from lsquant.unsupported import require_fit, warn_of_added
 
 FORMAT = "1"
 
@@ -39,11 +40,17 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     model: prepared.
     path: of the file, usually ``.safetensors``.
     metadata: more strings to keep in the file; keys beginning with "lsquant." are lsquant's own.
-    Raises: UsageError for a model without quantized layers; MissingFile, DiskFull (the old file is then unchanged).
+    Raises: UsageError for a model without quantized layers, for a layer whose weight is made by a hook or does not fit
+        its steps, and for a value in the state dict that is no tensor; MissingFile, DiskFull (the old file is then
+        unchanged).
+    Warns: UserWarning naming layers that came into the model after ``prepare``.
     """
     model = unwrapped(model)
     if not any(True for _ in quantized_layers(model)):
         raise UsageError("save: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
+    for name, layer in quantized_layers(model):
+        require_fit(name, layer)
+    warn_of_added(model)
     stored, aliases = stored_once(model)
     ours = {
         "lsquant.format": FORMAT,

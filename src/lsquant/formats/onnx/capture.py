@@ -15,7 +15,7 @@ from torch import nn
 from lsquant._util.batches import model_inputs
 from lsquant._util.errors import UsageError
 from lsquant._util.nested import map_tensors, tensors_in
-from lsquant.shipped import FrozenQuantizer, IntegerEmbedding, frozen_parts
+from lsquant.shipped import FrozenQuantizer, IntegerEmbedding, drop_observers, frozen_parts
 
 TORCH_OPSET = 18
 """The lowest operator set that torch's exporter writes."""
@@ -31,10 +31,11 @@ def captured(
 
     Raises: UsageError for a model without quantized layers, and with torch's reason where it cannot be traced.
     """
+    args, kwargs = model_inputs(example_inputs)
+    changing = drop_observers(frozen, lambda: frozen(*args, **kwargs))
     layers = _marked(frozen)
     if not layers:
         raise UsageError("export_onnx: this model has no quantized layer; call lsquant.prepare on it first")
-    args, kwargs = model_inputs(example_inputs)
     shapes = None
     if dynamic_batch:
         args, kwargs = _at_least_two_samples(args, kwargs)
@@ -45,7 +46,9 @@ def captured(
             exported = torch.onnx.export(program, dynamo=True, opset_version=max(opset, TORCH_OPSET), verbose=False)
         except Exception as error:
             how = " with a dynamic batch dimension" if dynamic_batch else ""
-            raise UsageError(f"export_onnx: torch cannot trace this model{how}: {_first_lines(error)}") from error
+            hooks = f" (hooks that change values: {', '.join(changing)})" if changing else ""
+            reason = f"torch cannot trace this model{how}{hooks}: {_first_lines(error)}"
+            raise UsageError(f"export_onnx: {reason}") from error
     assert exported is not None
     return exported.model_proto, layers
 
