@@ -17,10 +17,12 @@ class Change:
     name: in the model; "" for the root.
     kind: its float type.
     weight, activation: what they became, in words; "float" where not quantized.
-    weights: their number.
+    weights: their number; 0 for a module that has none and multiplies in its own forward pass.
     reason: why it stays float, and with which layer it shares its weight.
     shares: the first layer that has the same weight; None where it is this one.  A shared weight counts once.
-    multiplications: of input by weight in the example batch; None without one, 0 for lookups.
+    multiplications: of its matrix products and convolutions in the example batch, those of attention and recurrent
+        layers included; None without a batch, 0 for lookups.
+    unwritten: the calls that have no form for it, ``("export_onnx",)`` for a quantized Embedding.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Change:
     reason: str = ""
     shares: str | None = None
     multiplications: int | None = None
+    unwritten: tuple[str, ...] = ()
 
 
 class Changes(tuple[Change, ...]):
@@ -53,9 +56,10 @@ class Changes(tuple[Change, ...]):
 
     @property
     def multiplication_share(self) -> float | None:
-        """Return multiplications with input and weight quantized / all in these layers, 0 to 1.
+        """Return multiplications with input and weight quantized / all of the model, 0 to 1.
 
-        None where ``prepare`` had no example inputs.
+        All are those of every matrix product and convolution in the example batch, also in functions and in layers that
+        stay float; elementwise products are not counted.  None where ``prepare`` had no example inputs.
         """
         total = sum(c.multiplications or 0 for c in self)
         done = sum(c.multiplications or 0 for c in self if "float" not in (c.weight, c.activation))
@@ -70,7 +74,19 @@ class Changes(tuple[Change, ...]):
         share = self.multiplication_share
         if share is not None:
             summary += f", {share:.1%} of the multiplications (weight and input quantized)"
-        return "\n".join([*lines, summary])
+        return "\n".join([*lines, *self._unwritten(), summary])
+
+    def _unwritten(self) -> list[str]:
+        """Return a line for each call that cannot write some layer."""
+        layers: dict[str, list[str]] = {}
+        for change in self:
+            for call in change.unwritten:
+                layers.setdefault(call, []).append(change.name or "(root)")
+        lines = []
+        for call, names in layers.items():
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"{call} has no form for {', '.join(names[:3])}{more}; leave them float for it (skip=)")
+        return lines
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise UsageError("prepare works in place: go on using the model you passed, not what prepare returned")

@@ -30,6 +30,7 @@ from lsquant.convert import prepare, resolved_recipe
 from lsquant.nn import quantized_layers, quantizers
 from lsquant.recipe import Recipe, recipe_of_file
 from lsquant.tying import stored_once
+from lsquant.unsupported import require_fit, warn_of_added
 
 FORMAT = "1"
 QUANTIZERS = frozenset({"weight_quantizer", "input_quantizer"})
@@ -52,13 +53,19 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     model: prepared.
     path: of the file, usually ``.safetensors``.
     metadata: more strings to keep in the file; keys beginning with "lsquant." are lsquant's own.
-    Raises: UsageError for a model without quantized layers; MissingFile, DiskFull (the old file is then unchanged).
+    Raises: UsageError for a model without quantized layers, for a layer whose weight is made by a hook or does not fit
+        its steps, and for a value in the state dict that is no tensor; MissingFile, DiskFull (the old file is then
+        unchanged).
+    Warns: UserWarning naming layers that came into the model after ``prepare``.
     """
     model = unwrapped(model)
     if not any(True for _ in quantized_layers(model)):
         raise UsageError("save: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
     if empty := [name for name, t in model.state_dict().items() if t.is_meta]:
         raise UsageError(f"save: {empty[0]!r} is on the meta device and holds no values; load a state first")
+    for name, layer in quantized_layers(model):
+        require_fit(name, layer)
+    warn_of_added(model)
     stored, aliases = stored_once(model)
     ours = {
         "lsquant.format": FORMAT,

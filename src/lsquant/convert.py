@@ -10,13 +10,18 @@ import difflib
 import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from torch import Tensor, nn
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
-from lsquant._util.batches import evaluating, require_one_process, run_batch, uncompiled
+from lsquant._util.batches import evaluating, first_input, require_one_process, run_batch, uncompiled
 from lsquant._util.bypass import BypassDetector, address
 from lsquant._util.errors import UsageError
+from lsquant._util.products import ProductCounter, recurrent_products
+from lsquant._util.rollback import unchanged_on_error
 from lsquant.changes import Change, Changes
 from lsquant.nn import (
     EXACT_TYPES,
@@ -29,13 +34,14 @@ from lsquant.nn import (
     quantized_type,
     quantizers,
     row_shape,
+    stored_layout,
     weight_steps,
 )  # fmt: skip
 from lsquant.quantizer import Quantizer
 from lsquant.recipe import Recipe, Rule, glob_of
 from lsquant.spec import QuantSpec
 from lsquant.tying import layers_by_weight, share_weight_quantizers
-from lsquant.unsupported import reason_for_layer, reason_for_module
+from lsquant.unsupported import SEEN, not_its_own, note_seen, reason_for_layer, reason_for_module, writers_without_form
 
 Steps = Literal["rescale", "recalibrate"]
 Names = dict[nn.Module, list[str]]
@@ -50,14 +56,21 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
     model: any nn.Module, float or already prepared.
     recipe: which layer gets which bits.
     example_inputs: one batch (a tensor; a tuple or list, whose first element counts; a mapping).  With it the first and
-        last layer that multiply are known by execution; without it they are taken by order of definition, and
-        ``calibrate`` raises where that was wrong.
+        last layer that multiply are known by execution, multiplications are counted, and lazy layers get their shape;
+        without it first and last are taken by order of definition, and ``calibrate`` raises where that was wrong.
     steps: for a prepared model whose bits change: "recalibrate" sets weight steps anew and marks activation steps as
         not set, so that ``calibrate`` has to follow; "rescale" keeps ``s * q_max_old / q_max_new`` (docs/recipes.md).
     Returns: Changes, a row per layer.
-    Raises: UsageError naming the rule or layer; the model is then unchanged.
+    Raises: UsageError naming the rule or layer.  The model is then unchanged, as it is after any other exception.
     """
     model = _check_arguments(model, recipe, steps)
+    with _all_or_nothing(model):
+        return _prepare(model, recipe, example_inputs, steps)
+
+
+def _prepare(model: nn.Module, recipe: Recipe, example_inputs: Any, steps: Steps) -> Changes:
+    _require_own_classes("prepare", model)
+    _give_shapes(model, example_inputs)
     layers = _layers(model)
     if not layers:
         raise UsageError(
@@ -65,24 +78,75 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
             f"({', '.join(t.__name__ for t in QUANTIZED_TYPES)})"
         )
     if example_inputs is None:
-        order = [layer for layer in layers if multiplies(layer)]
-        multiplications, bypassed = None, dict[nn.Module, str]()
+        executed = Executed({layer: None for layer in layers if multiplies(layer)}, {}, None)
     else:
-        multiplications, bypassed = execution_order(model, example_inputs)
-        order = list(multiplications)
-    positions = _positions(order)
-    reasons = {layer: reason_for_layer(layer, bypassed) for layer in layers}
+        executed = execution_order(model, example_inputs)
+    positions = _positions(list(executed.order))
+    reasons = {layer: reason_for_layer(layer, executed.bypassed) for layer in layers}
     _check_rules(recipe, model, layers, positions)
     plan = _plan(recipe, layers, positions, reasons)
-
-    # from here on the model changes and nothing raises
     for layer, (weight, activation) in reversed(plan.items()):  # a shared quantizer bears the first layer's name
         _convert(layer, layers[layer][0], weight, activation, steps)
     share_weight_quantizers(layers)
     _note_assumed_positions(recipe if example_inputs is None else None, plan, positions)
     integer_layers = any(weight is not None and activation is not None for weight, activation in plan.values())
     _convert_others(model, integer_layers)
-    return Changes(_rows(model, layers, plan, reasons, multiplications))
+    note_seen(model, (layer for layer in layers if not isinstance(layer, QuantizedLayer)))
+    return Changes(_rows(model, layers, plan, reasons, executed.products))
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Put the model back as it was where the ``with`` block raises anything.
+
+    Of the tensors only those of quantizers are changed in place here, and lazy ones, which become lazy again.
+    """
+    lazy = [t for t in (*model.parameters(), *model.buffers()) if is_lazy(t)]
+    kinds = [type(t) for t in lazy]
+    own = [q for _, q in quantizers(model)]
+    with unchanged_on_error(own), unchanged_on_error(model.modules(), values=False):
+        try:
+            yield
+        except BaseException:
+            for t, kind in zip(lazy, kinds, strict=True):
+                if type(t) is not kind:
+                    t.data = torch.empty(0, dtype=t.dtype, device=t.device)
+                    t.__class__ = kind  # type: ignore[assignment]
+            raise
+
+
+def _require_own_classes(caller: str, model: nn.Module) -> None:
+    """Raise UsageError for a quantized layer that was parametrized after ``prepare``: its class is torch's by now."""
+    for name, layer in quantized_layers(model):
+        if is_parametrized(layer):
+            raise UsageError(
+                f"{caller}: {name!r} was parametrized after prepare; call "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first"
+            )
+
+
+def _give_shapes(model: nn.Module, example_inputs: Any) -> None:
+    """Run the example where a layer is lazy.  Raises: UsageError naming a layer that is lazy without or after it."""
+
+    def lazy() -> tuple[str, nn.Module] | None:
+        for name, module in model.named_modules():
+            if any(is_lazy(t) for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+                return name, module
+        return None
+
+    if (found := lazy()) is None:
+        return
+    if example_inputs is not None:
+        with evaluating(model):
+            run_batch(model, example_inputs)
+        if (found := lazy()) is None:
+            return
+    name, module = found
+    reached = "" if example_inputs is None else ", and example_inputs did not reach it"
+    raise UsageError(
+        f"prepare: {name!r} is a {type(module).__name__} and has no weight yet{reached}: run a batch first, "
+        "model(batch), or give prepare(model, recipe, example_inputs=batch)"
+    )
 
 
 def _check_arguments(model: Any, recipe: Any, steps: Any) -> nn.Module:
@@ -112,46 +176,53 @@ def multiplies(module: nn.Module) -> bool:
     return kind is not None and kind.takes_codes
 
 
-def execution_order(model: nn.Module, batch: Any) -> tuple[dict[nn.Module, int], dict[nn.Module, str]]:
-    """Run one batch; return multiplication counts in execution order, and bypassed layers.
+class Executed(NamedTuple):
+    """What one batch has shown of a model.
 
-    The first: each layer that multiplies and is called -> multiplications of input by weight in this batch.
-    The second: each layer that is not called -> the function that uses its weight, "" where none does.
+    order: the layers that multiply and are called, in execution order.
+    bypassed: each layer that is not called -> the function that uses its weight, "" where none does.
+    products: module -> multiplications and functions; None where no batch was run.
     """
-    counts: dict[nn.Module, int] = {}
-    running: list[nn.Module] = []
-    layers = list(_layers(model))
 
-    def enter(layer: nn.Module, _: Any) -> None:
-        counts.setdefault(layer, 0)
-        running.append(layer)
+    order: dict[nn.Module, None]
+    bypassed: dict[nn.Module, str]
+    products: ProductCounter | None
 
-    def leave(layer: Any, args: tuple[Any, ...], output: Any) -> None:
-        del running[-1:]
-        if isinstance(output, Tensor) and args:
-            counts[layer] += _multiplications(layer, args[0], output)
 
-    hooks = []
-    for layer in layers:
-        hooks.append(layer.register_forward_pre_hook(enter))
-        hooks.append(layer.register_forward_hook(leave, always_call=True))
+def execution_order(model: nn.Module, batch: Any) -> Executed:
+    """Run one batch in floating point, and see which layers are called and what multiplies."""
+    called: dict[nn.Module, None] = {}
+    layers = _layers(model)
+    inside: list[nn.Module] = []  # layers that are being computed
+    counter = ProductCounter(tuple({type(layer) for layer in layers}))
+
+    def enter(module: nn.Module, _: Any) -> None:
+        counter.running.append(module)
+        if module in layers:
+            called.setdefault(module)
+            inside.append(module)
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
+        del counter.running[-1:]
+        if module in layers:
+            del inside[-1:]
+        if isinstance(module, nn.RNNBase):
+            counter.add(module, recurrent_products(module, first_input(args, kwargs)), "its recurrence")
+
     weights = {layer: address(layer.weight) for layer in layers}  # type: ignore[arg-type]
-    detector = BypassDetector({place: place for place in weights.values()}, running, any_use=True)
+    detector = BypassDetector({place: place for place in weights.values()}, inside, any_use=True)
+    hooks = []
     try:
-        with disabled(model), evaluating(model), uncompiled(), detector:
+        for module in model.modules():
+            hooks.append(module.register_forward_pre_hook(enter))
+            hooks.append(module.register_forward_hook(leave, with_kwargs=True))
+        with disabled(model), evaluating(model), uncompiled(), detector, counter:
             run_batch(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    bypassed = {layer: detector.found.get(weights[layer], "") for layer in layers if layer not in counts}
-    return {layer: count for layer, count in counts.items() if multiplies(layer)}, bypassed
-
-
-def _multiplications(layer: Any, x: Any, output: Tensor) -> int:
-    """Count the multiplications of one call; a transposed convolution spreads each input over its outputs."""
-    if getattr(layer, "transposed", False):
-        return x.numel() * layer.weight.shape[1:].numel()
-    return output.numel() * row_shape(layer)[1:].numel()
+    bypassed = {layer: detector.found.get(weights[layer], "") for layer in layers if layer not in called}
+    return Executed({layer: None for layer in called if multiplies(layer)}, bypassed, counter)
 
 
 def _positions(order: list[nn.Module]) -> dict[nn.Module, list[str]]:
@@ -173,6 +244,8 @@ def _plan(recipe: Recipe, layers: Names, positions: dict[nn.Module, list[str]], 
     for sharing in layers_by_weight(layers).values():
         spec = _shared_specification(sharing, wanted, layers)
         weights.update(dict.fromkeys(sharing, spec))
+        if spec is not None:
+            _require_one_layout([layer for layer in sharing if not reasons[layer]], layers)
     plan: Plan = {}
     for layer, names in layers.items():
         kind = quantized_type(layer)
@@ -188,6 +261,19 @@ def _plan(recipe: Recipe, layers: Names, positions: dict[nn.Module, list[str]], 
         if weight is not None or activation is not None or isinstance(layer, QuantizedLayer):
             plan[layer] = (weight, activation)
     return plan
+
+
+def _require_one_layout(sharing: list[nn.Module], layers: Names) -> None:
+    """Raise UsageError where layers read one weight in different layouts, so that their channels differ."""
+    for layer in sharing[1:]:
+        if stored_layout(layer) != stored_layout(sharing[0]):
+            first, second = layers[sharing[0]][0], layers[layer][0]
+            kinds = [(float_type(m) or type(m)).__name__ for m in (sharing[0], layer)]
+            raise UsageError(
+                f"layers {first!r} ({kinds[0]}) and {second!r} ({kinds[1]}) share one weight in different layouts, so "
+                "they cannot share its codes; give each a weight of its own before prepare, or leave both in floating "
+                f"point: skip=[{first!r}, {second!r}]"
+            )
 
 
 def _shared_specification(
@@ -226,6 +312,9 @@ def _check_rules(recipe: Recipe, model: nn.Module, layers: Names, positions: dic
             )
         if found and rule.weight is None and rule.activation is None:
             continue  # skipping something that would stay float anyway
+        for name, module in found:
+            if reason := reason_for_module(module):
+                raise UsageError(f"prepare: the rule for {rule.which!r} has no effect, {name} stays float: {reason}")
         said = rule.which if rule.name is None else rule.name
         listed = [name for names in layers.values() for name in names]
         near = difflib.get_close_matches(said, listed, 3, 0.3) or listed[:3]
@@ -242,14 +331,15 @@ def _convert(layer: nn.Module, name: str, weight: QuantSpec | None, activation: 
         return
     kind = quantized_type(layer)
     assert kind is not None
-    device = next(layer.parameters(recurse=False)).device
+    parameter: Any = layer.weight
+    device = parameter.device
     old_weight = layer.weight_quantizer if isinstance(layer, QuantizedLayer) else None
     old_input = layer.input_quantizer if isinstance(layer, QuantizedLayer) else None
     weight_quantizer = input_quantizer = None
     if weight is not None:
         number, elements = weight_steps(row_shape(layer), weight.granularity, weight.group_size, name)
         axis = 0 if weight.granularity == "channel" else None
-        weight_quantizer = _reuse(old_weight, weight, number, steps)
+        weight_quantizer = _reuse(old_weight, weight, number, steps, elements)
         if weight_quantizer is None:
             weight_quantizer = Quantizer(weight, (number,), axis=axis, count=elements).to(device)
         weight_quantizer.name = f"{name}.weight_quantizer".lstrip(".")
@@ -265,14 +355,19 @@ def _convert(layer: nn.Module, name: str, weight: QuantSpec | None, activation: 
             quantizer.train(layer.training)
 
 
-def _reuse(old: Quantizer | None, spec: QuantSpec, number: int, steps: Steps) -> Quantizer | None:
-    """Give the present quantizer new bits, where its step keeps its shape; None where it does not."""
+def _reuse(old: Quantizer | None, spec: QuantSpec, number: int, steps: Steps, count: int = 0) -> Quantizer | None:
+    """Give the present quantizer new bits, where its step keeps its shape; None where it does not.
+
+    count: N of a weight, 0 for an input.
+    """
     if old is None or old.step.numel() != number or old.spec.offset != spec.offset:
         return None
     if (old.spec.granularity, old.spec.group_size) != (spec.granularity, spec.group_size):
         return None
     same_levels = spec in (old.requested, old.spec)
     old.respecify(spec, rescale=steps == "rescale" or same_levels)
+    if count and old.elements_per_step != count:  # a weight that was pruned or grown since
+        old.set_count(count)
     return old
 
 
@@ -298,6 +393,8 @@ def _convert_others(model: nn.Module, integer_layers: bool) -> None:
     for module in list(model.modules()):
         kind = type(module)
         if integer_layers and kind in EXACT_TYPES and not EXACT_TYPES[kind].unsupported(module):
+            if not_its_own(module):
+                continue
             module.__class__ = EXACT_TYPES[kind]
         elif not integer_layers and kind in EXACT_TYPES.values():
             module.__class__ = float_type(module)  # type: ignore[assignment]
@@ -313,9 +410,13 @@ def _rows(
     layers: Names,
     plan: Plan,
     reasons: dict[nn.Module, str],
-    multiplications: dict[nn.Module, int] | None,
+    counter: ProductCounter | None,
 ) -> list[Change]:
-    """The rows of ``Changes``: layers of a known type, then other modules with weights that stay in floating point."""
+    """The rows of ``Changes``: layers of a known type, then other modules with weights or products, all float."""
+
+    def products(module: nn.Module) -> int | None:
+        return None if counter is None else counter.counts.get(module, 0)
+
     first_names = {weight: layers[sharing[0]][0] for weight, sharing in layers_by_weight(layers).items()}
     rows = []
     for layer, names in layers.items():
@@ -329,16 +430,22 @@ def _rows(
         if shares is not None:
             note = "; ".join(filter(None, (note, f"shares its weight with {shares!r}")))
         kind = (float_type(layer) or type(layer)).__name__
-        count = None if multiplications is None else multiplications.get(layer, 0)
         spoken = str(weight or "float"), str(activation or "float")
-        rows.append(Change(names[0], kind, *spoken, tensor.numel(), note, shares, count))
+        unwritten = writers_without_form(layer, weight, activation)
+        rows.append(Change(names[0], kind, *spoken, tensor.numel(), note, shares, products(layer), unwritten))
     for name, module in model.named_modules():
-        if module not in layers and (reason := reason_for_module(module)):
+        if module in layers:
+            continue
+        kind = (float_type(module) or type(module)).__name__
+        if reason := reason_for_module(module):
             parametrized = getattr(module, "parametrizations", nn.Module()).parameters()
             size = sum(p.numel() for p in (*module.parameters(recurse=False), *parametrized))
             weight = getattr(module, "weight", None)
             shares = first_names.get(weight) if isinstance(weight, nn.Parameter) else None
-            rows.append(Change(name, type(module).__name__, "float", "float", size, reason, shares))
+            rows.append(Change(name, kind, "float", "float", size, reason, shares, products(module)))
+        elif counter is not None and (functions := counter.functions.get(module)):
+            reason = f"{' and '.join(functions)} in its own forward pass, without a layer: not quantized"
+            rows.append(Change(name, kind, "float", "float", 0, reason, None, products(module)))
     return rows
 
 
@@ -349,10 +456,15 @@ def revert(model: nn.Module) -> nn.Module:
     weights, not their quantized values.
 
     Returns: the model.
+    Raises: UsageError naming a layer that was parametrized after ``prepare``.  The model is then unchanged, as it is
+        after any other exception.
     """
     inside = require_one_process(model, "revert")
-    for module in list(inside.modules()):
-        _revert_layer(module)
+    _require_own_classes("revert", inside)
+    with _all_or_nothing(inside):
+        for module in list(inside.modules()):
+            _revert_layer(module)
+            vars(module).pop(SEEN, None)
     return model
 
 

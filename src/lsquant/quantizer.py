@@ -7,9 +7,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lsquant import mse, ops, reference
 from lsquant._util.errors import UsageError
+from lsquant._util.leaf import leaf
 from lsquant.spec import QuantSpec
 
 Method = Literal["paper", "mse"]
@@ -249,6 +251,8 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize x (any shape that fits the step); x itself while ``enabled`` is False."""
+        if isinstance(x, Proxy):
+            return leaf(self, x)
         if not self.enabled:
             return x
         grid = self.grid()

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from lsquant._util.errors import UsageError
 from lsquant.nn import QuantizedLayer, quantized_layers
 from lsquant.quantizer import Quantizer
 
@@ -78,21 +79,37 @@ def quantizer_owners(model: nn.Module) -> dict[Quantizer, tuple[str, QuantizedLa
 def stored_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Split the state dict into the tensors that a file stores and the names that are aliases of them.
 
-    Two names are one tensor when memory, shape and strides are equal.  A view of a part of another tensor is copied
-    whole, as safetensors requires.
+    Two names are one tensor when memory, shape and strides are equal.  Another view of a stored tensor is copied whole,
+    as safetensors requires.
     Returns: (name -> tensor, second name -> stored name).
+    Raises: UsageError naming a value of the state dict that is no tensor.
     """
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first_names: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    storages: set[int] = set()
     for name, tensor in model.state_dict().items():
+        _require_tensor(name, tensor)
         key = (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride())
         if tensor.numel() and (first := first_names.setdefault(key, name)) != name:
             aliases[name] = first
             continue
-        is_view = tensor.untyped_storage().nbytes() != tensor.nbytes
-        stored[name] = tensor.detach().clone() if is_view else tensor.detach().contiguous()
+        storage = tensor.untyped_storage()
+        is_view = storage.nbytes() != tensor.nbytes or (storage.data_ptr() and storage.data_ptr() in storages)
+        storages.add(storage.data_ptr())
+        copy = tensor.detach().clone() if is_view else tensor.detach()
+        stored[name] = copy.contiguous()
     return stored, aliases
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if isinstance(value, Tensor):
+        return
+    module = name.removesuffix("_extra_state").rstrip(".") or "(root)"
+    raise UsageError(
+        f"module {module!r} keeps a {type(value).__name__} in its state dict ({name!r}), and files hold tensors only; "
+        "let its get_extra_state return a tensor, or keep the value elsewhere, as in save(..., metadata=)"
+    )
 
 
 def weights_used_in_float(model: nn.Module) -> set[str]:
@@ -102,7 +119,7 @@ def weights_used_in_float(model: nn.Module) -> set[str]:
         if isinstance(module, QuantizedLayer):
             owners[f"{name}.weight".lstrip(".")] = module.weight_quantizer
     found: set[str] = set()
-    for names in _overlapping(model.state_dict()):
+    for names in _overlapping({k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}):
         if len({owners.get(name) for name in names}) > 1:
             found.update(names)
     return found

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 _CONTAINERS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, (dict, set)))
 """The attributes in which a module keeps parameters, buffers, children and hooks."""
@@ -71,7 +72,7 @@ def _contents(module: nn.Module) -> dict[str, Any]:
 
 def _has_values(t: Tensor) -> bool:
     """Whether a tensor has values, and can be written to: not where elements share memory."""
-    if t.is_meta or isinstance(t, nn.parameter.UninitializedTensorMixin):
+    if t.is_meta or is_lazy(t):
         return False
     return t.layout != torch.strided or all(n < 2 or stride for n, stride in zip(t.shape, t.stride(), strict=True))
 

@@ -19,7 +19,7 @@ from lsquant.nn import quantized_layers, quantized_type, quantizers
 from lsquant.quantizer import Quantizer
 from lsquant.reference import GUARD_FACTOR
 from lsquant.tying import weight_quantizers, weights_with_several_quantizers
-from lsquant.unsupported import reason_for_module
+from lsquant.unsupported import added_later, reason_for_layer, reason_for_module, unfit
 
 GUARDED_OFTEN = 10
 """Training passes below the guard per step of a quantizer, from which on it is a finding."""
@@ -71,7 +71,8 @@ def check(
         return [finding("on_meta", "", text, tensors=empty)]
     stale = list(_check_state(model))  # before anything else reads the buffers
     sound = {name: q for name, q in quantizers(model) if _is_sound(q)}
-    found = [*stale, *_check_steps(model), *_check_few_values(sound, model), *_check_ties(model), *_check_float_modules(model), *_check_fast_paths(model)]
+    found = [*stale, *_check_steps(model), *_check_few_values(sound, model), *_check_ties(model)]
+    found += [*_check_float_modules(model), *_check_fast_paths(model), *_check_what_ships(model)]
     if optimizer is not None:
         found += check_optimizer(model, optimizer, sound)
     started = None if optimizer is None else has_started(optimizer)
@@ -162,12 +163,13 @@ def _check_ties(model: nn.Module) -> Iterator[Finding]:
 def _check_float_modules(model: nn.Module) -> Iterator[Finding]:
     """Modules that stay float; layers that the recipe leaves in floating point are no part of these."""
     total = sum(p.numel() for p in model.parameters() if p.dim() > 1)
-    kinds = {module: kind for module in model.modules() if (kind := quantized_type(module)) is not None}
-    layers = [m for _, m in quantized_layers(model)] + [m for m, kind in kinds.items() if not kind.unsupported(m)]
+    known_types = {m: reason_for_layer(m, {}) for m in model.modules() if quantized_type(m) is not None}
+    known_types |= {m: "" for _, m in quantized_layers(model)}
+    layers = [m for m, reason in known_types.items() if not reason]
     known = {p for layer in layers for p in layer.parameters()}
     reported: list[str] = []  # prefixes of modules whose children are counted with them
     for name, module in model.named_modules():
-        reason = kinds[module].unsupported(module) if module in kinds else reason_for_module(module)
+        reason = known_types[module] if module in known_types else reason_for_module(module)
         alone = reason.startswith("it holds")  # parameters of its own: its children are looked at by themselves
         size = sum(p.numel() for p in module.parameters(not alone) if p.dim() > 1 and p not in known)
         if not reason or not size or any(name.startswith(prefix) for prefix in reported):
@@ -177,6 +179,18 @@ def _check_float_modules(model: nn.Module) -> Iterator[Finding]:
         severity: Severity = "warning" if size > LARGE_SHARE * total else "note"
         text = f"it stays float, with {size / total:.1%} of the weights: {reason}"
         yield finding("stays_float", name, text, severity, weights=size, share=size / total)
+
+
+def _check_what_ships(model: nn.Module) -> Iterator[Finding]:
+    """Quantized layers that no writer takes as they are, and layers that came after ``prepare``."""
+    for name, layer in quantized_layers(model):
+        if reason := unfit(layer):
+            yield finding("unfit", name, reason)
+    modules, total = dict(model.named_modules()), sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    for name in added_later(model):
+        size = sum(p.numel() for p in modules[name].parameters())
+        text = f"it came into the model after prepare, so it is not quantized, with {size / total:.1%} of the weights"
+        yield finding("added_later", name, text, "warning" if size > LARGE_SHARE * total else "note", weights=size)
 
 
 _Block = nn.TransformerEncoderLayer

@@ -60,6 +60,8 @@ CODES: dict[str, tuple[Severity, str]] = {
     "stale_batchnorm": ("warning", "estimate them anew: lsquant.training.reestimate_batchnorm, or --bn-batches"),
     "not_reached": ("warning", "give batches that reach the layer, or leave it in floating point (skip=)"),
     "bypassed": ("error", "call the layer instead of using its weight, or leave it in floating point (skip=)"),
+    "unfit": ("error", "do as it says, then call lsquant.prepare(model, recipe) again; no file can be written so"),
+    "added_later": ("warning", "call lsquant.prepare(model, recipe) again; the steps of the other layers are kept"),
     "stays_float": ("warning", "replace it by layers that lsquant knows, or accept that it stays in floating point"),
 }
 """Code -> severity and remedy."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -12,10 +11,8 @@ from lsquant import nn as lsq_nn
 from lsquant._util.errors import UsageError
 from lsquant._util.optional import require
 from lsquant.formats.base import ModuleFormat
-from lsquant.shipped import FrozenQuantizer, ShippedLayer, ShippedQuantizer, ship
-
-TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)
-"""The float types whose weight torchao's tensor can be."""
+from lsquant.shipped import FrozenQuantizer, ShippedLayer, ShippedQuantizer, copied, ship
+from lsquant.unsupported import TORCHAO_TYPES
 
 
 def to_torchao(model: nn.Module) -> nn.Module:
@@ -32,10 +29,10 @@ def to_torchao(model: nn.Module) -> nn.Module:
     tensor = require("torchao.quantization", extra="torchao").IntxUnpackedToInt8Tensor
     record = ship(model).require_layers("to_torchao")
     for shipped in record.layers.values():
-        if shipped.weight is not None and shipped.source.float_type not in TYPES:
-            known = ", ".join(t.__name__ for t in TYPES)
+        if shipped.weight is not None and shipped.source.float_type not in TORCHAO_TYPES:
+            known = ", ".join(t.__name__ for t in TORCHAO_TYPES)
             raise UsageError(f"{shipped.label}: torchao's tensor serves {known}, not {shipped.kind}: leave it in float")
-    twin = copy.deepcopy(record.model).eval()
+    twin = copied(record.model).eval()
     made: dict[str, nn.Parameter] = {}  # a weight that layers share stays shared
     layers: list[tuple[str, Any]] = list(lsq_nn.quantized_layers(twin))
     for name, layer in layers:
@@ -49,13 +46,16 @@ def to_torchao(model: nn.Module) -> nn.Module:
         layer.__class__ = layer.float_type
         if shipped.input is not None:
             layer.input_quantizer = FrozenQuantizer(shipped.input)
-            layer.register_forward_pre_hook(quantize_input)
+            layer.register_forward_pre_hook(quantize_input, with_kwargs=True)  # after those of the user
     return twin
 
 
-def quantize_input(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def quantize_input(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Run the trained input quantizer before a layer: a forward pre-hook."""
-    return layer.input_quantizer(args[0]), *args[1:]
+    if args:
+        return (layer.input_quantizer(args[0]), *args[1:]), kwargs
+    name, x = next(iter(kwargs.items()))
+    return (), {**kwargs, name: layer.input_quantizer(x)}
 
 
 def _weight(tensor: Any, layer: ShippedLayer, quantizer: ShippedQuantizer) -> Tensor:

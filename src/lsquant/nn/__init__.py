@@ -77,6 +77,13 @@ def row_shape(layer: Any) -> torch.Size:
     return kind.weight_layout.row_shape(layer.weight.shape, _layout.conv_groups(layer))
 
 
+def stored_layout(layer: Any) -> int:
+    """How a layer's weight is laid out: 0 with output channels first, else the groups within which they come second."""
+    kind = quantized_type(layer)
+    assert kind is not None
+    return 0 if kind.weight_layout is WeightLayout.OUTPUT_FIRST else _layout.conv_groups(layer)
+
+
 def float_type(module: _nn.Module) -> type[_nn.Module] | None:
     """The float type that ``revert`` gives a converted module back; None for a module that was not converted."""
     return getattr(module, "float_type", None) if type(module).__module__.startswith("lsquant.") else None

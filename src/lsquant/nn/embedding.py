@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from lsquant import ops
+from lsquant._util.leaf import leaf
 from lsquant.nn.base import QuantizedLayer
 from lsquant.quantizer import Quantizer
 
@@ -22,6 +24,8 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
     takes_codes = False
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)
         options = (self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
         found = F.embedding(input, self.weight, *options)
         quantizer = self.weight_quantizer

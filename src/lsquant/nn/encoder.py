@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from lsquant._util.leaf import leaf
 
 
 class UnfusedEncoderLayer(nn.TransformerEncoderLayer):
     """``nn.TransformerEncoderLayer`` that always calls its layers, so that quantized ones are used in eval mode."""
 
     float_type = nn.TransformerEncoderLayer
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        if isinstance(src, Proxy):
+            return leaf(self, src, src_mask, src_key_padding_mask, is_causal)
+        return super().forward(src, src_mask, src_key_padding_mask, is_causal)
 
     @property
     def activation_relu_or_gelu(self) -> int:
@@ -26,6 +40,17 @@ class UnfusedEncoder(nn.TransformerEncoder):
     """``nn.TransformerEncoder`` that makes no nested tensors, which belong to the fast path."""
 
     float_type = nn.TransformerEncoder
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool | None = None,
+    ) -> Tensor:
+        if isinstance(src, Proxy):
+            return leaf(self, src, mask, src_key_padding_mask, is_causal)
+        return super().forward(src, mask, src_key_padding_mask, is_causal)
 
     @property
     def use_nested_tensor(self) -> bool:

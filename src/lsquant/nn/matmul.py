@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from lsquant import ops
 from lsquant._util.errors import UsageError
+from lsquant._util.leaf import leaf
 from lsquant.nn.base import QuantizedLayer
 from lsquant.nn.layout import WeightLayout
 
@@ -23,6 +25,8 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     float_type = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)
         self.require_size(input.shape[-1], self.in_features)
         grids = self.grids()
         if grids is None:
@@ -60,6 +64,8 @@ class _QuantConv(QuantizedLayer):
         return F.pad(x, flat, "constant" if self.padding_mode == "zeros" else self.padding_mode), [0] * len(sides)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)
         batched = input.dim() == self.weight.dim()
         x, padding = self.padded(input if batched else input.unsqueeze(0))
         y = self.convolve(x, padding, False, (0,) * len(padding))
@@ -108,6 +114,8 @@ class _QuantConvTranspose(_QuantConv):
     output_padding: tuple[int, ...]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input, output_size)
         batched = input.dim() == self.weight.dim()
         x = input if batched else input.unsqueeze(0)
         y = self.convolve(x, self._pads(), True, output_padding(self, x, output_size))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lsquant import ops
+from lsquant._util.leaf import leaf
 from lsquant.nn.exact import ExactLayer
 
 
@@ -29,6 +31,8 @@ class ExactBatchNorm(ExactLayer, nn.modules.batchnorm._BatchNorm):
         return alpha, -shift if self.bias is None else self.bias.float() - shift
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)
         if self.training or self.running_mean is None:
             return super().forward(input)
         self._check_input_dim(input)

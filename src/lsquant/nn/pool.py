@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
+from lsquant._util.leaf import leaf
 from lsquant.nn.exact import ExactLayer
 
 Windows = list[tuple[int, int]]
@@ -44,15 +47,20 @@ def _add_up(parts: list[Tensor]) -> Tensor:
 
 
 def exact_average(x: Tensor, windows: Sequence[Windows], counts: Tensor | int) -> Tensor:
-    """``fl(sum / count)`` over boxes, one list of windows per trailing dimension.  Returns the dtype of x."""
-    y = x.to(torch.float32)
+    """``fl(sum / count)`` over boxes, one list of windows per trailing dimension.  Returns the dtype of x.
+
+    Computed in float32, and in float64 for a float64 x.
+    """
+    y = x if x.dtype == torch.float64 else x.to(torch.float32)
     for dim, one in zip(range(x.dim() - len(windows), x.dim()), windows, strict=True):
         y = window_sums(y, dim, one)
     return (y / counts).to(x.dtype)
 
 
-def _tuple(value: int | Sequence[int], n: int) -> tuple[int, ...]:
-    return (value,) * n if isinstance(value, int) else tuple(value)
+def sizes_of(value: Any, n: int) -> tuple[Any, ...] | None:
+    """Return one entry per dimension, from a number, or a tuple or list of one entry or n; None for another length."""
+    entries = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return entries * n if len(entries) == 1 else entries if len(entries) == n else None
 
 
 def _box_counts(per_dim: list[list[int]], device: torch.device) -> Tensor | int:
@@ -67,24 +75,40 @@ def _box_counts(per_dim: list[list[int]], device: torch.device) -> Tensor | int:
 class _AvgPool(ExactLayer):
     """Average pooling over the last ``dims`` dimensions with a fixed order of additions in eval mode."""
 
-    kernel_size: int | tuple[int, ...]
-    stride: int | tuple[int, ...]
-    padding: int | tuple[int, ...]
+    kernel_size: Any
+    stride: Any
+    padding: Any
     count_include_pad: bool
     divisor_override: int | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled():
-            return super().forward(input)
+        if isinstance(input, Proxy):
+            return leaf(self, input)
         n = self.dims
-        kernel, padding, stride = (_tuple(v, n) for v in (self.kernel_size, self.padding, self.stride))
+        kernel, padding = sizes_of(self.kernel_size, n), sizes_of(self.padding, n)
+        stride = kernel if self.stride in (None, (), []) else sizes_of(self.stride, n)
+        if (self.training and torch.is_grad_enabled()) or None in (kernel, padding, stride):
+            return super().forward(input)
+        assert kernel is not None
+        assert padding is not None
+        assert stride is not None
+        if not self._fits(input, kernel, padding, stride):
+            return super().forward(input)  # which raises
         x = F.pad(input, [p for p in reversed(padding) for _ in range(2)]) if any(padding) else input
         windows, counts = [], []
         for k, s, p, size in zip(kernel, stride, padding, input.shape[-n:], strict=True):
             starts = range(0, size + 2 * p - k + 1, s)
             windows.append([(i, i + k) for i in starts])
             counts.append([k if self.count_include_pad else min(i + k, size + p) - max(i, p) for i in starts])
-        return exact_average(x, windows, self.divisor_override or _box_counts(counts, x.device))
+        divisor = self.divisor_override
+        return exact_average(x, windows, _box_counts(counts, x.device) if divisor is None else divisor)
+
+    def _fits(self, x: Tensor, kernel: tuple[Any, ...], padding: tuple[Any, ...], stride: tuple[Any, ...]) -> bool:
+        """Whether torch's own layer takes such an input: one with a box at least, padded by half a kernel at most."""
+        if x.dim() not in (self.dims + 1, self.dims + 2) or not x.is_floating_point() or self.divisor_override == 0:
+            return False
+        sides = zip(x.shape[-self.dims :], kernel, padding, stride, strict=True)
+        return all(0 <= 2 * p <= k <= n + 2 * p and s > 0 for n, k, p, s in sides)
 
     @staticmethod
     def unsupported(layer: nn.Module) -> str:
@@ -94,12 +118,16 @@ class _AvgPool(ExactLayer):
 class _AdaptiveAvgPool(ExactLayer):
     """Adaptive average pooling over the last ``dims`` dimensions with a fixed order of additions in eval mode."""
 
-    output_size: int | tuple[int | None, ...] | None
+    output_size: Any
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled():
+        if isinstance(input, Proxy):
+            return leaf(self, input)
+        is_one = not isinstance(self.output_size, (tuple, list))
+        wanted = (self.output_size,) * self.dims if is_one else tuple(self.output_size)
+        fits = input.dim() in (self.dims + 1, self.dims + 2) and len(wanted) == self.dims and 0 not in input.shape[1:]
+        if (self.training and torch.is_grad_enabled()) or not fits or not input.is_floating_point() or 0 in wanted:
             return super().forward(input)
-        wanted = self.output_size if isinstance(self.output_size, tuple) else (self.output_size,) * self.dims
         windows = []
         for size, out in zip(input.shape[-self.dims :], wanted, strict=True):
             n = size if out is None else int(out)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D  # type: ignore[import-not-found, unused-ignore]
 
 from lsquant import ops
+from lsquant._util.leaf import leaf
 from lsquant.nn.base import QuantizedLayer
 from lsquant.nn.layout import WeightLayout
 
@@ -18,6 +20,8 @@ class QuantConv1D(QuantizedLayer, Conv1D):
     weight_layout = WeightLayout.INPUT_FIRST
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return leaf(self, x)
         self.require_size(x.shape[-1], self.weight.shape[0])
         grids = self.grids()
         if grids is None:

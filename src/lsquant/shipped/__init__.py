@@ -1,5 +1,7 @@
 """What ships of a trained model: the record of its codes and steps, and the integer model made from it."""
 
+from lsquant.shipped.copying import copied as copied
+from lsquant.shipped.copying import drop_observers as drop_observers
 from lsquant.shipped.frozen import FrozenQuantizer as FrozenQuantizer
 from lsquant.shipped.integer_layers import IntegerConv as IntegerConv
 from lsquant.shipped.integer_layers import IntegerEmbedding as IntegerEmbedding

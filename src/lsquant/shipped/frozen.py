@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lsquant import ops, reference
+from lsquant._util.leaf import leaf
 from lsquant.quantizer import Quantizer
 from lsquant.shipped.record import ShippedQuantizer
 
@@ -62,6 +64,8 @@ class FrozenQuantizer(nn.Module):
         return (codes * step).reshape(self.codes.shape)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return leaf(self, x)
         if self.marker is not None:
             return mark("Quantizer", x, self.marker, x.shape)
         return ops.fake_quantize_with(x, self.grid())

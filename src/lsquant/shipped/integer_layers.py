@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 
 from lsquant import nn as lsq_nn
 from lsquant import ops
+from lsquant._util.leaf import leaf
 from lsquant.quantizer import Quantizer
 from lsquant.shipped.frozen import FrozenQuantizer, mark
 from lsquant.shipped.record import ShippedLayer, own_layout
@@ -111,6 +113,8 @@ class IntegerLayer(nn.Module):
 
     def forward(self, input: Tensor, *extra: Any) -> Tensor:
         """Compute the output.  extra: what else ``sums`` and the others need in this kind of layer."""
+        if isinstance(input, Proxy):
+            return leaf(self, input)
         x, weights, inputs = self.before(input), self.weight_quantizer, self.input_quantizer
         if self.marker is not None:
             return mark("Layer", x, self.marker, self.output_shape(x, *extra))
@@ -165,6 +169,8 @@ class IntegerConv(IntegerLayer):
         return self.padding if self.padding_mode == "zeros" else [(0, 0)] * len(self.padding)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input, output_size) if self.transposed else leaf(self, input)
         batched = input.dim() == len(self.kernel_size) + 2
         x = input if batched else input.unsqueeze(0)
         extra = list(lsq_nn.output_padding(self, x, output_size)) if self.transposed else [0] * len(self.padding)
@@ -208,6 +214,8 @@ class IntegerEmbedding(IntegerLayer):
     """``nn.Embedding`` from codes: the requested rows, ``code * step`` in the type of the float weight."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Proxy):
+            return leaf(self, input)
         quantizer = self.weight_quantizer
         assert quantizer is not None
         assert quantizer.codes is not None
@@ -235,6 +243,8 @@ class IntegerBatchNorm(nn.Module):
         self.register_buffer("beta", beta.detach().reshape(-1, *[1] * dims).clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return leaf(self, x)
         alpha, beta = self.alpha, self.beta
         if not torch.compiler.is_exporting():  # exported as two operators that every runtime has
             return ops.scale_shift(x, alpha.flatten(), beta.flatten())

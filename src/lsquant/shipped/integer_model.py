@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -10,9 +9,11 @@ from torch import nn
 from lsquant import nn as lsq_nn
 from lsquant._util.batches import unwrapped
 from lsquant._util.errors import UsageError
+from lsquant.shipped.copying import copied
 from lsquant.shipped.frozen import FrozenQuantizer
 from lsquant.shipped.integer_layers import IntegerBatchNorm, IntegerConv, IntegerEmbedding, IntegerLayer, IntegerLinear
 from lsquant.shipped.record import Shipped, ShippedLayer, ship
+from lsquant.unsupported import not_its_own
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 KINDS: dict[str, type[IntegerLayer]] = {
@@ -29,7 +30,7 @@ def to_integer(model: nn.Module) -> nn.Module:
     A layer ``conv`` has ``conv.weight_quantizer.codes`` (int8 or uint8, output channels first), ``.step``, ``.bounds``
     and ``conv.input_quantizer.step`` in the state dict.  No float weight is kept behind the codes.  The copy runs on
     the engines that train (``lsquant.use_engine``); in each its outputs equal those of ``model.eval()`` bit for bit.
-    Shared modules and weights stay shared.
+    Shared modules and weights stay shared, and forward hooks act on the copy as they did.
 
     model: the trained model, which is unchanged.
 
@@ -49,19 +50,23 @@ def integer_model(record: Shipped) -> nn.Module:
 
     Raises: UsageError naming a layer that has no integer form.
     """
-    memo: dict[int, Any] = {}  # id of a trained module -> its frozen counterpart, for deepcopy
+    frozen: dict[nn.Module, nn.Module] = {}  # trained module -> its frozen counterpart
+    parts: dict[str, FrozenQuantizer] = {}
+    names = {module: name for name, module in record.model.named_modules()}
     for layer in record.layers.values():
         require_integer_form(layer)
     for quantizer in record.quantizers.values():
-        memo[id(quantizer.source)] = FrozenQuantizer(quantizer)
+        frozen[quantizer.source] = parts[quantizer.name] = FrozenQuantizer(quantizer)
     for layer in record.layers.values():
-        weights = None if layer.weight is None else memo[id(layer.weight.source)]
-        inputs = None if layer.input is None else memo[id(layer.input.source)]
-        memo[id(layer.source)] = KINDS[layer.kind](layer, weights, inputs)
+        weights = None if layer.weight is None else parts[layer.weight.name]
+        inputs = None if layer.input is None else parts[layer.input.name]
+        frozen[layer.source] = KINDS[layer.kind](layer, weights, inputs)
     for module in record.model.modules():
         if isinstance(module, lsq_nn.ExactBatchNorm):
-            memo[id(module)] = IntegerBatchNorm(*module.affine_constants(), module.dims)
-    return copy.deepcopy(record.model, memo).eval()
+            if reason := not_its_own(module):
+                raise UsageError(f"{names[module]}: {reason}, so it has no fixed constants")
+            frozen[module] = IntegerBatchNorm(*module.affine_constants(), module.dims)
+    return copied(record.model, frozen).eval()
 
 
 def require_integer_form(layer: ShippedLayer) -> None:

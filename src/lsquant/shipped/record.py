@@ -16,10 +16,9 @@ from lsquant import nn as lsq_nn
 from lsquant import ops
 from lsquant._util.batches import unwrapped
 from lsquant._util.errors import UsageError
-from lsquant.nn import QuantizedLayer, WeightLayout
-from lsquant.nn.layout import conv_groups
 from lsquant.quantizer import Quantizer
 from lsquant.spec import QuantSpec
+from lsquant.unsupported import require_fit, require_no_global_hooks, warn_of_added
 
 
 @dataclass(frozen=True)
@@ -138,14 +137,19 @@ def ship(model: nn.Module) -> Shipped:
     model: prepared and calibrated, also inside DataParallel and the like.
 
     Raises: UsageError naming a quantizer that has no step, is switched off, or has a step or values that cannot be
-        shipped, and naming an Embedding with ``max_norm``.
+        shipped; a layer whose weight or bias is made by a hook or a parametrization, whose steps do not fit its weight,
+        whose ``forward`` was replaced, an Embedding with ``max_norm``; and a global forward hook.
+    Warns: UserWarning naming layers that came into the model after ``prepare``, which ship in floating point.
     """
     model = unwrapped(model)
+    require_no_global_hooks()
     layers = list(lsq_nn.quantized_layers(model))
+    warn_of_added(model)
     labels = {q: name for name, q in lsq_nn.quantizers(model)}
     weights: dict[Quantizer, ShippedWeight] = {}
     for name, layer in layers:
         label = name or type(layer).__name__
+        require_fit(name, layer)
         for side, quantizer in (("weight", layer.weight_quantizer), ("input", layer.input_quantizer)):
             if quantizer is not None:
                 require_shippable(f"{label}.{side}_quantizer", quantizer)
@@ -154,7 +158,7 @@ def ship(model: nn.Module) -> Shipped:
         if layer.weight_quantizer is not None and layer.weight_quantizer not in weights:
             codes = layer.to_rows(layer.integer_weight()[0])
             weight_name = f"{name}.weight".lstrip(".")
-            weights[layer.weight_quantizer] = ShippedWeight(weight_name, codes, exchanged_groups(layer))
+            weights[layer.weight_quantizer] = ShippedWeight(weight_name, codes, lsq_nn.stored_layout(layer))
     found = {}
     for quantizer, name in labels.items():
         require_shippable(name, quantizer)
@@ -178,7 +182,7 @@ def ship(model: nn.Module) -> Shipped:
             kind=layer.float_type.__name__,
             weight=None if weight is None else found[weight],
             input=None if source is None else found[source],
-            exchanged=exchanged_groups(layer),
+            exchanged=lsq_nn.stored_layout(layer),
         )
     return Shipped(model, {q.name: q for q in found.values()}, shipped_layers)
 
@@ -203,11 +207,6 @@ def is_shippable(step: Tensor) -> Tensor:
     step: (...) float32.  Returns (...) bool.
     """
     return torch.isfinite(step * 2**8) & (step > 0)
-
-
-def exchanged_groups(layer: QuantizedLayer) -> int:
-    """Return how the layer's weight is laid out: 0 with output channels first, else ``ShippedWeight.exchanged``."""
-    return 0 if layer.weight_layout is WeightLayout.OUTPUT_FIRST else conv_groups(layer)
 
 
 def own_layout(rows: Tensor, exchanged: int) -> Tensor:

@@ -89,7 +89,7 @@ def recording(model: nn.Module) -> Iterator[list[Call]]:
 
     handles = [model.register_forward_pre_hook(enter, with_kwargs=True)]
     for name, module in watched(model).items():
-        handles.append(module.register_forward_hook(layer_hook(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(layer_hook(name), prepend=True, with_kwargs=True))
     handles.append(model.register_forward_hook(leave))
     try:
         with uncompiled():

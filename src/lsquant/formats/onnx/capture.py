@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lsquant._util.batches import model_inputs, require_arguments
 from lsquant._util.errors import LsquantError, UsageError
 from lsquant._util.nested import map_tensors, tensors_in
-from lsquant.shipped import FrozenQuantizer, IntegerEmbedding, frozen_parts
+from lsquant.shipped import FrozenQuantizer, IntegerEmbedding, drop_observers, frozen_parts
 
 TORCH_OPSET = 18
 """The lowest operator set that torch's exporter writes."""
@@ -31,11 +31,12 @@ def captured(
 
     Raises: UsageError for a model without quantized layers, and with torch's reason where it cannot be traced.
     """
+    args, kwargs = model_inputs(example_inputs)
+    require_arguments(frozen, example_inputs)
+    changing = drop_observers(frozen, lambda: frozen(*args, **kwargs))
     layers = _marked(frozen)
     if not layers:
         raise UsageError("export_onnx: this model has no quantized layer; call lsquant.prepare on it first")
-    args, kwargs = model_inputs(example_inputs)
-    require_arguments(frozen, example_inputs)
     frozen.register_forward_hook(_outputs)
     shapes = None
     if dynamic_batch:
@@ -51,7 +52,9 @@ def captured(
             if isinstance(found := _root(error), LsquantError):
                 raise found from error
             how = " with a dynamic batch dimension" if dynamic_batch else ""
-            raise UsageError(f"export_onnx: torch cannot trace this model{how}: {_first_lines(error)}") from error
+            hooks = f" (hooks that change values: {', '.join(changing)})" if changing else ""
+            reason = f"torch cannot trace this model{how}{hooks}: {_first_lines(error)}"
+            raise UsageError(f"export_onnx: {reason}") from error
     assert exported is not None
     return exported.model_proto, layers
 

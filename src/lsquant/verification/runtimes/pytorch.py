@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ from lsquant._util.errors import UsageError
 from lsquant.convert import revert
 from lsquant.formats.packed import load_packed
 from lsquant.kernels import engine_for
+from lsquant.shipped import copied
 from lsquant.verification.recorder import Call, LayerCall, input_codes, layer_input, recording, watched
 from lsquant.verification.runtimes.protocol import Observed, Opened, Runtime
 
@@ -27,7 +27,7 @@ class PyTorchRuntime(Runtime):
 
     @contextmanager
     def open(self, path: str, content: Any, model: nn.Module, node_modules: Any = None) -> Iterator[Opened]:
-        twin = load_packed(revert(copy.deepcopy(model)), path)
+        twin = load_packed(revert(copied(model)), path)
         with opened_model(twin, "reloaded") as found:
             yield found
 
@@ -66,7 +66,7 @@ class ModelRunner:
     def _alone(self, call: Call) -> Iterator[tuple[LayerCall, Tensor | None, Tensor]]:
         for key, recorded in call.layers.items():
             layer = self.layers[key[0]]
-            yield key, self._input_codes(key, recorded.input), layer(*recorded.args, **recorded.keywords)
+            yield key, self._input_codes(key, recorded.input), layer.forward(*recorded.args, **recorded.keywords)
 
     def _end_to_end(self, own: Call, call: Call) -> Iterator[tuple[LayerCall, Tensor | None]]:
         for key in call.layers:
