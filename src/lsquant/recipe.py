@@ -359,14 +359,14 @@ def recipe_of_file(text: str, file: str, error: type[LsquantError] = DamagedFile
     if type(version) is not int or version != FORMAT:
         document.refuse(f"format {shown(version)}; this lsquant reads format {FORMAT}, update it")
     found = document.record((), (*HALVES, "rules", "preset_rules"))
-    halves = [_setting(found[half]) if half in found else None for half in HALVES]
+    weight, activation = (_setting(found[half]) if half in found else None for half in HALVES)
     lists = [_rules_of_file(found[name]) if name in found else [] for name in ("rules", "preset_rules")]
     if sum(len(rules) for rules in lists) > MOST_RULES:
         document.refuse(f"more than {MOST_RULES:,} rules")
     patterns = sum(rule.name is None and rule.which not in POSITIONS for rules in lists for rule in rules)
     if patterns > MOST_PATTERNS:
         document.refuse(f"{patterns:,} rules with patterns; a file may have {MOST_PATTERNS:,}, and more with names")
-    return _made(document, lambda: Recipe(*halves, *lists))
+    return _made(document, lambda: Recipe(weight, activation, *lists))
 
 
 def _made(entry: Entry, make: Callable[[], Made]) -> Made:

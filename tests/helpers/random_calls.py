@@ -197,7 +197,12 @@ def _convolution(r: random.Random, g: torch.Generator, dtype: torch.dtype, kind:
     padding = [r.choice([0, 0, 1, 1, 2, 3]) for _ in range(dims)]
     extra = [r.choice([0, 0, 0, 1]) for _ in range(dims)] if kind == "transposed" else []
     conv = ops.Conv(stride, padding, dilation, kind == "transposed", extra, groups)
-    rows = [out, in_ // groups, *kernel]
+    if kind == "convolution" and r.random() < 0.1:  # gradients by minimal filtering, with channels last
+        dims, out, in_ = 2, r.choice([32, 40]), r.choice([8, 32, 33])
+        shape = [2, in_, r.choice([2, 4, 5]), r.choice([3, 4, 7])]
+        kernel, padding = [3, 3], [r.choice([0, 1, 2]), r.choice([0, 1, 2])]
+        conv = ops.Conv([1, 1], padding, [1, 1])
+    rows = [out, in_ // conv.groups, *kernel]
     x, weight = _values(g, shape, 1.0, dtype), _values(g, rows, 0.5, dtype)
     w_grid = _weight_grid(r, g, rows, dims == 2 and kind == "convolution")
     return Call(kind, x, weight, _bias(r, g, out, dtype), _grid(r, g, 1), w_grid, conv, "")

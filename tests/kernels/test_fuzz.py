@@ -22,6 +22,8 @@ TESTS = Path(__file__).parents[1]
 PER_TEST = 50
 FINITE_SEEDS = 3
 """Of so many seeds one is differentiated."""
+ORACLE_WEIGHTS = 1500
+"""Convolutions with more are slow for the oracle's loops: it judges a tenth of them."""
 
 
 def outcome(call: Call) -> Tensor | str:
@@ -51,7 +53,8 @@ def check(seed: int) -> None:
     assert not call.spoiled, f"nobody refuses: {call.spoiled}"
     assert_same(found, wanted)
     assert tuple(found.shape) == float_outcome(call)
-    if found.numel() and call.weight.numel() + (call.kind == "quantizer"):
+    judged = call.conv is None or call.weight.numel() <= ORACLE_WEIGHTS or seed % 10 == 0
+    if judged and found.numel() and call.weight.numel() + (call.kind == "quantizer"):
         assert_same(found, call.expected())
     if seed % FINITE_SEEDS == 0 and bool(call.x.isfinite().all()):
         for a, b in zip(gradients(call, None), gradients(call, "eager"), strict=True):
