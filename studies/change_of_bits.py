@@ -49,7 +49,7 @@ def accuracies(seed: int) -> dict[tuple[str, str], tuple[float, float]]:
             other = copy.deepcopy(model)
             lsquant.prepare(other, lsquant.Recipe.preset(name), task.example_input(), steps=how)
             if how == "recalibrate":
-                lsquant.calibrate(other, calibration(task, seed))
+                lsquant.calibrate(other, calibration(task, seed), again=True)
             before = task.metric(other)["accuracy"]
             train(task, other, 5, 0.03, seed)
             found[name, how] = before, task.metric(other)["accuracy"]

@@ -93,14 +93,14 @@ def calibrate(
     max_batches: read at most so many; None: all.
     forward: ``forward(model, batch)`` runs the model on one batch.
     method: "mse", the step of least squared error (at most 1.001 times the best of 2,000 log-spaced steps), or "paper".
-    weights: a rule that sets those weight steps anew that are still the initial ones; None leaves them as ``prepare`` set
-        them, by "paper".  That suits training, but spends 8 bits on a range that hardly any weight reaches; use "mse"
-        where nothing is trained afterwards.
+    weights: a rule that sets those weight steps anew that are still the initial ones; None leaves them as ``prepare``
+        set them, by "paper".  That suits training, but spends 8 bits on a range that hardly any weight reaches; use
+        "mse" where nothing is trained afterwards.
     again: set the steps of all inputs anew, with their signs, and with ``weights`` those of all weights: what was
         learned of them is lost.  Without it, a call that finds every step set warns.
     Raises: UsageError naming the layer for NaN, infinite, all-zero or missing values, for a wrong guess of the first or
-        last layer, and when a quantizer would be left without a step.  Whatever is raised, a KeyboardInterrupt too, steps,
-        signs and N are then unchanged.
+        last layer, and when a quantizer would be left without a step.  Whatever is raised, a KeyboardInterrupt too,
+        the model is then unchanged.
     """
     model = _check_arguments(model, method, weights)
     # everything is computed before anything is changed: (quantizer, a copy of it that is set)

@@ -109,8 +109,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     model: the float architecture, or the prepared one.
     path: of a file written by ``save``.
     Returns: the model.
-    Raises: MissingFile, DamagedFile; UsageError for another architecture, and for a model on the meta device.  Whatever is
-        raised, a KeyboardInterrupt too, the model is then unchanged, bit for bit.
+    Raises: MissingFile, DamagedFile; UsageError for another architecture, and for a model on the meta device.  Whatever
+        is raised, a KeyboardInterrupt too, the model is then unchanged, bit for bit.
     """
     metadata, tensors = _read(path, with_tensors=True)
     recipe, state = _content(metadata, tensors, os.fspath(path))
@@ -146,8 +146,8 @@ def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: 
     given, model = model, require_one_process(model, "load")
     if empty := on_meta(model):
         raise UsageError(
-            f"{path} cannot be loaded: {len(empty)} tensors of {type(model).__name__}, {empty[0]!r} the first, are on the "
-            "meta device and hold no values; build the model outside torch.device('meta'), or call "
+            f"{path} cannot be loaded: {len(empty)} tensors of {type(model).__name__}, {empty[0]!r} the first, are on "
+            "the meta device and hold no values; build the model outside torch.device('meta'), or call "
             "model.to_empty(device='cpu') first"
         )
     _check_architecture(model, tensors, path)

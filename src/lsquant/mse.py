@@ -120,8 +120,8 @@ def _refine(table: tuple[np.ndarray, np.ndarray], start: float, ratio: float, q_
 def exact_step(values: np.ndarray, q_min: int, q_max: int) -> float:
     """Find the largest step that represents every value exactly, a float32 value; 0.0 where none does.
 
-    ``fl32(code * step) == v`` with a code of q_min to q_max.  Such a step is the value furthest from 0 on the side of the
-    positive values, or of the others, over its code, give or take a rounding.
+    ``fl32(code * step) == v`` with a code of q_min to q_max.  Such a step is the largest positive value, or without one
+    the lowest value, over its code, give or take a rounding.
 
     values: float32 values, in any order.
     """

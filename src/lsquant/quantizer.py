@@ -161,7 +161,7 @@ class Quantizer(nn.Module):
         self._mirror = self._mirror._replace(source=())
         self._follow()
 
-    def stale_state(self, compiled: bool = False) -> str:
+    def _stale_state(self, compiled: bool = False) -> str:
         """Say how what Python knows of the buffers differs from them; "" where it does not.
 
         compiled: whether compiled code uses this quantizer.  Eager code reads the buffers before it uses them, as far
@@ -309,7 +309,7 @@ class Quantizer(nn.Module):
             self.initialize_from(summaries, method)
 
     @torch.no_grad()
-    def prefer_exact(self, x: Tensor) -> None:
+    def _prefer_exact(self, x: Tensor) -> None:
         """Replace each step that is set by one that represents its values of x exactly, where there is one."""
         spec = self.spec
         if spec.offset or not self.is_initialized:
@@ -420,19 +420,20 @@ class Quantizer(nn.Module):
             moved = fn(t)
             return moved if moved.dtype == t.dtype else t.to(moved.device)
 
-        guarded = self._buffers.get("guarded")
-        nn.Module._apply(self, keep_dtype, recurse)  # not super(): the frozen quantizer borrows this method
-        if guarded is not None and guarded.is_meta and not self._buffers["guarded"].is_meta:  # to_empty
-            self._buffers["guarded"].zero_()
+        before = self._buffers.get("guarded")  # the frozen quantizer, which borrows this method, has none
+        nn.Module._apply(self, keep_dtype, recurse)
+        after = self._buffers.get("guarded")
+        if before is not None and after is not None and before.is_meta and not after.is_meta:  # to_empty
+            after.zero_()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Write the state with the bounds of the codes in use: PyTorch's averages of models truncate integer buffers."""
+        """Write the state with the bounds of the codes in use: PyTorch's averages truncate integer buffers."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if differ := self.other_bounds():
+        if differ := self._other_bounds():
             destination[prefix + "bounds"] = torch.tensor(differ[1], dtype=torch.int32, device=self.bounds.device)
 
-    def other_bounds(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    def _other_bounds(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """(in the buffer, of the codes in use) where these differ; None where they do not, or have no values."""
         if type(self.bounds) is not Tensor or self.bounds.is_meta:
             return None
@@ -488,17 +489,18 @@ class Quantizer(nn.Module):
                 f"{tuple(self.step.shape)} ({self.requested}); {remedy}"
             )
         sign, bounds = state.get("signed"), state.get("bounds")
-        if not all(isinstance(t, Tensor) and not t.is_meta for t in (sign, bounds)):
+        if not isinstance(sign, Tensor) or not isinstance(bounds, Tensor) or sign.is_meta or bounds.is_meta:
             return ""
-        if sign.numel() != 1 or tuple(bounds.shape) != (2,):  # pyright: ignore[reportOptionalMemberAccess]
-            return f"its sign and bounds have the shapes {tuple(sign.shape)} and {tuple(bounds.shape)}; {remedy}"  # pyright: ignore
-        theirs, decided = tuple(bounds.tolist()), int(sign)  # pyright: ignore
+        if sign.numel() != 1 or tuple(bounds.shape) != (2,):
+            return f"its sign and bounds have the shapes {tuple(sign.shape)} and {tuple(bounds.shape)}; {remedy}"
+        theirs, decided = tuple(int(bound) for bound in bounds.tolist()), int(sign)
         if theirs == UNDECIDED or (decided < 0 and self.requested.signed is None):
             return ""
         mine = self.requested if decided < 0 else self.requested.decide(bool(decided))
         if theirs == _bounds(mine):
             return ""
-        return f"the state has the codes {_range(theirs)}, the model {_bounds(mine)[0]} to {_bounds(mine)[1]} ({mine}); {remedy}"
+        low, high = _bounds(mine)
+        return f"the state has the codes {_range(theirs)}, the model {low} to {high} ({mine}); {remedy}"
 
     def extra_repr(self) -> str:
         state = "" if self.is_initialized else ", not calibrated"

@@ -1,4 +1,4 @@
-"""`check`: what Python or the recipe know otherwise than the buffers; weights of few values; steps without a gradient."""
+"""`check`: what Python or the recipe know otherwise than the buffers; few-valued weights; steps without a gradient."""
 
 from __future__ import annotations
 
@@ -41,9 +41,12 @@ def test_a_write_that_nothing_shows_is_found_as_on_an_accelerator(monkeypatch):
     assert "sign False instead of True" in found.message
     assert (found.severity, "synchronize(model)" in found.remedy) == ("error", True)
     model[2].weight_quantizer.count.data.fill_(7)
-    assert "N 64 instead of 7" in only(
-        [f for f in check(model) if f.where == "2.weight_quantizer"], "stale_state", "2.weight_quantizer"
-    ).message
+    assert (
+        "N 64 instead of 7"
+        in only(
+            [f for f in check(model) if f.where == "2.weight_quantizer"], "stale_state", "2.weight_quantizer"
+        ).message
+    )
     synchronize(model)
     assert check(model) == []
     x = torch.randn(3, 8)
@@ -80,7 +83,9 @@ def test_compiled_code_that_has_the_sign_of_before_is_found(how):
         for mine, theirs in zip(model.state_dict().values(), signed.state_dict().values(), strict=True):
             mine.copy_(theirs)
     assert not torch.equal(called(x), signed(x))  # as the documentation says
-    assert ("stale_state", "0.input_quantizer") in {(f.code, f.where.removeprefix("_orig_mod.")) for f in check(looked_at)}
+    assert ("stale_state", "0.input_quantizer") in {
+        (f.code, f.where.removeprefix("_orig_mod.")) for f in check(looked_at)
+    }
     synchronize(model)
     assert torch.equal(called(x), signed(x))
     assert check(looked_at) == []

@@ -1,4 +1,4 @@
-"""Every writer of files, where the disk is full or the folder may not be written: one error, the old file, no leftover."""
+"""Every writer of files, where the disk is full or the folder may not be written: one error and the old file."""
 
 from __future__ import annotations
 

@@ -71,12 +71,12 @@ def percent_for_a_transition_rate(_: Path) -> Any:
 # ---- files ----
 
 
-@mistake("'stem.weight_quantizer': the state has the codes -2 to 1 (2 bit), the model -8 to 7 (4 bit", "prepare the model")
+@mistake("the state has the codes -2 to 1 (2 bit), the model -8 to 7 (4 bit", "prepare the model by the recipe")
 def a_state_of_other_bits(_: Path) -> Any:
     return torchs_error(lambda: ready().load_state_dict(ready(Recipe(2, 2)).state_dict()))
 
 
-@mistake("'stem.weight_quantizer': size mismatch: the state has a step of shape (4,)", "prepare the model by the recipe")
+@mistake("'stem.weight_quantizer': size mismatch: the state has a step of shape (4,)", "prepare the model by")
 def a_state_of_another_granularity(_: Path) -> Any:
     state = ready(Recipe(QuantSpec(4, granularity="channel"), 4)).state_dict()
     return torchs_error(lambda: ready().load_state_dict(state))

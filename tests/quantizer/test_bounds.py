@@ -89,7 +89,7 @@ def test_an_average_of_models_has_them() -> None:
 
 
 OTHERS = {
-    "bits": (Recipe(2, 4), Recipe(4, 4), r"'0\.weight_quantizer'.* -2 to 1 \(2 bit\), the model -8 to 7 \(4 bit, signed"),
+    "bits": (Recipe(2, 4), Recipe(4, 4), r"'0\.weight_q.* -2 to 1 \(2 bit\), the model -8 to 7 \(4 bit, signed"),
     "bits of inputs": (Recipe(4, 8), Recipe(4, 4), r"'2\.input_quantizer'.* 0 to 255 \(8 bit\), the model 0 to 15"),
     "narrow": (Recipe(QuantSpec(2, narrow=True)), Recipe(2), r"-1 to 1 \(2 bit\), the model -2 to 1"),
     "sign": (
@@ -214,4 +214,3 @@ def test_load_save_and_calibrate_of_a_model_without_values_are_refused(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     lsquant.load(model.to_empty(device="cpu"), tmp_path / "m")
     assert torch.isfinite(model(torch.randn(2, 8))).all()
-

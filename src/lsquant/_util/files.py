@@ -26,7 +26,7 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 def cannot_write(path: str | os.PathLike[str], error: BaseException) -> LsquantError:
-    """Return the error to raise where a file cannot be written: DiskFull or CannotWrite, with the reason in one line."""
+    """Return the error to raise where a file cannot be written: DiskFull, or CannotWrite with the reason."""
     if disk_is_full(error):
         return DiskFull(f"no space left on the disk while writing {path}; the old file, if any, is unchanged")
     reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())

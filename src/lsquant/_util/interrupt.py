@@ -1,9 +1,9 @@
 """Ctrl-C and SIGTERM while the command line is still loading PyTorch: one line and exit code 130, as later.
 
 The script ``lsquant`` and ``python -m lsquant`` import this package, and with it PyTorch, which takes a second or more,
-before any function of theirs is called; a KeyboardInterrupt would end in a traceback of some import.  So this module, the
-first that the package imports, sets handlers that end the process at once, for nothing is begun yet; ``release`` puts
-Python's back.  In any other program nothing is done.
+before any function of theirs is called; a KeyboardInterrupt would end in a traceback of some import.  So this module,
+the first that the package imports, sets handlers that end the process at once, for nothing is begun yet; ``release``
+puts Python's back.  In any other program nothing is done.
 """
 
 from __future__ import annotations

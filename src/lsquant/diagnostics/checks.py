@@ -109,10 +109,10 @@ def _check_state(model: nn.Module) -> Iterator[Finding]:
     """Buffers that Python, compiled code or the recipe know otherwise."""
     compiled = any(_is_compiled(module) for module in model.modules())
     for name, q in quantizers(model):
-        if differs := q.stale_state(compiled):
+        if differs := q._stale_state(compiled):
             text = f"it computes with what its buffers said before ({differs}): a write that nothing shows changed them"
             yield finding("stale_state", name, text)
-        if differ := q.other_bounds():
+        if differ := q._other_bounds():
             found, wanted = differ
             truncated = all(0 <= abs(w) - abs(f) <= 1 for f, w in zip(found, wanted, strict=True))
             if not truncated:  # by an average of models

@@ -17,11 +17,11 @@ CODES: dict[str, tuple[Severity, str]] = {
     "step_not_finite": ("error", "go back to the last good checkpoint; lower the learning rate or clip gradients"),
     "on_meta": ("error", "load a state: load_state_dict(state, assign=True), or model.to_empty(device='cpu') and load"),
     "stale_state": ("error", "lsquant.integrations.distributed.synchronize(model) reads the buffers again"),
-    "other_bounds": ("error", "prepare the model by the recipe of the state that was copied into it, and copy it again"),
+    "other_bounds": ("error", "prepare the model by the recipe of the state that was copied, and copy it again"),
     "few_values": (
         "warning",
-        "where one does, lsquant.calibrate(model, batches, weights='mse', again=True) takes it, and prepare for a frozen "
-        "weight (requires_grad_(False)); else give it more bits, or leave it in floating point (skip=)",
+        "where one does, lsquant.calibrate(model, batches, weights='mse', again=True) takes it, and prepare for a "
+        "frozen weight (requires_grad_(False)); else give it more bits, or leave it in floating point (skip=)",
     ),
     "tied_twice": ("error", "tie the weights before prepare, or call prepare again, so that they share a quantizer"),
     "step_below_guard": ("warning", "lower the learning rate of the steps: lsquant.param_groups(..., step_lr=...)"),
@@ -33,9 +33,15 @@ CODES: dict[str, tuple[Severity, str]] = {
     "step_decayed": ("warning", "use lsquant.param_groups(model, lr, weight_decay), which never decays steps"),
     "step_frozen": ("warning", "let it learn: requires_grad_(True) and a learning rate above 0"),
     "values_not_finite": ("error", "look at the data, and at the first layer that has this finding"),
-    "clipped": ("warning", "calibrate again on data like these (again=True); give the layer more bits, or see lsquant.sensitivity"),
+    "clipped": (
+        "warning",
+        "calibrate again on data like these (again=True); give the layer more bits, or see lsquant.sensitivity",
+    ),
     "unused_levels": ("warning", "the step is too large: calibrate again on data like these (again=True)"),
-    "signed_in_vain": ("warning", "leave signed=None in the recipe and calibrate again (again=True), or give signed=False"),
+    "signed_in_vain": (
+        "warning",
+        "leave signed=None in the recipe and calibrate again (again=True), or give signed=False",
+    ),
     "few_levels": (
         "warning",
         "look at its values on the page of lsquant report; fewer bits would do, or calibrate again (again=True)",
@@ -67,7 +73,8 @@ CODES: dict[str, tuple[Severity, str]] = {
 """Code -> severity and remedy."""
 
 WEIGHT_REMEDY = (
-    "lower the learning rate of the steps; lsquant.calibrate(model, batches, weights='mse', again=True) sets this one anew"
+    "lower the learning rate of the steps; lsquant.calibrate(model, batches, weights='mse', again=True) sets this one "
+    "anew"
 )
 """The remedy for weights that do not fit their step: `calibrate` leaves weights as they are unless asked."""
 

@@ -35,8 +35,8 @@ def check_optimizer(model: nn.Module, optimizer: Any, sound: dict[str, Quantizer
     without = [name for name, p in steps if p.requires_grad and p not in held]
     none_held = len(without) > 1 and not any(p in held for _, p in steps)
     if none_held:  # one reason, one finding
-        text = f"it has none of the model's {len(without)} steps and offsets ({without[0]!r} the first), so none is learned"
-        yield finding("step_missing", "optimizer", f"{text}: it was built before prepare", steps=without)
+        text = f"it has none of the model's {len(without)} steps and offsets, {without[0]!r} the first: none is learned"
+        yield finding("step_missing", "optimizer", f"{text}; it was built before prepare", steps=without)
     missing = none_held
     learning = any(_rate(group) > 0 for group in groups)
     for name, q in quantizers(model):

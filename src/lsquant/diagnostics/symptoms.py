@@ -136,7 +136,9 @@ def of_few_values(q: Quantizer, rows: Tensor) -> Iterator[Symptom]:
         return
     kind = "integers" if whole else f"{len(distinct)} different values"
     exact = exact_steps(rows, q.q_min, q.q_max, axis=q.axis, group_size=q.spec.group_size)
-    held = "a step represents them exactly" if bool((exact > 0).all()) else f"no step represents them at {q.spec.bits} bits"
+    held = "a step represents them exactly"
+    if not bool((exact > 0).all()):
+        held = f"no step represents them at {q.spec.bits} bits"
     text = f"its {rows.numel()} weights are {kind}, and the step turns {changed} of them into others; {held}"
     yield "few_values", text, {"distinct": len(distinct), "changed": changed, "largest": float(error.max())}
 

@@ -64,10 +64,10 @@ class QuantizedLayer(nn.Module):
             quantizer.forget()
 
     def set_weight_step(self, quantizer: Quantizer, method: Method) -> None:
-        """Set the step of the weight's quantizer, or of a copy of it.  Raises: UsageError for a weight that gives none."""
+        """Set the step of the weight's quantizer, or of a copy.  Raises: UsageError for a weight that gives none."""
         quantizer.initialize(self.rows(), method)
         if not self.weight.requires_grad:  # training will not move it to the levels
-            quantizer.prefer_exact(self.rows())
+            quantizer._prefer_exact(self.rows())
 
     def own_quantizers(self) -> tuple[Quantizer, ...]:
         """The weight's and the input's, those that are there."""

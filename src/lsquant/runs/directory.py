@@ -285,7 +285,8 @@ def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> Run
         with RunLock(run.path):
             _fill(aside, run)
             _clear(run.path)
-            if any(entry.name not in (LOCK, HOLDER) for entry in run.path.iterdir()):  # foreign: --overwrite leaves them
+            foreign = [entry for entry in run.path.iterdir() if entry.name not in (LOCK, HOLDER)]
+            if foreign:  # which --overwrite leaves
                 for name in _CONTENT:
                     if (aside / name).exists():
                         os.replace(aside / name, run.path / name)

@@ -1,10 +1,10 @@
 """One process at a time trains in a run directory.
 
-The lock is the operating system's on the file ``.lock`` of the directory (``flock``; on Windows ``LockFileEx``), through
-filelock, which PyTorch needs as well.  It goes with its process, however that ends, so a lock that is left over is taken
-over at once; on Linux it holds between the machines of an NFS as well.  Where a file system has no such lock, filelock
-takes a file that names host and process, and takes it over when that process is gone.  Beside it stands
-``.lock.json``: who holds the lock, for the message to others.
+The lock is the operating system's on the file ``.lock`` of the directory (``flock``; on Windows ``LockFileEx``),
+through filelock, which PyTorch needs as well.  It goes with its process, however that ends, so a lock that is left
+over is taken over at once; on Linux it holds between the machines of an NFS as well.  Where a file system has no such
+lock, filelock takes a file that names host and process, and takes it over when that process is gone.  Beside it
+stands ``.lock.json``: who holds the lock, for the message to others.
 """
 
 from __future__ import annotations

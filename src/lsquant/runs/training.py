@@ -71,8 +71,8 @@ def run_training(
     tensorboard: write the numbers of the log to `run.path`/tensorboard as well
     quiet: no progress on stderr
 
-    Raises: UsageError if `run.path` exists, without `resume` or `overwrite`, or another process trains in it; what `fit`
-    raises.
+    Raises: UsageError if `run.path` exists, without `resume` or `overwrite`, or another process trains in it; what
+    `fit` raises.
     """
     run = _with_teacher_hash(run, resume)
     log = Log(run.file("log.jsonl"), run.file("tensorboard") if tensorboard else None)

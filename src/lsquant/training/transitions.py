@@ -62,8 +62,8 @@ class TransitionRate:
     most 400 over the schedule. Checkpoints need ``state_dict``; ``fit(transition=...)`` does that. A copy of the
     optimizer (``deepcopy``, pickle) has no hooks: make another control for it.
 
-    Raises: UsageError for numbers out of range; for an optimizer of another kind, without "low_bit" groups, of another model, or with
-    a control already; and in a step where the model was prepared anew.
+    Raises: UsageError for numbers out of range; for an optimizer of another kind, without "low_bit" groups, of
+    another model, or with a control already; and in a step where the model was prepared anew.
 
     >>> layer = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     >>> changes = lsquant.prepare(layer, lsquant.Recipe.preset("w2"))
@@ -92,8 +92,8 @@ class TransitionRate:
             raise UsageError(f"TransitionRate: smoothing={smoothing!r}; m lies in 0 .. 1, e.g. 0.99")
         if first > LARGE:
             warnings.warn(
-                f"TransitionRate: first={first:g} lets {first:.0%} of the weights change code in a step; it is a share, not "
-                "percent: 0.002 is usual",
+                f"TransitionRate: first={first:g} lets {first:.0%} of the weights change code in a step; it is "
+                "a share, not percent: 0.002 is usual",
                 stacklevel=2,
             )
         self.optimizer = unwrapped(optimizer)
