@@ -78,7 +78,7 @@ def _product(first: int) -> Callable[[Any, Any], int]:
 
     def formula(args: Any, _: Any) -> int:
         a, b = args[first], args[first + 1]
-        return math.prod(a) * math.prod(b[len(a) - 1 :])
+        return math.prod(a) * (b[-1] if len(b) > 1 else 1)
 
     return formula
 

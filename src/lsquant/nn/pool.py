@@ -125,15 +125,20 @@ class _AdaptiveAvgPool(ExactLayer):
             return leaf(self, input)
         is_one = not isinstance(self.output_size, (tuple, list))
         wanted = (self.output_size,) * self.dims if is_one else tuple(self.output_size)
-        fits = input.dim() in (self.dims + 1, self.dims + 2) and len(wanted) == self.dims and 0 not in input.shape[1:]
-        if (self.training and torch.is_grad_enabled()) or not fits or not input.is_floating_point() or 0 in wanted:
-            return super().forward(input)
+        if (self.training and torch.is_grad_enabled()) or not self._fits(input, wanted):
+            return super().forward(input)  # which raises where it does not fit
         windows = []
         for size, out in zip(input.shape[-self.dims :], wanted, strict=True):
             n = size if out is None else int(out)
             windows.append([(i * size // n, -(-(i + 1) * size // n)) for i in range(n)])
         counts = _box_counts([[end - start for start, end in one] for one in windows], input.device)
         return exact_average(input, windows, counts)
+
+    def _fits(self, x: Tensor, wanted: tuple[Any, ...]) -> bool:
+        """Whether torch's own layer takes such an input."""
+        if self.output_size is None or len(wanted) != self.dims or 0 in wanted:
+            return False
+        return x.dim() in (self.dims + 1, self.dims + 2) and 0 not in x.shape[1:] and x.is_floating_point()
 
 
 class ExactAvgPool1d(_AvgPool, nn.AvgPool1d):

@@ -197,7 +197,7 @@ def _product(
     weight: Tensor, w_step: Tensor, w_min: int, w_max: int, w_gradient_scale: float, group_size: int | None,
     *conv: Any,
 ) -> Product:  # fmt: skip
-    axis = 0 if group_size is None and w_step.numel() > 1 else None
+    axis = 0 if group_size is None and w_step.numel() != 1 else None
     x_grid = Grid(x_step, x_min, x_max, x_gradient_scale, offset=x_offset)
     w_grid = Grid(w_step, w_min, w_max, w_gradient_scale, axis=axis, group_size=group_size)
     return Product(x, x_grid, weight, w_grid, Conv(*conv) if conv else None)
