@@ -42,7 +42,8 @@ class OrtSession:
             found = self.session.run(list(names), feeds)
         except Exception as error:  # its own kinds, which derive from Exception
             shapes = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in feeds.items())
-            raise UsageError(f"ONNX Runtime cannot run {self.where} on this batch ({shapes}): {reason(error)}") from error
+            why = f"ONNX Runtime cannot run {self.where} on this batch ({shapes}): {reason(error)}"
+            raise UsageError(why) from error
         if any(not isinstance(value, np.ndarray) for value in found):
             raise DamagedFile(f"{self.where} has an output that is no tensor")
         return found
