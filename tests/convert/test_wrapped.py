@@ -17,6 +17,7 @@ import lsquant
 from lsquant import Recipe
 from lsquant._util.batches import unwrapped
 from lsquant._util.errors import UsageError
+from lsquant.diagnostics.collect import collect
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch's own
 
@@ -210,6 +211,7 @@ def test_a_model_compiled_in_place_is_seen(tmp_path: Path) -> None:
     model.compile(backend="eager")
     with torch.no_grad():
         model(INPUT)
+    assert [f.elements for f in collect(model, [INPUT]) if f.kind == "input"] == [8 * 6, 8 * 5]
     assert packed_verdict(model, tmp_path)["checks"][1]["compared"] == 8 * (6 + 5)
     lsquant.prepare(model, Recipe(8, 8), INPUT)
     lsquant.calibrate(model, [INPUT])

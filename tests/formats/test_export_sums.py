@@ -55,7 +55,7 @@ def exact_linear(model: Any, x: Tensor, group: int | None = None) -> np.ndarray:
     q_x = (layer.input_quantizer.codes(x).to(torch.int64) - _zero(layer)).numpy()
     q_w = layer.integer_weight()[0].to(torch.int64).numpy()
     size = group or q_x.shape[-1]
-    total = np.float32(0)
+    total: Any = np.float32(0)
     for a in range(0, q_x.shape[-1], size):
         sums = q_x[..., a : a + size] @ q_w[:, a : a + size].T
         total = total + sums.astype(np.float32) * np.float32(2**-14)

@@ -303,8 +303,8 @@ def test_nested_inputs_are_one_thing_everywhere(tmp_path: Path) -> None:
     assert {v.name for v in onnx.load(path).graph.input} == {"batch_image", "batch_meta_0", "scale"}
     for given in (batch, turned):
         assert lsquant.verify(model, path, [given]).exact
-    positional = lsquant.verify(model, path, [batch], forward=lambda m, b: m(b["batch"], b["scale"]))
-    assert positional.exact
+    for given in (batch, turned):
+        assert lsquant.verify(model, path, [given], forward=lambda m, b: m(b["batch"], b["scale"])).exact
     assert lsquant.check(model, batches=[turned]) is not None
     lsquant.export_vectors(model, tmp_path / "v.npz", turned)
     lsquant.write_report(model, tmp_path / "r.html", [turned])

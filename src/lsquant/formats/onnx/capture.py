@@ -116,7 +116,7 @@ def _root(error: BaseException) -> BaseException:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Silence torch's notes on missing packages and its own deprecations."""
-    names = ("torch.onnx", "torch.__trace", "torch.export", "torch._dynamo", "torch._guards", "onnxscript")
+    names = ("torch.onnx", "torch.__trace", "torch.export", "torch._dynamo", "torch._guards", "onnxscript", "onnx_ir")
     levels = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
     try:
         for logger, _ in levels:
