@@ -84,7 +84,8 @@ def check_all(first: int, count: int) -> None:
         try:
             check(seed)
         except BaseException as error:
-            error.add_note(f"seed {seed}: {drawn(seed)}")
+            call = drawn(seed)
+            error.add_note(f"seed {seed}: {call.kind} {tuple(call.x.shape)} {tuple(call.weight.shape)} {call.spoiled}")
             raise
 
 

@@ -34,6 +34,8 @@ def require_product(
         raise UsageError(
             f"input and weight must be float32, bfloat16, float16 or float64, got {x.dtype} and {weight.dtype}"
         )
+    if x.layout != torch.strided or weight.layout != torch.strided:
+        raise UsageError(f"input and weight must be dense, got {x.layout} and {weight.layout}")
     shape, rows = list(x.shape), list(weight.shape)
     if conv is None:
         if len(rows) != 2 or not shape or shape[-1] != rows[1]:
@@ -72,8 +74,8 @@ def require_grid(x: Tensor, grid: Grid) -> None:
 
 def require_gradient(grad: Tensor, size: Sequence[int], x: Tensor) -> None:
     """Raises UsageError where a gradient has not the size of what it is the gradient of, or not the device of x."""
-    if grad.device != x.device:
-        raise UsageError(f"the gradient is on {grad.device}, the input on {x.device}")
+    if grad.device != x.device or grad.layout != torch.strided:
+        raise UsageError(f"the gradient is {grad.layout} on {grad.device}, it must be dense, on {x.device}")
     if list(grad.shape) != list(size) or not grad.is_floating_point():
         raise UsageError(f"the gradient must be {tuple(size)}, floating point, got {_said(grad)}")
 
