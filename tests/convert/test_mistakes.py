@@ -9,6 +9,7 @@ import pytest
 from helpers import (
     mistakes_files,  # noqa: F401  (fills the table)
     mistakes_model,  # noqa: F401
+    mistakes_shipping,  # noqa: F401
 )
 from helpers.mistakes import MISTAKES, Mistake
 from lsquant import LsquantError
