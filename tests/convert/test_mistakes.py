@@ -10,6 +10,7 @@ from helpers import (
     mistakes_export,  # noqa: F401  (fills the table)
     mistakes_files,  # noqa: F401
     mistakes_model,  # noqa: F401
+    mistakes_shipping,  # noqa: F401
     mistakes_strangers,  # noqa: F401
 )
 from helpers.mistakes import MISTAKES, Mistake

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import lsquant
 from helpers.checked import Cnn, Encoder, codes, images, sgd, tokens, trained, trained_cnn
@@ -197,6 +198,30 @@ def test_the_share_that_stays_float_is_that_of_its_own_weights():
     lsquant.prepare(model, Recipe.preset("w4a4", skip=["emb"]))
     found = {f.where: f.evidence["weights"] for f in lsquant.check(model) if f.code == "stays_float"}
     assert found == {"": 16 * 9, "attention": 4 * 16 * 16}
+
+
+def test_a_layer_whose_weight_a_hook_makes_stays_float():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    prune.l1_unstructured(model[1], "weight", 0.5)
+    lsquant.prepare(model, lsquant.Recipe(4, 8))
+    (finding,) = [f for f in lsquant.check(model) if f.code == "stays_float"]
+    assert (finding.where, finding.severity) == ("1", "warning")
+    assert "pruning makes its weight anew for each forward pass" in finding.message
+    assert "prune.remove(layer, 'weight')" in finding.message
+
+
+def test_layers_that_no_writer_takes_and_layers_that_came_later():
+    model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40), nn.Linear(40, 2))
+    lsquant.prepare(model, lsquant.Recipe(4, None))
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    model[2] = nn.Linear(40, 2)
+    found = {f.code: f for f in lsquant.check(model)}
+    assert set(found) == {"unfit", "added_later"}
+    assert (found["unfit"].where, found["unfit"].severity) == ("0", "error")
+    assert "so it has no fixed codes" in found["unfit"].message
+    assert (found["added_later"].where, found["added_later"].severity) == ("2", "note")
+    assert found["added_later"].evidence["weights"] == 80
+    assert "with 2.4% of the weights" in found["added_later"].message
 
 
 def test_a_small_layer_that_stays_float_is_a_note():

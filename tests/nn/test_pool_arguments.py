@@ -86,3 +86,15 @@ def test_an_own_divisor() -> None:
     x = torch.rand(1, 2, 4, 4)
     pool = prepared(nn.AvgPool2d(2, divisor_override=3), 2)
     torch.testing.assert_close(pool(x), x.unfold(2, 2, 2).unfold(3, 2, 2).sum((-1, -2)) / 3)
+
+
+@pytest.mark.parametrize("kernel", [2, [2], (2,), (2, 2)], ids=str)
+@pytest.mark.parametrize("stride", [None, 2, [2], ()], ids=str)
+def test_the_order_of_additions(kernel: Any, stride: Any) -> None:
+    """Rows first, then columns, then one division, in float32, whatever way the sizes are written."""
+    x = torch.randn(4, 3, 8, 8)
+    rows = x[..., 0::2, :] + x[..., 1::2, :]
+    expected = (rows[..., 0::2] + rows[..., 1::2]) / 4
+    assert not torch.equal(nn.functional.avg_pool2d(x, 2), expected)
+    assert torch.equal(prepared(nn.AvgPool2d(kernel, stride), 2)(x), expected)
+    assert torch.equal(prepared(nn.AdaptiveAvgPool2d([4, 4]), 2)(x), expected)  # type: ignore[arg-type]

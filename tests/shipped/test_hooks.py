@@ -61,7 +61,8 @@ def test_hooks_that_change_values_act_in_every_form(kind: str, tmp_path: Path) -
     assert not torch.equal(model.eval()(x), plain.eval()(x))
     lsquant.prepare(model, Recipe(6, 6), example_inputs=x)
     lsquant.calibrate(model, [x])
-    assert_every_form_is_equal(model, lambda: Net(CHANGING[kind]), x, tmp_path)
+    reads_input = kind == "with keywords"  # with torchao it is given the quantized input
+    assert_every_form_is_equal(model, lambda: Net(CHANGING[kind]), x, tmp_path, torchao=not reads_input)
 
 
 def test_a_method_of_the_copy(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_a_model_that_cannot_be_copied() -> None:
     model, x = Opened(), torch.randn(7, 2, 5, 5)
     lsquant.prepare(model, Recipe(6, 6))
     lsquant.calibrate(model, [x])
-    with pytest.raises(UsageError, match="Opened cannot be copied, TypeError: .*generator"):
+    with pytest.raises(UsageError, match=r"Opened cannot be copied, TypeError: .*generator"):
         lsquant.to_integer(model)
 
 

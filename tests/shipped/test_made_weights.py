@@ -87,7 +87,7 @@ def test_a_made_weight_stays_float_and_ships_as_it_is(kind: str, tmp_path: Path)
 
 @pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "spectral_norm"])
 def test_the_remedy_quantizes_it(kind: str, tmp_path: Path) -> None:
-    """Not tried with the old spectral_norm, whose removal leaves a hook behind that lets no state be loaded (torch 2.13)."""
+    """Not tried with the old spectral_norm: its removal leaves a hook that lets no state be loaded (torch 2.13)."""
     change, _, undo = MAKERS[kind]
     model, x = Net(change), torch.randn(9, 4)
     undo(model.made)

@@ -188,7 +188,7 @@ def _check_what_ships(model: nn.Module) -> Iterator[Finding]:
             yield finding("unfit", name, reason)
     modules, total = dict(model.named_modules()), sum(p.numel() for p in model.parameters() if p.dim() > 1)
     for name in added_later(model):
-        size = sum(p.numel() for p in modules[name].parameters())
+        size = sum(p.numel() for p in modules[name].parameters() if p.dim() > 1)
         text = f"it came into the model after prepare, so it is not quantized, with {size / total:.1%} of the weights"
         yield finding("added_later", name, text, "warning" if size > LARGE_SHARE * total else "note", weights=size)
 
