@@ -32,7 +32,7 @@ class _Observer:
 
     def of_layer(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
         """The function that takes in an input of this layer, one of those that have the quantizer."""
-        return lambda x: self.observe(x, input_elements(layer, x) if x.numel() else 0)
+        return lambda x: self.observe(x, input_elements(layer, x))
 
     def observe(self, x: Tensor, elements: int = 0) -> None:
         """Take in one input; an empty one says nothing.  elements: N of it, 0 for a stand-alone quantizer."""

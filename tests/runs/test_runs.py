@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 import lsquant
 from lsquant._util.errors import UsageError
+from lsquant._util.tensors import write_tensors
 from lsquant.runs import Run, Settings, read_run, run_training, training
 from lsquant.training.seeds import generator
+from lsquant.training.state import load_state, save_state
 
 RECIPE = lsquant.Recipe(4, 4)
 SETTINGS = Settings(batch_size=16, float_epochs=4, epochs=3, lr=0.01, float_lr=0.1, calibration_batches=2, threads=1)
@@ -142,3 +144,44 @@ def test_what_differs_from_the_stored_run_is_named(tmp_path):
     other.task.name = "classification"
     with pytest.raises(UsageError, match="task was 'regression', not 'classification'"):
         run_training(other, resume=True, quiet=True)
+
+
+def without_bounds(value: Any) -> Any:
+    """What an earlier version wrote: the same without the bounds of quantizers."""
+    if isinstance(value, dict):
+        return {key: without_bounds(part) for key, part in value.items() if not str(key).endswith(".bounds")}
+    return value
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_run_of_an_earlier_version_goes_on_to_the_same_bits(ema, tmp_path, monkeypatch):
+    whole = run_of(tmp_path / "whole", ema=ema)
+    run_training(whole, quiet=True)
+    cut = run_of(tmp_path / "cut", ema=ema)
+
+    def stop_at_the_end(self: Any, what: str, network: nn.Module, words: str) -> None:
+        measure(self, what, network, words)
+        if what == "rounded":
+            return
+        if what in ("raw", "lsq"):
+            raise Stop
+
+    measure = training._Training._measure
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Training, "_measure", stop_at_the_end)
+        with pytest.raises(Stop):
+            run_training(cut, quiet=True, checkpoint_every=2)
+    checkpoint = cut.file("last/lsq.safetensors")
+    state = load_state(checkpoint)
+    old = without_bounds(state)
+    assert len(old["model"]["state"]) < len(state["model"]["state"])
+    save_state(checkpoint, old)
+    run_training(run_of(cut.path, ema=ema), resume=True, quiet=True)
+    assert cut.file("model.safetensors").read_bytes() == whole.file("model.safetensors").read_bytes()
+    model = cut.model()
+    tensors = {k: v for k, v in load_file(cut.file("model.safetensors")).items() if not k.endswith(".bounds")}
+    write_tensors(
+        tmp_path / "old.safetensors", tensors, lsquant.checkpoint.read_metadata(cut.file("model.safetensors"))
+    )
+    again = lsquant.load(cut.task.model(), tmp_path / "old.safetensors")
+    assert all(torch.equal(t, model.state_dict()[name]) for name, t in again.state_dict().items())
