@@ -108,6 +108,9 @@ def test_an_interrupt(monkeypatch):
 def test_sigterm_is_an_interrupt_that_says_how_to_go_on(monkeypatch, in_tmp):
     monkeypatch.setattr(training, "run_training", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
+    refused(130, "interrupted\n$", "train", "digits", "--bits", "2", "--out", "x")  # there is no run yet
+    (in_tmp / "x").mkdir()
+    (in_tmp / "x" / "config.toml").write_text('kind = "lsquant run"\n')
     refused(130, "go on with: lsquant train --resume --out x", "train", "digits", "--bits", "2", "--out", "x")
     assert signal.getsignal(signal.SIGTERM) is before
 
