@@ -61,7 +61,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     model = unwrapped(model)
     if not any(True for _ in quantized_layers(model)):
         raise UsageError("save: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
-    if empty := [name for name, t in model.state_dict().items() if t.is_meta]:
+    if empty := [name for name, t in model.state_dict().items() if isinstance(t, Tensor) and t.is_meta]:
         raise UsageError(f"save: {empty[0]!r} is on the meta device and holds no values; load a state first")
     for name, layer in quantized_layers(model):
         require_fit(name, layer)
@@ -169,13 +169,13 @@ def _check_architecture(model: nn.Module, tensors: dict[str, Tensor], path: str 
         parts = name.split(".")
         return name not in optional and not any(part in ("weight_quantizer", "input_quantizer") for part in parts)
 
-    mine = {k: tuple(v.shape) for k, v in model.state_dict().items() if is_float_key(k)}
+    kinds = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}  # an extra state may be anything
+    mine = {k: tuple(v.shape) for k, v in kinds.items() if is_float_key(k)}
     theirs = {k: tuple(v.shape) for k, v in tensors.items() if is_float_key(k)}
     problems = [f"the file lacks {k}" for k in mine if k not in theirs]
     problems += [f"the model lacks {k}" for k in theirs if k not in mine]
     differ = [k for k, shape in mine.items() if theirs.get(k, shape) != shape]
     problems += [f"{k} is {theirs[k]} in the file and {mine[k]} in the model" for k in differ]
-    kinds = model.state_dict()
     differ = [k for k in mine if k in tensors and _kind(tensors[k]) != _kind(kinds[k])]
     problems += [f"{k} is {tensors[k].dtype} in the file and {kinds[k].dtype} in the model" for k in differ]
     if problems:
