@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import lsquant
 from helpers.edited_files import read_safetensors, write_safetensors
 from lsquant import Recipe, Rule
 from lsquant._util.errors import DamagedFile, LsquantError, UsageError
@@ -17,7 +18,7 @@ from lsquant.runs.directory import Run, is_run, read_run, start_run
 from lsquant.runs.log_reader import latest, log_rows, read_metrics
 from lsquant.tasks import Settings, open_run
 from lsquant.tasks.digits import Digits
-from lsquant.training import Log, fit, load_state, param_groups, save_state
+from lsquant.training import Log, TransitionRate, fit, load_state, param_groups, save_state
 from lsquant.training.seeds import rng_state, set_rng_state
 
 RULES = [Rule("re:conv[12]", 3), Rule(nn.Linear, 8, 8), Rule("stem", 8)]
@@ -212,6 +213,16 @@ def test_checkpoints(keys, value, says, tmp_path):
             trained(tmp_path / "c")
     finally:
         set_rng_state(random)
+
+
+def test_the_rate_of_transitions(tmp_path):
+    """A rate that is finite and beyond float32 would fail in the optimizer's step (found by the fuzzer)."""
+    model = nn.Sequential(nn.Linear(4, 4))
+    lsquant.prepare(model, Recipe(4, None))
+    control = TransitionRate(model, torch.optim.SGD(param_groups(model, 0.1, low_bit=True)), steps=9)
+    for change in ({"lr": 1e300}, {"rate": 2.0}, {"done": -1}, {"trace": [[1, 2, 3]]}, {"trace": 3}, {"colour": 1}):
+        with pytest.raises(DamagedFile, match="the state of TransitionRate is damaged"):
+            control.load_state_dict(control.state_dict() | change)
 
 
 @pytest.mark.parametrize(
