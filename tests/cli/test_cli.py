@@ -146,7 +146,7 @@ def test_a_report_without_the_other_files_says_what_is_missing(line, tmp_path):
     assert result.code == 0
     (of_run,) = page_data(tmp_path / "page.html")["runs"]
     assert [text.split(":")[0] for text in of_run["missing"]] == [
-        "metrics.json does not exist", "env.json is not valid JSON", "log.jsonl does not exist",
+        "metrics.json does not exist", "env.json is damaged", "log.jsonl does not exist",
     ]  # fmt: skip
     assert all(text in result.err for text in of_run["missing"])
     assert len(of_run["quantizers"]) == 10

@@ -17,7 +17,7 @@ from torch import nn
 
 from lsquant._util.batches import run_batch
 from lsquant._util.entry import Entry, shown
-from lsquant._util.errors import LsquantError, UsageError
+from lsquant._util.errors import DamagedFile, LsquantError, UsageError
 from lsquant.training.distillation import classification_loss, hits
 from lsquant.training.facts import quantizer_facts
 from lsquant.training.log import Log
@@ -312,9 +312,12 @@ def _restore(
     except ValueError as error:
         raise UsageError(f"{path} is the checkpoint of another optimizer: {error}") from error
     for name, extra in extras.items():
-        extra.load_state_dict(state["extras"][name])
-    set_rng_state(state["epoch_rng"])
-    set_rng_state(state["rng"])
+        try:
+            extra.load_state_dict(state["extras"][name])
+        except DamagedFile as error:
+            raise DamagedFile(f"{path}: extras.{name}: {error}") from error
+    set_rng_state(state["epoch_rng"], path, "epoch_rng")
+    set_rng_state(state["rng"], path, "rng")
     if threads != torch.get_num_threads():
         message(
             f"{path} was made with {threads} threads, now there are {torch.get_num_threads()}: "

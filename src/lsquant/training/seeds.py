@@ -46,12 +46,14 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any], file: str = "the state of the random generators", key: str = "") -> None:
     """Restore what `rng_state` returned.
+
+    file, key: where it comes from, for messages
 
     Raises: DamagedFile for another state; numpy would read beyond its memory for some.
     """
-    entry = Entry(state, "the state of the random generators")
+    entry = Entry(state, file, key)
     found = entry.record(("torch", "numpy", "python"), ("cuda",))
     name, keys, position, has_gauss, gauss = _parts(found["numpy"], list, 5)
     keys = _words(keys, list, _WORDS)

@@ -199,6 +199,9 @@ def check_optimizer_part(entry: Entry, optimizer: torch.optim.Optimizer) -> dict
         for name, fact in facts.items():
             if name in here and name != "params" and not _alike(fact.value, here[name]):
                 raise fact.wrong(f"a value as {shown(here[name])}")
+            if name == "betas" and isinstance(fact.value, (tuple, list)):
+                for i, beta in enumerate(fact.value):
+                    fact.require(_is_number(beta) and 0.0 <= beta < 1.0, f"{shown(beta)} as number {i}")
             fact.require(name in here or isinstance(fact.value, (bool, int, float, str)), "no hyperparameter")
     state = found["state"].value
     if not isinstance(state, dict) or not all(type(key) is int and 0 <= key < len(parameters) for key in state):
@@ -210,13 +213,16 @@ def check_optimizer_part(entry: Entry, optimizer: torch.optim.Optimizer) -> dict
                 fits = value.shape == shape if name in MOMENTS else name != "step" or value.numel() == 1
                 fact.require(fits and not value.is_complex(), f"shape {tuple(value.shape)}, type {value.dtype}")
             else:
-                plain = _is_number(value) if name == "step" else isinstance(value, (bool, int, float, str))
-                fact.require(value is None or (plain and name not in MOMENTS), f"{shown(value)} is no tensor")
+                plain = value is None or isinstance(value, (bool, int, float, str))
+                fact.require(plain and (value is None or name not in MOMENTS), f"{shown(value)} is no tensor")
+            if name == "step":
+                steps = value.item() if isinstance(value, torch.Tensor) else value
+                fact.at("number", steps).number(0.0, 2.0**53)  # torch's Adam raises its betas to this power
     return entry.value
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300
+    return type(value) in (int, float) and abs(value) < 1e9
 
 
 def _alike(value: Any, here: Any) -> bool:

@@ -161,7 +161,7 @@ class TransitionRate:
                     f"TransitionRate: the saved state has {name}={shown(saved)}, this one {name}={here!r}; "
                     "resume with the schedule that was begun; make it before the optimizer's state is loaded"
                 )
-        done, rate, lr = found["done"].integer(0, 2**62), found["rate"].number(0.0, 1.0), found["lr"].number(0.0)
+        done, rate, lr = found["done"].integer(0, 2**62), found["rate"].number(0.0, 1.0), found["lr"].number(0.0, 1e9)
         trace = [[n.number() for n in point.items(4)] for point in found["trace"].items(POINTS)]
         found["trace"].require(all(len(point) == 4 for point in trace), "a point has four numbers")
         self.done, self.rate, self.lr = done, rate, lr

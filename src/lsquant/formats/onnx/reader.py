@@ -189,7 +189,7 @@ def make_session(source: str | bytes, recommended: dict[str, str], **overrides: 
     """
     ort = require("onnxruntime", extra="onnx")
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what is an error is raised
     providers = overrides.pop("providers", ["CPUExecutionProvider"])
     for name, value in recommended.items():
         options.add_session_config_entry(name, value)

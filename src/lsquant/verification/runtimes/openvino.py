@@ -49,5 +49,10 @@ class OpenVinoSession:
         self.outputs = list(self.ports)
 
     def run(self, names: Sequence[str], feeds: Arrays) -> list[np.ndarray]:
-        found = self.model(feeds)
+        try:
+            found = self.model(feeds)
+        except RuntimeError as error:
+            raise DamagedFile(f"OpenVINO cannot run the model: {str(error).strip()[-300:]}") from error
+        if missing := [name for name in names if name not in self.ports]:
+            raise DamagedFile(f"the model has no output {missing[0]!r} in OpenVINO")
         return [np.array(found[self.ports[name]]) for name in names]
