@@ -41,6 +41,7 @@ BUFFERS: dict[str, Callable[[Tensor], bool]] = {
     "signed": lambda t: t.dtype == torch.int8 and t.dim() == 0 and -1 <= int(t) <= 1,
     "count": lambda t: t.dtype == torch.int64 and t.dim() == 0 and int(t) >= 0,
     "initialized": lambda t: t.dtype == torch.bool and t.dim() == 0,
+    "bounds": lambda t: t.dtype == torch.int32 and t.shape == (2,),
 }
 """What a quantizer's tensors in a file have to be; the values of steps are the guard's business."""
 

@@ -17,8 +17,8 @@ from helpers.mistakes import MISTAKES, Mistake
 from lsquant import LsquantError
 
 
-def test_there_are_forty() -> None:
-    assert len({function.__name__ for function, _, _ in MISTAKES}) == len(MISTAKES) >= 40
+def test_there_are_eighty() -> None:
+    assert len({function.__name__ for function, _, _ in MISTAKES}) == len(MISTAKES) >= 80
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch.nn.parallel")

@@ -299,7 +299,9 @@ FILES = ("config.toml", "recipe.toml", "env.json", "log.jsonl", "metrics.json", 
 def test_a_damaged_run_still_gives_a_page_of_the_rest(run_copy, capsys, file, damage):
     path = run_copy / file
     old = path.read_bytes()
-    new = {"deleted": b"", "empty": b"", "half": old[: len(old) * 2 // 5], "garbage": b"\x00\xff\xfe{]=" * 20}[damage]
+    cut = len(old) * 2 // 5
+    cut = old.rindex(b"=", 0, cut) + 1 if file.endswith(".toml") else cut  # at the end of a line it would be valid
+    new = {"deleted": b"", "empty": b"", "half": old[:cut], "garbage": b"\x00\xff\xfe{]=" * 20}[damage]
     path.write_bytes(new)
     if damage == "deleted":
         path.unlink()
