@@ -5,11 +5,14 @@
 # make bench     speed and memory against the float model and others: results/bench, and the tables of docs/benchmarks.md
 # make long-runs DATA=... INIT=... TEACHER=...   goes on with the long CIFAR-10 runs, niced, on one core (docs/cifar10.md)
 # make long-runs-commit   commits the state of the run in progress: another machine goes on from there
+# make fuzz      random networks, from seed FIRST to before END: FIRST=0 END=200 (CONTRIBUTING.md)
+# make cases CASES=...   runs every script of a folder, each alone in an empty folder, and prints what it prints
 # make lint      ruff and pyright; make docs: the documentation site in site/; make figure: docs/figures
 #
 # PYTHON=python3.12   the interpreter that .venv is made from (3.11 or later)
 # CONSTRAINTS=        empty: take the newest versions instead of the pinned ones
 # BENCH=...           arguments of benchmarks/speed.py, for instance BENCH='resnet20 --threads 1'
+# FUZZ=...            more arguments of tests/fuzz/run.py, for instance FUZZ="--without late"
 # TORCH=...           another way to name torch to pip, for instance the path of a wheel
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,6 +25,10 @@ BENCH ?= --profile
 DATA ?= data
 INIT ?= resnet20.safetensors
 TEACHER ?=
+FIRST ?= 0
+END ?= 200
+FUZZ ?=
+CASES ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -29,7 +36,7 @@ PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAIN
 # each test process computes on one thread; JOBS processes use the cores
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: install demo test test-all test-engines bench long-runs long-runs-commit lint docs figure package clean
+.PHONY: install demo test test-all test-engines fuzz cases bench long-runs long-runs-commit lint docs figure package clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -60,6 +67,13 @@ test-engines: $(STAMP)
 	LSQUANT_ENGINE=eager $(PYTEST) --ignore tests/project/test_packaging.py --ignore tests/benchmarks/test_benchmarks.py
 	LSQUANT_ENGINE=cpp $(PYTEST) --ignore tests/project/test_packaging.py --ignore tests/benchmarks/test_benchmarks.py
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(PYTEST) --ignore tests/project/test_packaging.py --ignore tests/benchmarks/test_benchmarks.py
+
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py $(FIRST) $(END) $(FUZZ)
+
+cases: $(STAMP)
+	@test -n "$(CASES)" || { echo "make cases CASES=FOLDER: a folder with *.py and *.sh" >&2; exit 2; }
+	@$(BIN)/python tests/run_cases.py "$(CASES)"
 
 # takes long, and wants a machine that does nothing else
 bench: $(STAMP)
