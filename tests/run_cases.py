@@ -7,6 +7,7 @@ signal or by the time limit, 2 where the folder holds no script, else 0: what is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -22,7 +23,11 @@ SHELLS = {".py": (sys.executable,), ".sh": ("bash",)}
 def run(script: Path, limit: float) -> tuple[str, str, bool]:
     """Return (how it ended, its output, whether by itself).  limit: in seconds."""
     bin_folder = Path(sys.executable).parent  # the commands of this environment come first
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}"}
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -43,10 +48,8 @@ def run(script: Path, limit: float) -> tuple[str, str, bool]:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End a script and what it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -23,7 +23,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("first", nargs="?", type=int, default=0, help="the first seed")
     parser.add_argument("end", nargs="?", type=int, help="the seed after the last one; default: one seed")
-    parser.add_argument("--case", type=Path, help="a file with a case as JSON, as a failure prints it, instead of seeds")
+    parser.add_argument(
+        "--case", type=Path, help="a file with a case as JSON, as a failure prints it, instead of seeds"
+    )
     parser.add_argument("--onnx-every", type=int, default=1, help="write ONNX files for every n-th seed only")
     parser.add_argument("--without", default="", help="leave out networks with one of these tags, as 'value hook,late'")
     parser.add_argument("--shrink", type=int, default=3, help="how many failing networks are made smaller")

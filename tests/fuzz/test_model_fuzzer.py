@@ -72,10 +72,21 @@ def test_the_seeds_draw_what_they_should() -> None:
         flags = {"autocast": case.autocast, "channels_last": case.channels_last, "guarded": case.guarded}
         flags |= {"again": case.again, "dynamic": case.dynamic, "first_last": case.first_last, "preset": case.preset}
         seen.update(name for name, value in flags.items() if value)
-    wanted = {f"kind {kind}" for kind in ("linear", "embedding", "batchnorm", "add", "cat", "mul", "encoder", "quantizer")}
+    wanted = {
+        f"kind {kind}" for kind in ("linear", "embedding", "batchnorm", "add", "cat", "mul", "encoder", "quantizer")
+    }
     wanted |= {f"kind {kind}{n}d" for kind in ("conv", "convt", "AvgPool") for n in (1, 2, 3)}
     wanted |= {f"bits {bits}" for bits in range(2, 9)} | {f"granularity {g}" for g in ("tensor", "channel", "group")}
-    wanted |= {"signed True", "signed False", "narrow True", "offset True", "share", "same", "shared layouts", "value hook"}
+    wanted |= {
+        "signed True",
+        "signed False",
+        "narrow True",
+        "offset True",
+        "share",
+        "same",
+        "shared layouts",
+        "value hook",
+    }
     wanted |= {"hook", "made weight", "weight made by hooks", "late", "bfloat16", "float16", "float32", "groups 2"}
     wanted |= {"mode reflect", "mode replicate", "mode circular", "expanded", "transposed", "sliced", "profile qdq"}
     wanted |= {"autocast", "channels_last", "guarded", "again", "dynamic", "first_last", "preset", "weight-only linear"}
@@ -157,14 +168,17 @@ def _broken(name: str) -> tuple[Any, str, Callable[..., Any]]:
 
 @pytest.mark.parametrize(
     ("name", "stage"),
-    [("codes", "integer model"), ("guard", "integer model"), ("load", "load"), ("packed", "load_packed"), ("revert", "revert")],
+    [
+        ("codes", "integer model"), ("guard", "integer model"), ("load", "load"), ("packed", "load_packed"),
+        ("revert", "revert"),
+    ],
 )  # fmt: skip
 def test_what_is_broken_is_found(name: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = SMALL
     if name == "revert":
         conv = Node("conv2d", (0,), {
-            "out": 4, "kernel": [3, 3], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1, "bias": True,
-            "mode": "zeros",
+            "out": 4, "kernel": [3, 3], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1,
+            "bias": True, "mode": "zeros",
         })  # fmt: skip
         case = Case(0, (((4, 6, 6), 0),), (conv, Node("AvgPool2d", (1,), {"kernel_size": 2, "stride": None})))
     assert failure_of(case, tmp_path) is None

@@ -106,7 +106,11 @@ MAY_REFUSE: list[tuple[str, Callable[[Case, set[str]], bool], str]] = [
     ("onnx", lambda c, t: c.dtype != "float32", "float32"),
     ("onnx", lambda c, t: "kind embedding" in t, "Embedding cannot be exported yet"),
     ("onnx", lambda c, t: any(k.startswith("kind AdaptiveMaxPool") for k in t), "adaptive_max_pool"),
-    ("onnx", lambda c, t: "groups of conv2d" in t and c.profile == "exact", "group-wise weight steps has no exact form"),
+    (
+        "onnx",
+        lambda c, t: "groups of conv2d" in t and c.profile == "exact",
+        "group-wise weight steps has no exact form",
+    ),
 ]
 """(stage, whether a case may be refused there, pattern of the message).  Hooks, made and shared weights: below."""
 
@@ -174,7 +178,9 @@ def run(model: nn.Module, inputs: list[Tensor]) -> list[np.ndarray]:
 def compare(name: str, got: list[np.ndarray], want: list[np.ndarray], tolerance: float = 0.0) -> None:
     """Raise Failure where outputs differ: in any bit, or by more than a part of the largest value."""
     if [y.shape for y in got] != [y.shape for y in want] or [y.dtype for y in got] != [y.dtype for y in want]:
-        raise Failure(name, "other shapes or types", f"{[(y.shape, y.dtype) for y in got]}\n{[(y.shape, y.dtype) for y in want]}")
+        raise Failure(
+            name, "other shapes or types", f"{[(y.shape, y.dtype) for y in got]}\n{[(y.shape, y.dtype) for y in want]}"
+        )
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         if tolerance:
             with np.errstate(all="ignore"):
@@ -182,7 +188,9 @@ def compare(name: str, got: list[np.ndarray], want: list[np.ndarray], tolerance:
             wrong &= ~(np.isnan(a) & np.isnan(b)) & (a != b)
         else:
             bits = f"uint{8 * a.dtype.itemsize}"
-            wrong = (np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits)) & ~(np.isnan(a) & np.isnan(b))
+            wrong = (np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits)) & ~(
+                np.isnan(a) & np.isnan(b)
+            )
         if wrong.any():
             at = np.argwhere(wrong)[0]
             only_zeros = bool((a == b)[wrong].all())

@@ -15,7 +15,6 @@ from helpers.fuzz_nets import (
     CONVS,
     LATE,
     MODULES,
-    OPERATIONS,
     QUANTIZED,
     Case,
     Invalid,
@@ -35,15 +34,18 @@ SIZES = (2, 3, 4, 4, 6, 8)
 def draw(seed: int) -> Case:
     """Return the network of a seed."""
     r = random.Random(seed)
-    domain = r.choice(["image"] * 6 + ["signal"] * 2 + ["volume"] * 3 + ["features"] * 3 + ["sequence"] * 3 + ["tokens"] * 2)
+    domain = r.choice(
+        ["image"] * 6 + ["signal"] * 2 + ["volume"] * 3 + ["features"] * 3 + ["sequence"] * 3 + ["tokens"] * 2
+    )
     inputs = [_input(r, domain)]
     if r.random() < 0.15:
         inputs.append(inputs[0])
     case = Case(seed, tuple(inputs), ())
     case = _with_nodes(r, case, r.randint(2, 7))
+    one = len(case.leaves()) == 1
     case = replace(
         case,
-        outputs=r.choice(["tuple", "list", "dict", "nested"]) if len(case.leaves()) > 1 or r.random() < 0.2 else "tensor",
+        outputs="tensor" if one and r.random() < 0.8 else r.choice(["tuple", "list", "dict", "nested"]),
         dtype=r.choice(["float32"] * 20 + ["bfloat16", "float16", "float64"]),
         autocast=r.random() < 0.1,
         channels_last=domain == "image" and r.random() < 0.25,
@@ -139,7 +141,9 @@ def _node(r: random.Random, case: Case, values: list[Tensor], i: int, x: Tensor,
         if again and r.random() < 0.3:
             return Node("embedding", (i,), case.nodes[again[0]].options, same=again[0])
         count = case.inputs[i][1]
-        return Node("embedding", (i,), {"count": count, "out": r.choice([4, 6, 8]), "padding_idx": r.choice([None, None, 0])})
+        return Node(
+            "embedding", (i,), {"count": count, "out": r.choice([4, 6, 8]), "padding_idx": r.choice([None, None, 0])}
+        )
     if not only_layers and r.random() < 0.18 and (node := _join(r, values, i, x)) is not None:
         return node
     if r.random() < 0.25 and (node := _again(r, case, values, i, x)) is not None:
@@ -157,7 +161,11 @@ def _join(r: random.Random, values: list[Tensor], i: int, x: Tensor) -> Node | N
     if kind == "sdpa":
         return Node("sdpa", (i, r.choice(alike), r.choice(alike)))
     if kind == "cat":
-        rest = [k for k, v in enumerate(values) if v.is_floating_point() and v.shape[2:] == x.shape[2:] and v.dim() == x.dim()]
+        rest = [
+            k
+            for k, v in enumerate(values)
+            if v.is_floating_point() and v.shape[2:] == x.shape[2:] and v.dim() == x.dim()
+        ]
         return Node("cat", (i, r.choice(rest)), {"dim": 1})
     return Node(kind, (i, r.choice(alike)))
 
@@ -176,7 +184,9 @@ def _again(r: random.Random, case: Case, values: list[Tensor], i: int, x: Tensor
         return Node("linear", (i,), {"out": node.options["count"], "bias": r.random() < 0.5}, share=k)
     if node.kind in CONVS and x.dim() == before.dim() and r.random() < 0.3:  # the decoder has the encoder's weight
         o = node.options
-        return Node(f"convt{x.dim() - 2}d", (i,), _transposed_options(r, x, o["kernel"], before.shape[1], o["groups"]), share=k)
+        return Node(
+            f"convt{x.dim() - 2}d", (i,), _transposed_options(r, x, o["kernel"], before.shape[1], o["groups"]), share=k
+        )
     options = dict(node.options)
     if "bias" in options:
         options["bias"] = r.random() < 0.5
@@ -186,7 +196,7 @@ def _again(r: random.Random, case: Case, values: list[Tensor], i: int, x: Tensor
 def _layer(r: random.Random, i: int, x: Tensor) -> Node:
     """A layer that is quantized, by the number of dimensions."""
     spatial = x.dim() - 2
-    if spatial == 1 and r.random() < 0.6 or not 1 <= spatial <= 3 or r.random() < 0.1:
+    if (spatial == 1 and r.random() < 0.6) or not 1 <= spatial <= 3 or r.random() < 0.1:
         if r.random() < 0.06:
             return Node("hfconv1d", (i,), {"out": r.choice(SIZES)})
         return Node("linear", (i,), {"out": r.choice(SIZES), "bias": r.random() < 0.6})
@@ -209,7 +219,8 @@ def _conv_options(r: random.Random, x: Tensor) -> Options:
         padding, stride = r.choice(["same", "same", "valid"]), [1] * len(sizes)
     return {
         "out": groups * r.randint(1, 3) if r.random() < 0.5 else groups * max(1, 4 // groups), "kernel": kernel,
-        "stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "bias": r.random() < 0.6, "mode": mode,
+        "stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "bias": r.random() < 0.6,
+        "mode": mode,
     }  # fmt: skip
 
 
@@ -227,7 +238,18 @@ def _transposed_options(r: random.Random, x: Tensor, kernel: list[int], out: int
 def _other(r: random.Random, i: int, x: Tensor) -> Node:
     """A module that is not quantized, or an operation."""
     spatial = x.dim() - 2
-    kinds = ["activation"] * 5 + ["half", "clone", "quantizer", "slice", "flatten", "pad", "unflatten", "norm", "norm", "norm"]
+    kinds = ["activation"] * 5 + [
+        "half",
+        "clone",
+        "quantizer",
+        "slice",
+        "flatten",
+        "pad",
+        "unflatten",
+        "norm",
+        "norm",
+        "norm",
+    ]
     if spatial:
         kinds += ["pool", "pool", "pool", "pool", "mean", "transpose", "chunk"]
     if spatial == 1:
@@ -250,7 +272,9 @@ def _other(r: random.Random, i: int, x: Tensor) -> Node:
         "encoder": {"heads": 1, "width": r.choice([4, 8]), "activation": r.choice(["relu", "gelu"])},
         "attention": {"heads": 1},
         "recurrent": {"kind": r.choice(["LSTM", "GRU"]), "out": r.choice([2, 4])},
-        "quantizer": {"spec": _activation(r) if r.random() < 0.7 else {"bits": r.randint(2, 8), "granularity": "channel"}},
+        "quantizer": {
+            "spec": _activation(r) if r.random() < 0.7 else {"bits": r.randint(2, 8), "granularity": "channel"}
+        },
         "unflatten": {"parts": 2},
         "pad": {"value": r.choice([0.0, 0.5])},
         "upsample": {"factor": r.choice([2, 2, 3])},
@@ -259,11 +283,15 @@ def _other(r: random.Random, i: int, x: Tensor) -> Node:
 
 
 def _pool(r: random.Random, i: int, x: Tensor, spatial: int) -> Node:
-    name = r.choice(["MaxPool", "AvgPool", "AvgPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool"])
+    name = r.choice(
+        ["MaxPool", "AvgPool", "AvgPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool"]
+    )
     sizes = x.shape[2:]
     options: Options = {"lists": True} if r.random() < 0.1 else {}
     if name.startswith("Adaptive"):
-        options["output_size"] = r.choice([1, 2, [r.randint(1, n) for n in sizes], [r.choice([None, n]) for n in sizes]])
+        options["output_size"] = r.choice(
+            [1, 2, [r.randint(1, n) for n in sizes], [r.choice([None, n]) for n in sizes]]
+        )
     else:
         kernel = r.choice([2, 3, [r.randint(1, min(3, n)) for n in sizes]])
         options |= {"kernel_size": kernel, "stride": r.choice([None, 1, 2])}
@@ -326,12 +354,23 @@ def _ruled(r: random.Random, case: Case, i: int) -> Node:
     if node.kind not in MODULES or node.same is not None:
         return node
     if r.random() < 0.06:
-        node = replace(node, hook=r.choice(["observe", "observe_pre", "observe_keywords", "change", "change_pre", "change_in_place"]))
+        node = replace(
+            node,
+            hook=r.choice(["observe", "observe_pre", "observe_keywords", "change", "change_pre", "change_in_place"]),
+        )
     shared = {n.share for n in case.nodes} | {n.same for n in case.nodes}
     if node.kind not in QUANTIZED:
         return node
     if r.random() < 0.06 and i not in shared and node.share is None and node.kind != "hfconv1d":
-        makers = ["weight_norm", "spectral_norm", "parametrization", "old_weight_norm", "old_spectral_norm", "prune", "frozen"]
+        makers = [
+            "weight_norm",
+            "spectral_norm",
+            "parametrization",
+            "old_weight_norm",
+            "old_spectral_norm",
+            "prune",
+            "frozen",
+        ]
         node = replace(node, made_by=r.choice(makers + (["bias_parametrization"] if node.options.get("bias") else [])))
     if node.made_by not in ("", "frozen", "prune", "old_weight_norm", "old_spectral_norm"):
         return node  # no layer for a rule any more

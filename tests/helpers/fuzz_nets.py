@@ -136,7 +136,8 @@ def _conv(kind: type[nn.Module], o: Options, shape: torch.Size) -> nn.Module:
     padding = o.get("padding", 0)
     return kind(
         shape[1], o["out"], tuple(o["kernel"]), tuple(o["stride"]),
-        padding if isinstance(padding, str) else tuple(padding), tuple(o["dilation"]), o["groups"], o["bias"], o["mode"],
+        padding if isinstance(padding, str) else tuple(padding), tuple(o["dilation"]), o["groups"],
+        o["bias"], o["mode"],
     )  # fmt: skip
 
 
@@ -230,7 +231,9 @@ POOLS = {
 
 
 def _options_only(kind: Callable[..., nn.Module], o: Options, shape: torch.Size) -> nn.Module:
-    return kind(**{k: tuple(v) if isinstance(v, list) and not o.get("lists") else v for k, v in o.items() if k != "lists"})
+    return kind(
+        **{k: tuple(v) if isinstance(v, list) and not o.get("lists") else v for k, v in o.items() if k != "lists"}
+    )
 
 
 MODULES: dict[str, Callable[[Options, torch.Size], nn.Module]] = {
@@ -369,7 +372,16 @@ def build(case: Case, weights: int | None = None) -> Net:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _build(case)
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AttributeError, AssertionError, KeyError) as e:
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        IndexError,
+        NotImplementedError,
+        AttributeError,
+        AssertionError,
+        KeyError,
+    ) as e:
         raise Invalid(f"{type(e).__name__}: {e}") from e
     finally:
         torch.set_rng_state(state)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 import lsquant
@@ -15,7 +14,7 @@ from helpers.fuzz_check import Failure, Refused, Trained, compare, flat, run, st
 from helpers.fuzz_nets import ACTIVATIONS, POOLS, QUANTIZED, data
 
 EXACT, CLOSE, ANY = 0, 1, 2
-"""A value in a runtime: equal bit for bit; within the tolerance; after a code that may have fallen to the other side."""
+"""A value in a runtime: equal bit for bit; within the tolerance; behind a code that may be another one."""
 TOLERANCE = 2e-3
 FLOAT_OPERATIONS = {
     "mean", "matmul", "sdpa", "attention", "recurrent", "encoder", "layernorm", "groupnorm", "instancenorm",
@@ -53,7 +52,7 @@ def precision(found: Trained) -> list[int]:
             level = ANY  # quantized layers inside, behind a softmax
         elif node.kind in FLOAT_OPERATIONS:
             level = max(level, CLOSE)
-        elif node.kind == "batchnorm" or "Avg" in node.kind and node.kind in POOLS:
+        elif node.kind == "batchnorm" or ("Avg" in node.kind and node.kind in POOLS):
             level = level if type(module).__name__.startswith("Exact") else max(level, CLOSE)
         levels.append(level)
     return [levels[i] for i in case.leaves()]
@@ -62,7 +61,14 @@ def precision(found: Trained) -> list[int]:
 def goes_alone(found: Trained) -> bool:
     """Tell whether a network has a file of its own: where it may be refused, and where its batch is free."""
     mine = tags(found.case)
-    risky = {"value hook", "weight made by hooks", "shared by different kinds", "late", "kind embedding", "groups of conv2d"}
+    risky = {
+        "value hook",
+        "weight made by hooks",
+        "shared by different kinds",
+        "late",
+        "kind embedding",
+        "groups of conv2d",
+    }
     unknown = any(tag.startswith("kind AdaptiveMaxPool") for tag in mine)  # to torch's exporter
     return found.case.dynamic or found.case.dtype != "float32" or unknown or bool(risky & mine)
 
@@ -119,7 +125,9 @@ def compare_outputs(
             try:
                 if level == ANY:
                     if out.shape != y.shape or out.dtype != y.dtype or not np.isfinite(out).all():
-                        raise Failure(name, "other shapes or values", f"{out.shape} {out.dtype}, not {y.shape} {y.dtype}")
+                        raise Failure(
+                            name, "other shapes or values", f"{out.shape} {out.dtype}, not {y.shape} {y.dtype}"
+                        )
                 else:
                     compare(name, [out], [y], tolerance=TOLERANCE if level == CLOSE else 0.0)
             except Failure as failure:

@@ -17,7 +17,9 @@ SIMPLER: dict[str, Any] = {
 """Option -> its simplest value; for a list, that of each entry."""
 
 
-def shrink(case: Case, failure: Failure, fails: Callable[[Case], Failure | None], tries: int = 300) -> tuple[Case, Failure]:
+def shrink(
+    case: Case, failure: Failure, fails: Callable[[Case], Failure | None], tries: int = 300
+) -> tuple[Case, Failure]:
     """Return the smallest case found, and how it fails.
 
     fails: what a case does; a case fails in the same way with an equal ``stage`` and ``what``.
