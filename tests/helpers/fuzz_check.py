@@ -59,6 +59,9 @@ class Trained:
     refused: dict[str, str] = field(default_factory=dict)
 
 
+SAME_LAYOUT = ({"embedding", "linear"}, *({kind} for kind in QUANTIZED))
+"""Kinds whose weights may be one."""
+
 # ---- tags: what a case contains ----
 
 
@@ -77,9 +80,7 @@ def tags(case: Case) -> set[str]:
     if any(n.made_by for n in case.nodes):
         found.add("made weight")
     for node in layers:
-        if node.share is not None and node.kind.replace("t", "") != case.nodes[node.share].kind.replace("t", ""):
-            found.add("shared by different kinds")
-        if node.share is not None and node.kind != case.nodes[node.share].kind:
+        if node.share is not None and {node.kind, case.nodes[node.share].kind} not in SAME_LAYOUT:
             found.add("shared layouts")
         if node.kind in ("linear", "hfconv1d") and _only_weights(case, node):
             found.add("weight-only linear")
@@ -102,6 +103,7 @@ def _only_weights(case: Case, node: Any) -> bool:
 MAY_REFUSE: list[tuple[str, Callable[[Case, set[str]], bool], str]] = [
     ("calibrate", lambda c, t: True, "all input values of layer .* are zero"),
     ("prepare again", lambda c, t: True, "all input values of layer .* are zero"),
+    ("prepare", lambda c, t: "shared layouts" in t, "share one weight in different layouts"),
     ("prepare", lambda c, t: c.preset == "w4g32", "group"),
     ("onnx", lambda c, t: c.dtype != "float32", "float32"),
     ("onnx", lambda c, t: "kind embedding" in t, "Embedding cannot be exported yet"),
@@ -123,7 +125,7 @@ def may_refuse(case: Case, stage: str, message: str, model: nn.Module | None) ->
     names = [] if model is None else [name for name, _ in model.named_modules() if name]
     named = any(name in message for name in (*names, *(case.name(i) for i in range(len(case.nodes)))))
     root = case.hook in VALUE_HOOKS and type(model).__name__ in message
-    return (named or root) and bool({"value hook", "weight made by hooks", "shared by different kinds", "late"} & found)
+    return (named or root) and bool({"value hook", "weight made by hooks", "shared layouts", "late"} & found)
 
 
 @contextmanager
@@ -376,12 +378,19 @@ def fresh(found: Trained) -> Net:
     return build(found.case, weights=OTHER_WEIGHTS)
 
 
+def with_hook(found: Trained, other: Any) -> Any:
+    """Return a loaded network with the hook that the trained one got after ``prepare``: no file has it."""
+    if found.case.late == "hook":
+        LATE["hook"](other, random.Random(found.case.seed))
+    return other
+
+
 def _saved(found: Trained, folder: Path) -> None:
     path = folder / "model.safetensors"
     with stage("save", found, found.case, found.model):
         lsquant.save(found.model, path)
     with stage("load", found, found.case, found.model):
-        other = lsquant.load(fresh(found), path).eval()
+        other = with_hook(found, lsquant.load(fresh(found), path).eval())
     same_outputs(found, "load", other)
     with stage("training after load", found, found.case, found.model):
         twins = [copy.deepcopy(found.model), copy.deepcopy(other)]
@@ -422,7 +431,7 @@ def _packed(found: Trained, folder: Path) -> None:
             if stored.codes is None or not np.array_equal(stored.codes.numpy(), oracle_codes(layer)):
                 raise Failure("packed file", "codes differ from the oracle's", name)
     with stage("load_packed", found, found.case, found.model):
-        other = lsquant.load_packed(fresh(found), path).eval()
+        other = with_hook(found, lsquant.load_packed(fresh(found), path).eval())
     same_outputs(found, "load_packed", other)
     with stage("verify packed file", found, found.case, found.model):
         verdict = lsquant.verify(found.model, path, [batch_of(found.case, 1, 3)])
