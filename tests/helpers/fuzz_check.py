@@ -549,7 +549,7 @@ def oracle_output(layer: QuantizedLayer, x: np.ndarray) -> np.ndarray | None:
         options = (any_layer.stride, any_layer.padding, any_layer.dilation, any_layer.groups, any_layer.output_padding)
         return oracle.transposed_convolution(q_x, z, s_x[0], q_w, s_w, bias, *options)
     if hasattr(layer, "kernel_size"):
-        if size is not None:
+        if size is not None or x.ndim < any_layer.weight.dim():
             return None
         padding: Any = any_layer.padding
         if padding == "same":

@@ -13,6 +13,7 @@ from torch import Tensor
 from helpers.fuzz_nets import (
     ACTIVATIONS,
     CONVS,
+    EXTREMES,
     LATE,
     MODULES,
     QUANTIZED,
@@ -56,6 +57,7 @@ def draw(seed: int) -> Case:
         method=r.choice(["mse", "paper"]),
         steps=r.choice([1, 1, 2]),
         guarded=r.random() < 0.2,
+        extreme=r.choice(list(EXTREMES)) if r.random() < 0.1 else "",
         again=r.choice(["w4a4", "w8a8", "w3a5", "w4"]) if r.random() < 0.08 else "",
         hook=r.choice(["observe", "observe_pre", "observe_keywords", "change"]) if r.random() < 0.06 else "",
         late=r.choice(list(LATE)) if r.random() < 0.05 else "",
@@ -252,9 +254,11 @@ def _other(r: random.Random, i: int, x: Tensor) -> Node:
     ]
     if spatial:
         kinds += ["pool", "pool", "pool", "pool", "mean", "transpose", "chunk"]
-    if spatial == 1:
+    if r.random() < 0.15:
+        kinds = ["subclass", "twice", "bypassed", "mlp", "mlp"] + ["unbatched"] * (spatial == 1)
+    elif spatial == 1:
         kinds += ["layernorm", "encoder", "attention", "recurrent", "scale"]
-    if spatial == 2:
+    elif spatial == 2:
         kinds += ["upsample", "shuffle"]
     kind = r.choice(kinds)
     if kind == "activation":
@@ -276,6 +280,8 @@ def _other(r: random.Random, i: int, x: Tensor) -> Node:
             "spec": _activation(r) if r.random() < 0.7 else {"bits": r.randint(2, 8), "granularity": "channel"}
         },
         "unflatten": {"parts": 2},
+        "subclass": {"out": r.choice(SIZES)},
+        "mlp": {"width": r.choice(SIZES)},
         "pad": {"value": r.choice([0.0, 0.5])},
         "upsample": {"factor": r.choice([2, 2, 3])},
     }

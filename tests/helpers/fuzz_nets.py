@@ -71,6 +71,7 @@ class Case:
     method: of calibration.
     steps: of training.
     guarded: set some steps below their guard.
+    extreme: "", or a key of EXTREMES: values at the edge of what is allowed.
     again: "", or a preset by which the model is prepared once more; its steps are rescaled where ``steps`` is even.
     hook: of the network itself, "" or a key of HOOKS.
     late: "", or a key of LATE: what is changed after prepare.
@@ -91,6 +92,7 @@ class Case:
     method: str = "mse"
     steps: int = 1
     guarded: bool = False
+    extreme: str = ""
     again: str = ""
     hook: str = ""
     late: str = ""
@@ -199,6 +201,50 @@ class Scale(nn.Module):
         return x * self.gain
 
 
+class Doubled(nn.Linear):
+    """A subclass that computes otherwise: it must stay float."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class Twice(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.one = self.other = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(torch.relu(self.one(x)))
+
+
+class Bypassed(nn.Module):
+    """A layer that is called, and its weight also used without it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(size, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + F.linear(x, self.inner.weight)
+
+
+class Unbatched(nn.Module):
+    """A convolution that gets one sample at a time."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.inner = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.inner(one) for one in x])
+
+
+def _mlp(o: Options, shape: torch.Size) -> nn.Module:
+    return nn.Sequential(nn.Linear(shape[-1], o["width"]), nn.ReLU(), nn.Linear(o["width"], shape[-1]))
+
+
 def _hf_conv1d(o: Options, shape: torch.Size) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
@@ -252,6 +298,11 @@ MODULES: dict[str, Callable[[Options, torch.Size], nn.Module]] = {
     "recurrent": lambda o, shape: Recurrent(o["kind"], shape[-1], o["out"]),
     "scale": lambda o, shape: Scale(shape[-1]),
     "quantizer": _quantizer,
+    "subclass": lambda o, shape: Doubled(shape[-1], o["out"]),
+    "twice": lambda o, shape: Twice(shape[-1]),
+    "bypassed": lambda o, shape: Bypassed(shape[-1]),
+    "unbatched": lambda o, shape: Unbatched(shape[1]),
+    "mlp": _mlp,
     **{name: partial(_options_only, kind) for name, kind in {**ACTIVATIONS, **POOLS}.items()},
     "flatten": lambda o, shape: nn.Flatten(1),
     "upsample": lambda o, shape: nn.Upsample(scale_factor=o["factor"]),
@@ -328,6 +379,21 @@ WEIGHT_MAKERS: dict[str, Callable[[nn.Module], Any]] = {
 """Name -> what makes the weight anew for every use, or does something else to it."""
 
 
+def _zero_channel(layer: Any) -> None:
+    layer.weight[0] = 0.0
+
+
+EXTREMES: dict[str, Callable[[Any], Any]] = {
+    "zero channel": _zero_channel,
+    "tiny weights": lambda layer: layer.weight.mul_(1e-5),
+    "large weights": lambda layer: layer.weight.mul_(30.0),
+    "equal weights": lambda layer: layer.weight.fill_(0.375),
+    "one sign": lambda layer: layer.weight.abs_(),
+    "large bias": lambda layer: None if layer.bias is None else layer.bias.add_(100.0),
+}
+"""Name -> what is done to each layer of a kind that is quantized."""
+
+
 # ---- the network ----
 
 
@@ -395,6 +461,11 @@ def _build(case: Case) -> Net:
             add_module(net, i, values)
             values.append(net.step(i, values))
     switch(net, True)
+    if case.extreme:
+        with torch.no_grad():
+            for module in net.modules():
+                if lsquant.nn.quantized_type(module) is not None:
+                    EXTREMES[case.extreme](module)
     for i, node in enumerate(case.nodes):
         if node.same is None and node.made_by:
             WEIGHT_MAKERS[node.made_by](net.get_submodule(case.name(i)))

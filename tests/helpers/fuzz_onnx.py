@@ -50,12 +50,24 @@ def precision(found: Trained) -> list[int]:
                 level = max(level, CLOSE)
         elif node.kind == "encoder":
             level = ANY  # quantized layers inside, behind a softmax
+        elif node.kind in ("mlp", "twice", "bypassed", "unbatched", "subclass"):
+            level = max(level, _of_parts(module, level, case.profile))
         elif node.kind in FLOAT_OPERATIONS:
             level = max(level, CLOSE)
         elif node.kind == "batchnorm" or ("Avg" in node.kind and node.kind in POOLS):
             level = level if type(module).__name__.startswith("Exact") else max(level, CLOSE)
         levels.append(level)
     return [levels[i] for i in case.leaves()]
+
+
+def _of_parts(module: nn.Module, level: int, profile: str) -> int:
+    """How near the output of a module of several layers must come, given its input."""
+    layers = [m for m in module.modules() if isinstance(m, (nn.Linear, nn.Conv1d))]
+    for layer in layers * (2 if len(layers) == 1 else 1):  # one layer may be called twice
+        weight, source = getattr(layer, "weight_quantizer", None), getattr(layer, "input_quantizer", None)
+        level = ANY if level and source is not None else level
+        level = max(level, CLOSE if weight is None or source is None or profile == "qdq" else EXACT)
+    return level
 
 
 def goes_alone(found: Trained) -> bool:
