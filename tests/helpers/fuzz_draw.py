@@ -255,7 +255,7 @@ def _other(r: random.Random, i: int, x: Tensor) -> Node:
     if spatial:
         kinds += ["pool", "pool", "pool", "pool", "mean", "transpose", "chunk"]
     if r.random() < 0.15:
-        kinds = ["subclass", "twice", "bypassed", "mlp", "mlp"] + ["unbatched"] * (spatial == 1)
+        kinds = ["subclass", "twice", "mlp", "mlp"] + ["unbatched"] * (spatial == 1)
     elif spatial == 1:
         kinds += ["layernorm", "encoder", "attention", "recurrent", "scale"]
     elif spatial == 2:
@@ -378,6 +378,8 @@ def _ruled(r: random.Random, case: Case, i: int) -> Node:
             "frozen",
         ]
         node = replace(node, made_by=r.choice(makers + (["bias_parametrization"] if node.options.get("bias") else [])))
+    if any(e >= s for e, s in zip(node.options.get("extra", ()), node.options.get("stride", ()), strict=False)):
+        node = replace(node, made_by="")  # torch's exporter writes it as a float layer in a form that no runtime runs
     if node.made_by not in ("", "frozen", "prune", "old_weight_norm", "old_spectral_norm"):
         return node  # no layer for a rule any more
     if r.random() < 0.75:
@@ -389,6 +391,8 @@ def _ruled(r: random.Random, case: Case, i: int) -> Node:
             node = replace(node, weight=None)
         elif kind < 0.23:
             node = replace(node, weight=None, activation=None)
+        if node.weight is None and node.activation is None and "extra" in node.options:
+            node = replace(node, weight=_weight(r, case, i))  # for the same reason
     if node.share is not None:
         # the weight's rule is the first layer's; rules that disagree are refused, as they should
         node = replace(node, weight=case.nodes[node.share].weight)

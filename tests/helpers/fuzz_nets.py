@@ -219,17 +219,6 @@ class Twice(nn.Module):
         return self.other(torch.relu(self.one(x)))
 
 
-class Bypassed(nn.Module):
-    """A layer that is called, and its weight also used without it."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.inner = nn.Linear(size, size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x) + F.linear(x, self.inner.weight)
-
-
 class Unbatched(nn.Module):
     """A convolution that gets one sample at a time."""
 
@@ -300,7 +289,6 @@ MODULES: dict[str, Callable[[Options, torch.Size], nn.Module]] = {
     "quantizer": _quantizer,
     "subclass": lambda o, shape: Doubled(shape[-1], o["out"]),
     "twice": lambda o, shape: Twice(shape[-1]),
-    "bypassed": lambda o, shape: Bypassed(shape[-1]),
     "unbatched": lambda o, shape: Unbatched(shape[1]),
     "mlp": _mlp,
     **{name: partial(_options_only, kind) for name, kind in {**ACTIVATIONS, **POOLS}.items()},

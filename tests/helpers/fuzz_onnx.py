@@ -50,7 +50,7 @@ def precision(found: Trained) -> list[int]:
                 level = max(level, CLOSE)
         elif node.kind == "encoder":
             level = ANY  # quantized layers inside, behind a softmax
-        elif node.kind in ("mlp", "twice", "bypassed", "unbatched", "subclass"):
+        elif node.kind in ("mlp", "twice", "unbatched", "subclass"):
             level = max(level, _of_parts(module, level, case.profile))
         elif node.kind in FLOAT_OPERATIONS:
             level = max(level, CLOSE)
