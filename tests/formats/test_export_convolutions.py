@@ -166,7 +166,7 @@ def test_one_side_quantized(profile: str, tmp_path: Path) -> None:
 
 
 class Longer(nn.Module):
-    """Transposed convolutions whose output padding is a stride or more, which a dilation allows: inside, beside, beyond."""
+    """Transposed convolutions whose output padding is a stride or more, which a dilation allows."""
 
     def __init__(self) -> None:
         super().__init__()
