@@ -54,7 +54,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="the folder with *.py and *.sh")
     parser.add_argument("--limit", type=float, default=300, help="seconds that a script may take (default: 300)")
     options = parser.parse_args()

@@ -20,7 +20,7 @@ from helpers.fuzz_run import Run, failure_of
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("first", nargs="?", type=int, default=0, help="the first seed")
     parser.add_argument("end", nargs="?", type=int, help="the seed after the last one; default: one seed")
     parser.add_argument(

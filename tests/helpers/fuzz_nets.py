@@ -463,7 +463,9 @@ def _build(case: Case) -> Net:
     if case.hook:
         HOOKS[case.hook](net)
     net = net.to(getattr(torch, case.dtype))
-    return net.to(memory_format=torch.channels_last) if case.channels_last else net
+    if case.channels_last:
+        net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return net
 
 
 def switch(net: nn.Module, on: bool) -> nn.Module:
