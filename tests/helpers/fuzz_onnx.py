@@ -74,7 +74,9 @@ def goes_alone(found: Trained) -> bool:
     """Tell whether a network has a file of its own: where it may be refused, and where its batch is free."""
     mine = tags(found.case)
     risky = {"value hook", "weight made by hooks", "shared layouts", "late", "kind embedding", "groups of conv2d"}
-    unknown = any(tag.startswith("kind AdaptiveMaxPool") for tag in mine)  # to torch's exporter
+    unknown = any(
+        tag.startswith(("kind AdaptiveMaxPool", "kind AdaptiveAvgPool3d")) for tag in mine
+    )  # to torch's exporter
     return found.case.dynamic or found.case.dtype != "float32" or unknown or bool(risky & mine)
 
 
