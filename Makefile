@@ -7,11 +7,14 @@
 # make bench     speed and memory against the float model and others: results/bench, and the tables of docs/benchmarks.md
 # make long-runs DATA=... INIT=... TEACHER=...   goes on with the long CIFAR-10 runs, niced, on one core (docs/cifar10.md)
 # make long-runs-commit   commits the state of the run in progress: another machine goes on from there
+# make fuzz      random networks, from seed FIRST to before END: FIRST=0 END=200 (CONTRIBUTING.md)
+# make cases CASES=...   runs every script of a folder, each alone in an empty folder, and prints what it prints
 # make lint      ruff and pyright; make docs: the documentation site in site/; make figure: docs/figures
 #
 # PYTHON=python3.12   the interpreter that .venv is made from (3.11 or later)
 # CONSTRAINTS=        empty: take the newest versions instead of the pinned ones
 # BENCH=...           arguments of benchmarks/speed.py, for instance BENCH='resnet20 --threads 1'
+# FUZZ=...            more arguments of tests/fuzz/run.py, for instance FUZZ="--without late"
 # TORCH=...           another way to name torch to pip, for instance the path of a wheel
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,6 +27,10 @@ BENCH ?= --profile
 DATA ?= data
 INIT ?= resnet20.safetensors
 TEACHER ?=
+FIRST ?= 0
+END ?= 200
+FUZZ ?=
+CASES ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -31,7 +38,7 @@ PIP := $(BIN)/python -m pip install $(if $(CONSTRAINTS),--constraint $(CONSTRAIN
 # each test process computes on one thread; JOBS processes use the cores
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: install demo test test-all test-engines test-sanitizers bench long-runs long-runs-commit lint docs figure package clean
+.PHONY: install demo test test-all test-engines test-sanitizers fuzz cases bench long-runs long-runs-commit lint docs figure package clean
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -73,6 +80,13 @@ test-sanitizers: $(STAMP)
 	mkdir -p build && rm -f build/sanitizer.*
 	LSQUANT_SANITIZE=1 $(BIN)/python -c 'from lsquant.kernels.cpp.build import library; library()'
 	env $(SANITIZED) $(PYTEST) --ignore tests/project/test_packaging.py --ignore tests/benchmarks || { cat build/sanitizer.* || true; exit 1; }
+
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py $(FIRST) $(END) $(FUZZ)
+
+cases: $(STAMP)
+	@test -n "$(CASES)" || { echo "make cases CASES=FOLDER: a folder with *.py and *.sh" >&2; exit 2; }
+	@$(BIN)/python tests/run_cases.py "$(CASES)"
 
 # takes long, and wants a machine that does nothing else
 bench: $(STAMP)

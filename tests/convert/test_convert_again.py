@@ -133,6 +133,16 @@ def test_another_granularity_makes_new_steps():
     assert model[5].input_quantizer.is_initialized
 
 
+@pytest.mark.parametrize("before", [Recipe(None, 4), Recipe(4, None), Recipe(3, QuantSpec(3, offset=True))])
+def test_the_order_of_parameters_is_that_of_a_fresh_prepare(before):
+    """The state of an optimizer goes by that order; found by the fuzzer."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lsquant.prepare(model, before)
+    lsquant.prepare(model, Recipe(4, 4))
+    sides = ["weight", "bias", "weight_quantizer.step", "input_quantizer.step"]
+    assert [name for name, _ in model.named_parameters()] == [f"{layer}.{side}" for layer in (0, 1) for side in sides]
+
+
 def test_float_again_for_one_layer():
     model = ready(net(), W4A4, images())
     lsquant.prepare(model, Recipe(4, 4, [Rule("0", None, None), Rule("5", activation=None)]))

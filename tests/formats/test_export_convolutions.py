@@ -163,3 +163,38 @@ def test_one_side_quantized(profile: str, tmp_path: Path) -> None:
     names = {name: np.dtype(value.dtype).name for name, value in initializers(load_onnx(path)[0]).items()}
     assert names["one.up.weight"] == ("int4" if profile == "small" else "int8")
     assert names["two.up.weight"] == "float32"
+
+
+class Longer(nn.Module):
+    """Transposed convolutions whose output padding is a stride or more, which a dilation allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                nn.ConvTranspose1d(6, 4, 3, 1, padding=1, output_padding=1, dilation=2),
+                nn.ConvTranspose1d(6, 4, 1, 2, output_padding=2, dilation=3),
+                nn.ConvTranspose1d(6, 4, 2, 1, padding=1, output_padding=3, dilation=4, groups=2, bias=False),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
+@pytest.mark.parametrize(
+    ("profile", "activation"), [("exact", None), ("exact", 6), ("small", None), ("qdq", 6), ("qdq", None)]
+)
+def test_an_output_padding_of_a_stride_and_more(profile: str, activation: Any, tmp_path: Path) -> None:
+    """ONNX Runtime refuses such a ConvTranspose when it is run; found by the fuzzer."""
+    model, x, path = Longer(), torch.randn(3, 6, 5), tmp_path / "longer.onnx"
+    lsquant.prepare(model, Recipe(6, activation))
+    if activation is not None:
+        lsquant.calibrate(model, [x])
+    lsquant.export_onnx(model.eval(), path, x, profile=profile)
+    session = onnxruntime.InferenceSession(path)
+    x = torch.randn(2, 6, 5)
+    with torch.no_grad():
+        wanted = model(x)
+    for got, want in zip(session.run(None, {session.get_inputs()[0].name: x.numpy()}), wanted, strict=True):
+        np.testing.assert_allclose(got, want.numpy(), rtol=0, atol=1e-5)

@@ -217,6 +217,15 @@ def test_adaptive_average_pooling(size):
     assert_same(layer(x[0]), y[0])
 
 
+@pytest.mark.parametrize("size", [2, (1, 4), (5, 3), (3, None)])
+def test_adaptive_average_pooling_to_more_than_there_is(size):
+    """Neighbouring windows may be one; found by the fuzzer."""
+    x = torch.randint(-50, 50, (2, 3, 1, 3)).float()
+    layer = exact(nn.AdaptiveAvgPool2d(size)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), nn.functional.adaptive_avg_pool2d(x, size), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("layer", [nn.AvgPool2d(3, padding=1), nn.AdaptiveAvgPool2d(3)])
 def test_pooling_in_training_is_torchs_and_has_its_gradients(layer):
     x = torch.randn(2, 3, 7, 7).requires_grad_()

@@ -239,6 +239,30 @@ def test_autocast_rounds_the_output_and_nothing_else(name):
     assert layer.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("sides", ["weights", "switched off"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, 3, groups=2), nn.Conv3d(4, 6, 2),
+        nn.ConvTranspose1d(4, 6, 3), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.ConvTranspose3d(4, 6, 2),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)  # fmt: skip
+def test_autocast_takes_a_float_convolution_behind_another_layer(layer, sides):
+    """Found by the fuzzer: an input of bfloat16 and a weight of float32, where only one side is quantized."""
+    model = nn.Sequential(copy.deepcopy(layer))
+    x = torch.randn(2, 4, *[5] * (layer.weight.dim() - 2))
+    lsquant.prepare(model, Recipe(4) if sides == "weights" else Recipe(4, 4))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), lsquant.disabled(model):
+        want = layer(x.bfloat16())
+        assert_same(model(x.bfloat16()), want)
+    if sides == "weights":
+        values = model[0].dequantized_weight()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            want = torch.func.functional_call(layer, {"weight": values}, (x.bfloat16(),))
+            assert_same(model(x.bfloat16()), want)
+
+
 # torch's own: dynamo makes an instance of autograd.Function while it traces one
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated.*:DeprecationWarning")
 @pytest.mark.parametrize("name", ["conv1d, same, even, circular", "transposed2d", "transposed3d, all", "Conv1D"])

@@ -134,6 +134,19 @@ def test_a_weight_can_be_read_as_the_float_layers(name: str, dtype: torch.dtype)
     assert layer.to(torch.float64).weight.dtype == torch.float64
 
 
+@pytest.mark.parametrize("granularity", ["channel", "group"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_weights_alone_round_as_the_trained_layer_in_channels_last(granularity: Any, groups: int) -> None:
+    """PyTorch's float convolution rounds by the memory format of the weight; found by the fuzzer."""
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=groups))
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    size = 3 if granularity == "group" else None
+    lsquant.prepare(model, Recipe(QuantSpec(6, granularity=granularity, group_size=size)))
+    for seed in range(10):
+        x = torch.randn(3, 4, 9, 7, generator=torch.Generator().manual_seed(seed))
+        assert_equal_bits(run(lsquant.to_integer(model), x), run(model.eval(), x))
+
+
 def test_output_size_of_a_transposed_convolution() -> None:
     layer, x = made("transposed2d", "LSQ+, channel")
     frozen = lsquant.to_integer(layer)

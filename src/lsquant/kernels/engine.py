@@ -69,10 +69,16 @@ class Conv(NamedTuple):
     groups: int = 1
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``torch.convolution`` of this geometry; weight: the layer's own layout."""
-        return torch.convolution(
-            x, weight, bias, self.stride, self.padding, self.dilation, self.transposed, self._extra, self.groups
-        )
+        """The convolution of this geometry; weight: the layer's own layout.
+
+        By the functions that autocast knows: ``torch.convolution`` it does not, on a CPU.
+        """
+        which = len(self.stride) - 1
+        if self.transposed:
+            function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[which]
+            return function(x, weight, bias, self.stride, self.padding, self._extra, self.groups, self.dilation)
+        function = (F.conv1d, F.conv2d, F.conv3d)[which]
+        return function(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool

@@ -45,7 +45,13 @@ class QuantizedLayer(nn.Module):
         return self.to_rows(self.weight)
 
     def attach(self, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None) -> None:
-        """Give the layer its quantizers; a weight step that is not set is set from the weight, if it can be."""
+        """Give the layer its quantizers; a weight step that is not set is set from the weight, if it can be.
+
+        Their order is the same however often this is called: the states of optimizers go by the order of parameters.
+        """
+        for name in ("weight_quantizer", "input_quantizer"):
+            if hasattr(self, name):
+                delattr(self, name)
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
         self.initialize_weight_step()

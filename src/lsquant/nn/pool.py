@@ -25,7 +25,7 @@ def window_sums(x: Tensor, dim: int, windows: Windows) -> Tensor:
     """Sums of x over the half-open windows of one dimension, each from left to right."""
     lengths = {end - start for start, end in windows}
     strides = {b[0] - a[0] for a, b in pairwise(windows)} or {1}
-    if len(lengths) == len(strides) == 1:
+    if len(lengths) == len(strides) == 1 and 0 not in strides:  # 0: more windows than elements
         first, stride = windows[0][0], strides.pop()
         span = windows[-1][0] - first + 1
         parts = [_slice(x, dim, first + i, first + i + span, stride) for i in range(lengths.pop())]

@@ -38,6 +38,7 @@ class IntegerLayer(nn.Module):
         vars(self).update({k: v for k, v in vars(source).items() if k[0] != "_" and k not in vars(self)})
         self.weight_quantizer, self.input_quantizer = weights, inputs
         self.exchanged = shipped.exchanged
+        self.strides = source.weight.stride()
         if weights is None:
             self.register_buffer("weight", source.rows().detach().clone())
         self.register_buffer("like", source.weight.new_empty(0), persistent=False)
@@ -52,6 +53,12 @@ class IntegerLayer(nn.Module):
     def own_layout(self, rows: Tensor) -> Tensor:
         """Return a weight as the float layer has it, from rows (out, ...)."""
         return own_layout(rows, self.exchanged)
+
+    def as_trained(self, weight: Tensor) -> Tensor:
+        """Return a weight, laid out as the float layer's, with that one's strides: PyTorch rounds by them."""
+        if weight.stride() == self.strides:
+            return weight
+        return torch.empty_strided(weight.shape, self.strides, dtype=weight.dtype, device=weight.device).copy_(weight)
 
     @property
     def input(self) -> FrozenQuantizer | None:
@@ -135,6 +142,7 @@ class IntegerLinear(IntegerLayer):
         return ops.linear(x, weight, self.bias, inputs, weights)
 
     def in_float(self, x: Tensor, weight: Tensor, *extra: Any) -> Tensor:
+        weight = self.own_layout(self.as_trained(self.own_layout(weight)))
         return F.linear(x, weight, self.bias)
 
 
@@ -202,7 +210,7 @@ class IntegerConv(IntegerLayer):
 
     def in_float(self, x: Tensor, weight: Tensor, extra: list[int]) -> Tensor:
         x, conv = self._operands(x, extra)
-        return conv.convolve(x, self.own_layout(weight), self.bias)
+        return conv.convolve(x, self.as_trained(self.own_layout(weight)), self.bias)
 
 
 def _flat(sides: list[tuple[int, int]]) -> list[int]:

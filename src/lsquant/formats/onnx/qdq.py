@@ -42,14 +42,38 @@ def write_qdq(graph: Graph, layer: IntegerLayer, trace: LayerTrace, shapes: tupl
     product = f"{graph.prefix}/product"
     weight = _weight(graph, layer, trace, narrow, turned, standard)
     if isinstance(layer, IntegerConv):
-        extra: dict[str, Any] = {"output_padding": output_padding(layer, shapes)} if layer.transposed else {}
-        operator = "ConvTranspose" if layer.transposed else "Conv"
-        graph.node(operator, [x, weight], product, **geometry(layer), **extra)
+        if layer.transposed:
+            _transposed(graph, layer, trace, [x, weight], output_padding(layer, shapes))
+        else:
+            graph.node("Conv", [x, weight], product, **geometry(layer))
     elif rank == 2:
         graph.node("Gemm", [x, weight], product, transB=1)
     else:
         graph.node("MatMul", [x, weight], product)
     add_bias(graph, layer, trace, product)
+
+
+def _transposed(graph: Graph, layer: IntegerConv, trace: LayerTrace, operands: list[str], extra: list[int]) -> None:
+    """Write ConvTranspose to ``product``; ONNX Runtime refuses an output padding of a stride or more.
+
+    Such a one takes away from the padding at the end instead; what is left of it are zeros that no input reaches.
+    """
+    attributes, product = geometry(layer), f"{graph.prefix}/product"
+    large = [e if e >= s else 0 for e, s in zip(extra, layer.stride, strict=True)]
+    if not any(large):
+        graph.node("ConvTranspose", operands, product, **attributes, output_padding=extra)
+        return
+    count, pads = len(extra), attributes["pads"]
+    ends = [p - e for p, e in zip(pads[count:], large, strict=True)]
+    attributes["pads"] = [*pads[:count], *(max(end, 0) for end in ends)]
+    rest = [e - big for e, big in zip(extra, large, strict=True)]
+    zeros = [max(-end, 0) for end in ends]
+    if not any(zeros):
+        graph.node("ConvTranspose", operands, product, **attributes, output_padding=rest)
+        return
+    y = graph.node("ConvTranspose", operands, f"{graph.prefix}/reached", **attributes, output_padding=rest)
+    after = graph.constant(f"{trace.label}.output_pads", np.array([0] * (4 + count) + zeros))
+    graph.node("Pad", [y, after], product, "Pad_output")
 
 
 def _weight(graph: Graph, layer: IntegerLayer, trace: LayerTrace, narrow: Any, turned: bool, standard: bool) -> str:
