@@ -180,7 +180,7 @@ class Executed(NamedTuple):
     """What one batch has shown of a model.
 
     order: the layers that multiply and are called, in execution order.
-    bypassed: each layer that is not called -> the function that uses its weight, "" where none does.
+    bypassed: layer whose weight a function uses -> that function; layer that is neither called nor used -> "".
     products: module -> multiplications and functions; None where no batch was run.
     """
 
@@ -221,7 +221,8 @@ def execution_order(model: nn.Module, batch: Any) -> Executed:
     finally:
         for hook in hooks:
             hook.remove()
-    bypassed = {layer: detector.found.get(weights[layer], "") for layer in layers if layer not in called}
+    found = {layer: detector.found.get(weights[layer], "") for layer in layers}
+    bypassed = {layer: function for layer, function in found.items() if function or layer not in called}
     return Executed({layer: None for layer in called if multiplies(layer)}, bypassed, counter)
 
 

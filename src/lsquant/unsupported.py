@@ -35,7 +35,7 @@ TORCHAO_TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)
 def reason_for_layer(layer: nn.Module, bypassed: dict[nn.Module, str]) -> str:
     """Say why a layer of a known type cannot be quantized; "" where it can.
 
-    bypassed: layer that is not called -> the function that computes with its weight, of ``execution_order``.
+    bypassed: layer -> the function that computes with its weight without calling it, of ``execution_order``.
     """
     if function := bypassed.get(layer):
         return f"its weight is used by {function} without calling the layer: not quantized"
