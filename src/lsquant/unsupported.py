@@ -37,10 +37,10 @@ def reason_for_layer(layer: nn.Module, bypassed: dict[nn.Module, str]) -> str:
 
     bypassed: layer -> the function that computes with its weight without calling it, of ``execution_order``.
     """
-    if function := bypassed.get(layer):
-        return f"its weight is used by {function} without calling the layer: not quantized"
     if reason := not_its_own(layer):
         return f"{reason}: not quantized"
+    if function := bypassed.get(layer):
+        return f"its weight is used by {function} without calling the layer: not quantized"
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if not weight.numel():

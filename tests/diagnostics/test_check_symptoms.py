@@ -235,5 +235,5 @@ def test_three_healthy_runs(tmp_path):
         out = tmp_path / str(bits)
         short = ["--float-epochs", "1", "--epochs", "1", "--threads", "1", "--quiet"]
         assert main(["train", f"{EXAMPLE}:task", "--bits", str(bits), "--out", str(out), *short]) == 0
-        run = open_run(out)
+        run = open_run(out, f"{EXAMPLE}:task")
         assert check(run.model(), batches=run.task.batches("calibration", batch_size=64)) == []

@@ -212,7 +212,7 @@ def test_pruned_and_prepared_again(tmp_path: Path) -> None:
         keep_rows(fresh := Net(), 4)
         return fresh
 
-    lsquant.calibrate(model, [x])
+    lsquant.calibrate(model, [x], again=True)
     assert_every_form_is_equal(model, make, x, tmp_path)
 
 

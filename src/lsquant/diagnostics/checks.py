@@ -63,13 +63,14 @@ def check(
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"check: the model is a {type(model).__name__}, not an nn.Module")
+    compiled = any(_is_compiled(module) for module in model.modules())  # the wrapper is such a module
     model = unwrapped(model)
     if not any(True for _ in quantizers(model)):
         return [finding("not_prepared", "", f"{type(model).__name__} has no quantizers, it is a float model")]
     if empty := on_meta(model):
         text = f"{len(empty)} of its tensors, {empty[0]!r} the first, are on the meta device and hold no values"
         return [finding("on_meta", "", text, tensors=empty)]
-    stale = list(_check_state(model))  # before anything else reads the buffers
+    stale = list(_check_state(model, compiled))  # before anything else reads the buffers
     sound = {name: q for name, q in quantizers(model) if _is_sound(q)}
     found = [*stale, *_check_steps(model), *_check_few_values(sound, model), *_check_ties(model)]
     found += [*_check_float_modules(model), *_check_fast_paths(model), *_check_what_ships(model)]
@@ -105,9 +106,8 @@ def _is_sound(quantizer: Quantizer) -> bool:
     return quantizer.is_initialized and all(bool(torch.isfinite(p).all()) for p in quantizer.parameters())
 
 
-def _check_state(model: nn.Module) -> Iterator[Finding]:
+def _check_state(model: nn.Module, compiled: bool) -> Iterator[Finding]:
     """Buffers that Python, compiled code or the recipe know otherwise."""
-    compiled = any(_is_compiled(module) for module in model.modules())
     for name, q in quantizers(model):
         if differs := q._stale_state(compiled):
             text = f"it computes with what its buffers said before ({differs}): a write that nothing shows changed them"
