@@ -84,9 +84,8 @@ def _argument(node: fx.Node) -> str:
 def traced_class(base: type, code: Code) -> type:
     """The subclass of a block's class with the traced forward; one for equal code."""
     if (found := _CLASSES.get((base, code))) is None:
-        functions = _compiled(base, code)
         body: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        body |= {name: f for name, f in functions.items() if name in ("forward", *_MODES)}
+        body |= _compiled(base, code)
         body |= {name: _moved_parameter(*place) for name, *place in code.moved}
         found = _CLASSES[base, code] = type(base)(base.__name__, (base,), body)
         _add_methods(found, base, code)
@@ -100,9 +99,11 @@ def _compiled(base: type, code: Code) -> dict[str, Any]:
     }
     file = f"<lsquant.trace {base.__qualname__} {len(_CLASSES) + 1}>"
     linecache.cache[file] = (len(code.source), None, code.source.splitlines(keepends=True), file)
-    names["__name__"] = base.__module__
-    exec(compile(code.source, file, "exec"), names)
-    return names
+    exec(compile(code.source, file, "exec"), names)  # without a "__name__", in whose module torch.compile would look
+    functions = {name: names[name] for name in ("forward", *_MODES) if name in names}
+    for function in functions.values():
+        function.__module__ = base.__module__
+    return functions
 
 
 def _blank(base: type, code: Code) -> nn.Module:

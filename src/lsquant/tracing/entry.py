@@ -20,7 +20,7 @@ from lsquant._util.nested import map_tensors, tensors_in
 from lsquant.nn import quantized_type
 from lsquant.tracing import blocks
 from lsquant.tracing.functions import SUGGESTIONS, At, Replacement, replacement
-from lsquant.tracing.graph import BlockTracer
+from lsquant.tracing.graph import BlockTracer, copied
 from lsquant.tracing.places import Place, Untraceable, current_place, raised_at, spoken
 from lsquant.tracing.result import Traced, TracedBlock
 
@@ -142,7 +142,7 @@ class _Run(TorchFunctionMode):
             hooks.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
             hooks.append(module.register_forward_hook(self._leaving(name), always_call=True))
         try:
-            with evaluating(self.model), _same_random_numbers(), self:
+            with _steady(self.model), self:
                 return self.model(*args, **kwargs)
         finally:
             for hook in hooks:
@@ -150,10 +150,9 @@ class _Run(TorchFunctionMode):
 
     def _entering(self, name: str) -> Any:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = _Call(module, args, kwargs) if is_block(module) else None
-            if call is not None:
-                call = self.calls.setdefault(name, call)
-            self.stack.append(call)
+            if is_block(module) and name not in self.calls:
+                self.calls[name] = _Call(module, copied(args, _same), copied(kwargs, _same))
+            self.stack.append(self.calls.get(name))
 
         return enter
 
@@ -176,16 +175,22 @@ class _Run(TorchFunctionMode):
 
 
 @contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Start from the same seed each time, and leave the generators as they were."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
+def _steady(model: nn.Module) -> Iterator[None]:
+    """Eval mode, the same random numbers each time; generators, buffers and modes are left as they were."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with evaluating(model), torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _output_or_none(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
-        with evaluating(model), _same_random_numbers():
+        with _steady(model):
             return model(*args, **kwargs)
     except Exception:  # a model that takes one batch size only
         return None
@@ -225,10 +230,8 @@ def _plan(model: nn.Module, name: str, call: _Call) -> tuple[blocks.Plan, Traced
     code = blocks.code_of(evaluation.graph, training.graph, moved)
     try:
         kind = blocks.traced_class(type(block), code)
-        if any(kind.__flags__ != type(block).__flags__ for _ in ()):
-            raise TypeError
-    except TypeError as error:
-        raise Untraceable(f"its class cannot have a subclass: {error}") from error
+    except Exception as error:  # whatever a metaclass or __init_subclass__ of the user's may raise
+        raise Untraceable(f"no subclass of its class can be made: {error}") from error
     prefix = f"{name}." if name else ""
     row = TracedBlock(
         name,
@@ -253,9 +256,9 @@ class _Graph:
     def __init__(self, block: nn.Module, name: str, call: _Call, training: bool) -> None:
         self.block = block
         self.inserted: dict[str, tuple[Replacement, Place | None]] = {}
-        args, kwargs = map_tensors(call.args, _copy), map_tensors(dict(call.kwargs), _copy)
+        args, kwargs = copied(call.args, _copy), copied(call.kwargs, _copy)
         self.tracer = BlockTracer(name, args, kwargs)
-        with evaluating(block), _same_random_numbers(), _unchanged(block):
+        with _steady(block), _unchanged(block):
             block.training = training
             try:
                 self.graph = self.tracer.trace(block)
@@ -313,7 +316,7 @@ class _Graph:
         if found.in_place:
             self._follow_in_place(node, found)
         with self.graph.inserting_before(node):
-            called = self.graph.create_node("call_module", name, found.operands, {}, name)
+            called = self.graph.create_node("call_module", name, found.operands, {}, f"{name}_out")
         for known in (self.values, self.tracer.places):
             known[called] = known[node]  # type: ignore[index]
         node.replace_all_uses_with(called)
@@ -362,8 +365,12 @@ class _Graph:
         return tuple(found)
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def _share_memory(value: Any, tensor: Tensor) -> bool:
@@ -372,29 +379,28 @@ def _share_memory(value: Any, tensor: Tensor) -> bool:
 
 @contextmanager
 def _unchanged(block: nn.Module) -> Iterator[None]:
-    """Give every attribute and buffer back what it was; Untraceable where the forward sets one."""
+    """Give every attribute back what it was; Untraceable where the forward sets one."""
     attributes = [(module, _attributes(module)) for module in block.modules()]
-    tensors = [(buffer, buffer.detach().clone()) for buffer in block.buffers()]
-    yield
-    changed = [(m, name) for m, before in attributes for name in _different(before, _attributes(m))]
-    for module, before in attributes:
-        for name, value in before.items():
-            if isinstance(value, dict) and isinstance(vars(module).get(name), dict):
-                vars(module)[name].clear()
-                vars(module)[name].update(value)
-            elif isinstance(value, list) and isinstance(vars(module).get(name), list):
-                vars(module)[name][:] = value
-            else:
-                vars(module)[name] = value
-        for name in set(vars(module)) - set(before):
-            del vars(module)[name]
-    for buffer, before in tensors:
-        with torch.no_grad():
-            buffer.copy_(before)
-    if changed:
-        module, name = changed[0]
-        owner = "" if module is block else f" of {type(module).__name__}"
-        raise Untraceable(f"its forward sets the attribute {name!r}{owner}")
+    try:
+        yield
+        for module, before in attributes:
+            for name in _different(before, _attributes(module)):
+                owner = "" if module is block else f" of a {type(module).__name__}"
+                raise Untraceable(f"its forward sets {name!r}{owner}")
+    finally:
+        for module, before in attributes:
+            _restore(vars(module), before)
+
+
+def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
+    for name in set(now) - set(before) - {"training"}:
+        del now[name]
+    for name, value in before.items():
+        if isinstance(value, (dict, list)) and type(now.get(name)) is type(value):
+            now[name].clear()
+            (now[name].update if isinstance(value, dict) else now[name].extend)(value)
+        else:
+            now[name] = value
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
@@ -410,8 +416,14 @@ def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
             return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
         return a is b
 
-    names = [*before, *(name for name in after if name not in before)]
-    return [n for n in names if n not in before or n not in after or not same(before[n], after[n])]
+    found = []
+    for name in [*before, *(name for name in after if name not in before)]:
+        one, two = before.get(name), after.get(name)
+        if name in before and name in after and same(one, two):
+            continue
+        inside = name in ("_buffers", "_parameters", "_modules") and isinstance(one, dict) and isinstance(two, dict)
+        found += _different(one, two) if inside else [name]  # type: ignore[arg-type]
+    return found
 
 
 def _failure(name: str, call: _Call, error: Untraceable) -> str:
@@ -450,7 +462,7 @@ def _compare(before: _Run, outputs: Any, args: tuple[Any, ...], kwargs: Mapping[
 def _compare_doubled(model: nn.Module, outputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise UsageError where the traced model does not take twice the batch as it did before."""
     try:
-        with evaluating(model), _same_random_numbers():
+        with _steady(model):
             found = model(*args, **kwargs)
     except LsquantError as error:
         raise UsageError(f"trace: a block depends on the size of the batch, so nothing was changed: {error}") from error
@@ -461,7 +473,7 @@ def _compare_doubled(model: nn.Module, outputs: Any, args: tuple[Any, ...], kwar
 def _equal(a: Any, b: Any) -> bool:
     one, two = _flat(a), _flat(b)
     return len(one) == len(two) and all(
-        x.shape == y.shape and x.dtype == y.dtype and torch.equal(torch.nan_to_num(x), torch.nan_to_num(y))
+        x.shape == y.shape and x.dtype == y.dtype and bool(((x == y) | (x != x) & (y != y)).all())
         for x, y in zip(one, two, strict=True)
     )
 

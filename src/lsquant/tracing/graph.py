@@ -10,12 +10,15 @@ import dataclasses
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import Node, map_aggregate
+from torch.fx.immutable_collections import immutable_dict as _Dict
+from torch.fx.immutable_collections import immutable_list as _List
+from torch.fx.node import Node
 from torch.overrides import TorchFunctionMode
 
 from lsquant.tracing.guard import expect, keys
@@ -61,7 +64,12 @@ class ValueProxy(fx.Proxy):
     def __int__(self) -> int:
         return int(self.tracer.decided(self))
 
-    __index__ = __int__
+    def __index__(self) -> int:
+        known = self.node in self.tracer.checks
+        value = int(self.tracer.decided(self))
+        if not known:
+            self.tracer.asked_by_index(self.node)
+        return value
 
     def __float__(self) -> float:
         return float(self.tracer.decided(self))
@@ -131,7 +139,10 @@ class BlockTracer(fx.Tracer):
         self.values: dict[Node, Any] = {}
         self.places: dict[Node, Place | None] = {}
         self.running = True  # the block's modules compute; False: its own code is traced
-        self.checked: set[Node] = set()
+        self.definition: Place | None = None  # where the forward begins, before it runs and afterwards
+        self.checks: dict[Node, Node] = {}  # what is checked -> its check
+        self.asked: list[tuple[Node, Place | None]] = []
+        self.containers: list[tuple[Node, Any, Any]] = []  # what the caller gave, as the forward has it, and as it was
 
     # ---- the run ----
 
@@ -150,6 +161,7 @@ class BlockTracer(fx.Tracer):
         root = self.root
         args, kwargs = self.inputs
         self.running = False
+        self.definition = (root_fn.__code__.co_filename, root_fn.__code__.co_firstlineno, 0)
         signature = inspect.signature(root_fn)
         bound = signature.bind(root, *args, **kwargs)
         positional: list[Any] = [root]
@@ -178,7 +190,11 @@ class BlockTracer(fx.Tracer):
                 positional.append(given)
 
         def call():  # an annotation would be copied into the traced code
-            return root_fn(*positional, **keywords)
+            definition, self.definition = self.definition, None
+            result = root_fn(*positional, **keywords)
+            self.definition = definition
+            self.set_items()
+            return result
 
         return call, []
 
@@ -198,14 +214,34 @@ class BlockTracer(fx.Tracer):
                 self.check(self.call(len, (proxy.node,)), len(value), f"the length of {what}")
             parts = [self.given(self.call(operator.getitem, (proxy.node, i)), v, what) for i, v in enumerate(value)]
             if isinstance(value, list):
+                if is_argument:
+                    self.containers.append((proxy.node, parts, parts.copy()))
                 return parts
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
         if type(value) in (dict, OrderedDict):
             if is_argument:
                 self.check(self.call(keys, (proxy.node,)), keys(value), f"the keys of {what}")
             parts = {k: self.given(self.call(operator.getitem, (proxy.node, k)), v, what) for k, v in value.items()}
-            return type(value)(parts)
+            made = type(value)(parts)
+            if is_argument:
+                self.containers.append((proxy.node, made, made.copy()))
+            return made
         return proxy
+
+    def set_items(self) -> None:
+        """Change the lists and dictionaries of the caller where the forward did."""
+        for node, now, before in self.containers:
+            places = list(now) if isinstance(now, dict) else list(range(len(now)))
+            if len(now) < len(before) or isinstance(now, list) and len(now) != len(before):
+                raise Untraceable("its forward appends to or removes from a container that it was given")
+            for place in places:
+                if isinstance(now, list) or place in before:
+                    if now[place] is before[place]:
+                        continue
+                self.call(operator.setitem, (node, place, self.create_arg(now[place])))
+
+    def here(self) -> Place | None:
+        return self.definition or current_place()
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Node:
         return self.create_node("call_function", function, args, {})
@@ -217,9 +253,10 @@ class BlockTracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(*args, **kwargs)
-        self.places[node] = current_place()
+        self.places[node] = self.here()
         if node.op == "get_attr":
-            self.values[node] = _attribute(self.root, str(node.target))
+            with self.computing():
+                self.values[node] = _attribute(self.root, str(node.target))
         if not self.running and node.op != "output" and _settings() != self.settings:
             raise Untraceable("a context such as torch.no_grad() or torch.autocast()", self.places[node])
         return node
@@ -230,17 +267,16 @@ class BlockTracer(fx.Tracer):
         if type(a) in (ValueProxy, fx.proxy.Attribute):
             return a.node
         if isinstance(a, Tensor) and not any(a is own for own in self._own_tensors()):
-            raise Untraceable("a tensor that is no parameter or buffer of the block", current_place())
+            raise Untraceable("a tensor that is no parameter or buffer of the block", self.here())
         if isinstance(a, nn.Module):
-            raise Untraceable("a module is given to a function", current_place())
+            raise Untraceable("a module is given to a function", self.here())
         if dataclasses.is_dataclass(a) and not isinstance(a, type):
             parts = {field.name: self.create_arg(getattr(a, field.name)) for field in dataclasses.fields(a)}
             return self._made(type(a), (), parts)
         if isinstance(a, dict) and type(a) is OrderedDict:
             return self._made(OrderedDict, ({k: self.create_arg(v) for k, v in a.items()},), {})
-        if isinstance(a, (dict, list)) and type(a) not in (dict, list, fx.immutable_collections.immutable_dict,
-                                                           fx.immutable_collections.immutable_list):  # fmt: skip
-            raise Untraceable(f"a {type(a).__name__} is made", current_place())
+        if isinstance(a, (dict, list)) and type(a) not in (dict, list, _Dict, _List):
+            raise Untraceable(f"a {type(a).__name__} is made", self.here())
         return super().create_arg(a)
 
     def _made(self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
@@ -267,7 +303,7 @@ class BlockTracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         except NameError as error:
             reason = f"it calls a {type(m).__name__} that is not one of its own modules"
-            raise Untraceable(reason, current_place()) from error
+            raise Untraceable(reason, self.here()) from error
 
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None, *_: Any, **__: Any
@@ -277,17 +313,24 @@ class BlockTracer(fx.Tracer):
             self.require_readable(target, args[0])
         proxy = super().create_proxy(kind, target, args, kwargs, name, type_expr)
         node = proxy.node
-        running, self.running = self.running, True
-        try:
-            with torch.no_grad():
-                self.values[node] = self._value(kind, target, self._concrete(node.args), self._concrete(node.kwargs))
-        finally:
-            self.running = running
+        self._take_back_checks(node)
+        with self.computing():
+            self.values[node] = self._value(kind, target, self._concrete(node.args), self._concrete(node.kwargs))
         value = self.values[node]
         if kind in ("call_function", "call_method") and isinstance(value, Iterator):
             raise Untraceable(f"{node.name} gives a {type(value).__name__}", self.places[node])
         what = f"what {target if isinstance(target, str) else target.__name__} gives"
         return self.unpacked(proxy, what)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Record nothing: modules and functions compute values."""
+        running, self.running = self.running, True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.running = running
 
     def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "call_module":
@@ -299,11 +342,14 @@ class BlockTracer(fx.Tracer):
         return target(*args, **kwargs)
 
     def _concrete(self, arguments: Any) -> Any:
+        """The values of a node's arguments; lists and dictionaries are fresh ones."""
+
         def value(a: Any) -> Any:
+            if isinstance(a, slice):
+                return slice(value(a.start), value(a.stop), value(a.step))
             return self.values[a] if isinstance(a, Node) else a
 
-        found = map_aggregate(arguments, value)
-        return tuple(found) if isinstance(arguments, tuple) else dict(found)  # type: ignore[arg-type]
+        return copied(arguments, value)
 
     # ---- what Python wants to know ----
 
@@ -315,7 +361,7 @@ class BlockTracer(fx.Tracer):
         if function is not None:
             node, value = self.call(function, (node,)), function(value)
         elif not isinstance(value, (int, float)):
-            raise Untraceable(f"a number is made of a {type(value).__name__}", current_place())
+            raise Untraceable(f"a number is made of a {type(value).__name__}", self.here())
         self.check(node, value, "a branch or a number that depends on a size")
         return value
 
@@ -323,15 +369,37 @@ class BlockTracer(fx.Tracer):
         """Raise Untraceable where a tensor's values would decide what Python does."""
         if name in READS_VALUES and type(proxy) is ValueProxy and isinstance(proxy.value, Tensor):
             what = "decide a branch" if name == "__bool__" else f"become a number or an array ({name.strip('_')})"
-            raise Untraceable(f"the values of a tensor {what}", current_place())
+            raise Untraceable(f"the values of a tensor {what}", self.here())
 
     def check(self, node: Node, value: Any, what: str) -> None:
         """Let the traced code raise where a node has another value than now."""
         self.values[node] = value
-        if node not in self.checked:
-            self.checked.add(node)
-            place = current_place()
-            self.call(expect, (node, value, f"block {self.name!r} ({spoken(place)}), {what}"))
+        if node not in self.checks:
+            place = self.here()
+            self.checks[node] = self.call(expect, (node, value, f"block {self.name!r} ({spoken(place)}), {what}"))
+
+    def asked_by_index(self, node: Node) -> None:
+        """Note that ``__index__`` gave a number away: torch asks so when it looks whether an argument is an integer."""
+        self.asked.append((node, self.here()))
+
+    def _take_back_checks(self, node: Node) -> None:
+        """Remove the checks of numbers that only this very call asked for: it gets the numbers themselves."""
+        for number, place in self.asked:
+            if number in node.all_input_nodes and place == self.places[node] and number in self.checks:
+                self.graph.erase_node(self.checks.pop(number))
+        self.asked.clear()
+
+
+def copied(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Tuples, lists and dictionaries anew, with everything else in them changed."""
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
+        parts = [copied(v, change) for v in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, (list, dict)) and type(value) in (list, dict, OrderedDict, _List, _Dict):
+        if isinstance(value, list):
+            return [copied(v, change) for v in value]
+        return (OrderedDict if type(value) is OrderedDict else dict)((k, copied(v, change)) for k, v in value.items())
+    return change(value)
 
 
 def _settings() -> tuple[Any, ...]:
