@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -96,6 +97,8 @@ def _check_arguments(model: Any, strict: Any) -> None:
         raise UsageError(f"trace: trace the model before it is wrapped in {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise UsageError("trace: the model is a TorchScript module, which has no Python forward; trace the model it came from")
+    if any(nn.parameter.is_lazy(p) for p in (*model.parameters(), *model.buffers())):
+        raise UsageError("trace: a parameter has no shape yet (a lazy layer); run the model once before it is traced")
     if type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
         raise UsageError("trace: trace the model before torch.compile")
 
@@ -176,16 +179,20 @@ class _Run(TorchFunctionMode):
 
 @contextmanager
 def _steady(model: nn.Module) -> Iterator[None]:
-    """Eval mode, the same random numbers each time; generators, buffers and modes are left as they were."""
+    """Eval mode and the same random numbers each time; afterwards modes, attributes, buffers, generators are as before."""
+    attributes = [(module, _attributes(module)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         with evaluating(model), torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(0)
             yield
     finally:
+        for module, before in attributes:
+            _restore(vars(module), before)
         with torch.no_grad():
             for buffer, value in buffers:
-                buffer.copy_(value)
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def _output_or_none(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -258,7 +265,7 @@ class _Graph:
         self.inserted: dict[str, tuple[Replacement, Place | None]] = {}
         args, kwargs = copied(call.args, _copy), copied(call.kwargs, _copy)
         self.tracer = BlockTracer(name, args, kwargs)
-        with _steady(block), _unchanged(block):
+        with _steady(block), _sets_nothing(block):
             block.training = training
             try:
                 self.graph = self.tracer.trace(block)
@@ -266,9 +273,7 @@ class _Graph:
                 error.place = error.place or raised_at(error.__traceback__)
                 raise
             except Exception as error:
-                mode = "in training mode " if training else ""
-                reason = f"{mode}{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                raise Untraceable(reason, raised_at(error.__traceback__)) from error
+                raise Untraceable(_in_words(error, training), raised_at(error.__traceback__)) from error
         self.values = self.tracer.values
         self.at = At(self.values, self._activations(), training)
 
@@ -365,6 +370,14 @@ class _Graph:
         return tuple(found)
 
 
+def _in_words(error: Exception, training: bool) -> str:
+    """An error that a forward raised while it was traced."""
+    if isinstance(error, TypeError) and re.search(r"ValueProxy|^\w+\(\) takes \d+ positional", str(error)):
+        return "a size is given to a function that takes numbers only; give sizes in a tuple: torch.rand((n, 1))"
+    mode = "in training mode " if training else ""
+    return f"{mode}{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
 def _copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
@@ -378,18 +391,14 @@ def _share_memory(value: Any, tensor: Tensor) -> bool:
 
 
 @contextmanager
-def _unchanged(block: nn.Module) -> Iterator[None]:
-    """Give every attribute back what it was; Untraceable where the forward sets one."""
+def _sets_nothing(block: nn.Module) -> Iterator[None]:
+    """Raise Untraceable where a forward sets an attribute."""
     attributes = [(module, _attributes(module)) for module in block.modules()]
-    try:
-        yield
-        for module, before in attributes:
-            for name in _different(before, _attributes(module)):
-                owner = "" if module is block else f" of a {type(module).__name__}"
-                raise Untraceable(f"its forward sets {name!r}{owner}")
-    finally:
-        for module, before in attributes:
-            _restore(vars(module), before)
+    yield
+    for module, before in attributes:
+        for name in _different(before, _attributes(module)):
+            owner = "" if module is block else f" of a {type(module).__name__}"
+            raise Untraceable(f"its forward sets {name!r}{owner}")
 
 
 def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:

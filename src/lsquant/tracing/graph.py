@@ -21,7 +21,7 @@ from torch.fx.immutable_collections import immutable_list as _List
 from torch.fx.node import Node
 from torch.overrides import TorchFunctionMode
 
-from lsquant.tracing.guard import expect, keys
+from lsquant.tracing.guard import expect, expect_some, keys
 from lsquant.tracing.places import Place, Untraceable, current_place, spoken
 
 READS_VALUES = {"item", "tolist", "numpy", "__array__", "is_nonzero", "__bool__", "__int__", "__float__", "__index__"}
@@ -59,25 +59,25 @@ class ValueProxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __bool__(self) -> bool:
-        return bool(self.tracer.decided(self, operator.truth))
+        return bool(self.tracer.decided(self, "__bool__", operator.truth))
 
     def __int__(self) -> int:
-        return int(self.tracer.decided(self))
+        return int(self.tracer.decided(self, "__int__"))
 
     def __index__(self) -> int:
         known = self.node in self.tracer.checks
-        value = int(self.tracer.decided(self))
+        value = int(self.tracer.decided(self, "__index__"))
         if not known:
             self.tracer.asked_by_index(self.node)
         return value
 
     def __float__(self) -> float:
-        return float(self.tracer.decided(self))
+        return float(self.tracer.decided(self, "__float__"))
 
     def __len__(self) -> int:
         if isinstance(self.value, Tensor):
             raise Untraceable("len(x) of a tensor is the size of the batch; use x.shape[0]", current_place())
-        return self.tracer.decided(self, len)
+        return self.tracer.decided(self, "__len__", len)
 
     def __iter__(self) -> Iterator[Any]:
         if isinstance(self.value, Tensor):
@@ -134,6 +134,7 @@ class BlockTracer(fx.Tracer):
 
     def __init__(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         super().__init__(autowrap_functions=())
+        self.submodule_paths: Any = {}
         self.name = name
         self.inputs = (args, kwargs)
         self.values: dict[Node, Any] = {}
@@ -179,6 +180,8 @@ class BlockTracer(fx.Tracer):
                 raise Untraceable(f"the default of argument {name!r} is a {type(default).__name__}")
             node = self.create_node("placeholder", prefix + name, (default,) if has_default else (), {}, name)
             node.meta["keyword_only"] = kind is parameter.KEYWORD_ONLY
+            if default is None and value is not None:
+                self.call(expect_some, (node, f"block {self.name!r} ({spoken(self.here())}), argument {name!r}"))
             given = self.given(node, value, f"argument {name!r}")
             if prefix == "*":
                 positional += given
@@ -297,7 +300,8 @@ class BlockTracer(fx.Tracer):
         return True
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.running:
+        is_loose = m not in self.submodule_paths and next(m.parameters(), None) is None and next(m.buffers(), None) is None
+        if self.running or is_loose:  # one made in the forward, or kept elsewhere, is a function
             return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -353,9 +357,9 @@ class BlockTracer(fx.Tracer):
 
     # ---- what Python wants to know ----
 
-    def decided(self, proxy: ValueProxy, function: Any = None) -> Any:
+    def decided(self, proxy: ValueProxy, method: str, function: Any = None) -> Any:
         """A plain value for Python; the traced code checks that it is still the same.  Never one of a tensor."""
-        self.require_readable("__bool__", proxy)
+        self.require_readable(method, proxy)
         node = proxy.node
         value = proxy.value
         if function is not None:
@@ -403,7 +407,8 @@ def copied(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _settings() -> tuple[Any, ...]:
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled()
+    autocast = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 def _is_constant(value: Any) -> bool:

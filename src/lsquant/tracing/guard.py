@@ -28,6 +28,15 @@ def expect(found: Any, traced: Any, what: str) -> None:
         )
 
 
+def expect_some(found: Any, what: str) -> None:
+    """Raise UsageError where an argument is None that the example gave."""
+    if found is None:
+        raise UsageError(
+            f"{what}: this is None, but was given in the example that lsquant.trace was given; trace a fresh model "
+            "with such inputs, or write this block's joins by hand (lsquant.nn.Add(), ...)"
+        )
+
+
 def keys(mapping: Mapping[Any, Any]) -> str:
     """The keys of a mapping as one string, for ``expect``."""
     return ",".join(sorted(map(str, mapping)))
