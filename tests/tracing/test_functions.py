@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,7 @@ LEFT: dict[str, Callable[..., Any]] = {
     "sizes": lambda s, a, b: a * (a.shape[2] + b.shape[3]),
     "softmax": lambda s, a, b: a.softmax(1),
     "made tensor": lambda s, a, b: a * torch.arange(6.0),
+    "powers": lambda s, a, b: 0.5 * torch.pow(a, 3.0) - torch.pow(2.0, b) - a**2,
     "integers": lambda s, a, b: (a.argmax(1) + b.argmax(1)) * a[:, 0],
 }  # fmt: skip
 
@@ -172,6 +174,20 @@ def test_what_stays_a_function_is_named():
     _, _, result = traced(Body(lambda s, a, b: (a + b).softmax(1) * 3), X)
     assert result[0].left == ("softmax", "mul")
     assert "still functions: softmax, mul" in str(result)
+
+
+def test_a_tensor_passes_for_one():
+    """Questions for the type have the answer that they have outside, tensors in lists included."""
+
+    def asks(s: Body, a: Any, b: Any) -> Any:
+        a = [a] if isinstance(a, torch.Tensor) else a
+        assert not isinstance(b, (list, nn.Parameter)) and torch.is_tensor(b) and isinstance(s.scale, nn.Parameter)
+        return torch.cat([*a, b], 1)
+
+    model, plain, result = traced(Body(asks), X)
+    assert list(result.modules) == ["cat"] and isinstance is builtins.isinstance
+    assert type(isinstance).__name__ == "builtin_function_or_method"
+    assert_equal_runs(model, plain, X)
 
 
 class OwnWeights(nn.Module):

@@ -49,13 +49,6 @@ class NumberOfATensor(Base):
         return self.conv(x).relu() * int(x.abs().max())  # here
 
 
-class Assigns(Base):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv(x)
-        y[:, 0] = 0  # here
-        return y + x
-
-
 class LoopsOverTheBatch(Base):
     def forward(self, x: Tensor) -> Tensor:
         return torch.stack([F.relu(self.conv(one)) for one in x]) + x  # here
@@ -141,7 +134,6 @@ UNTRACEABLE: dict[type[nn.Module], str] = {
     Item: "the values of a tensor become a number or an array (item)",
     ToNumpy: "the values of a tensor become a number or an array (numpy)",
     NumberOfATensor: "the values of a tensor become a number or an array (int)",
-    Assigns: "an assignment to a part of a tensor",
     LoopsOverTheBatch: "a loop over a tensor is one over the samples of a batch",
     NoGrad: "a context such as torch.no_grad() or torch.autocast()",
     Autocast: "a context such as torch.no_grad() or torch.autocast()",
@@ -207,6 +199,22 @@ class BatchBranch(Base):
 class BatchNumber(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x).relu() * int(x.shape[0])
+
+
+class AsksWhetherItIsTraced(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + x + (1.0 if torch.fx._symbolic_trace.is_fx_tracing() else 0.0)
+
+
+@pytest.mark.parametrize("block", [BatchBranch, BatchNumber, AsksWhetherItIsTraced])
+def test_without_strict_a_block_that_differs_in_the_end_stays(block):
+    model = nn.Sequential(Residual(3), block(), Residual(3))
+    model, plain, result = traced(model, X, strict=False)
+    assert [row.name for row in result.untraced] == ["1"] and type(model[1]) is block
+    assert isinstance(model[0].add, lsquant.nn.Add) and isinstance(model[2].add, lsquant.nn.Add)
+    assert_equal_runs(model, plain, X, torch.randn(5, 3, 6, 6))
+    with pytest.raises(UsageError, match="block '1'"):
+        lsquant.trace(plain, X)
 
 
 @pytest.mark.parametrize("block", [BatchBranch, BatchNumber])
@@ -294,6 +302,31 @@ def _arguments(way: str, x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
     model.inner.register_forward_pre_hook(lambda m, a, k: seen.append((a, k)), with_kwargs=True)
     model(x, way)
     return seen[0]
+
+
+class Assigns(Base):
+    """Parts of tensors, of a mapping and of an object are set."""
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        y[:, 0] = 0
+        z = y + x
+        z[:, :, 1:3] += 1
+        x[:, 1] = z[:, 2]
+        parts = {"z": z.relu()}
+        parts["x"] = x * 2
+        return [parts["z"], parts["x"] + z]
+
+
+def test_assignments():
+    x = X.clone()
+    model, plain, result = traced(Assigns(), x)
+    assert torch.equal(x, X)
+    assert [n for n in result.modules if n.startswith("add")] == ["add", "add_2"]
+    assert_equal_runs(model, plain, X, torch.randn(5, 3, 6, 6))
+    one, two = torch.ones(2, 3, 6, 6), torch.ones(2, 3, 6, 6)
+    model(one), plain(two)
+    assert torch.equal(one, two) and not torch.equal(one, torch.ones(2, 3, 6, 6))
 
 
 class ByMode(Base):
@@ -417,6 +450,6 @@ def test_outputs_that_differ_are_found_out(monkeypatch):
     monkeypatch.setattr(lsquant.nn.Add, "forward", lambda self, a, b: a + b + 1)
     model = Classifier()
     before = state(model)
-    with pytest.raises(UsageError, match="block 'block' gives other outputs after tracing, so nothing was changed"):
+    with pytest.raises(UsageError, match="block 'block' gives other outputs after tracing, so it was not changed"):
         lsquant.trace(model, torch.randn(2, 3, 8, 8))
     assert state(model) == before

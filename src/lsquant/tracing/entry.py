@@ -16,12 +16,13 @@ from torch.fx.node import Node
 from torch.overrides import TorchFunctionMode
 
 from lsquant._util.batches import evaluating, model_inputs, unwrapped
-from lsquant._util.errors import LsquantError, UsageError
+from lsquant._util.errors import UsageError
 from lsquant._util.nested import map_tensors, tensors_in
 from lsquant.nn import quantized_type
 from lsquant.tracing import blocks
 from lsquant.tracing.functions import SUGGESTIONS, At, Replacement, replacement
 from lsquant.tracing.graph import BlockTracer, copied
+from lsquant.tracing.guard import Unexpected
 from lsquant.tracing.places import Place, Untraceable, current_place, raised_at, spoken
 from lsquant.tracing.result import Traced, TracedBlock
 
@@ -56,34 +57,38 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool = True) -> Trac
     outputs = before.run(args, kwargs)
     doubled = _doubled(args, kwargs)
     doubled_outputs = None if doubled is None else _output_or_none(model, *doubled)
-    plans, rows, failures = [], [], []
+    plans: dict[str, tuple[blocks.Plan, TracedBlock]] = {}
+    failures: dict[str, Untraceable] = {}
     for name, call in before.calls.items():
-        if not call.functions:
-            continue
         try:
-            found = _plan(model, name, call)
+            if call.functions and (found := _plan(name, call)) is not None:
+                plans[name] = found
         except Untraceable as error:
-            rows.append(TracedBlock(name, type(call.block).__name__, {}, reason=f"{error} ({spoken(error.place)})"))
-            failures.append(_failure(name, call, error))
-        else:
-            if found is not None:
-                plans.append(found[0])
-                rows.append(found[1])
+            failures[name] = error
     if failures and strict:
-        raise UsageError("trace: " + "\n".join(failures))
+        raise UsageError("trace: " + "\n".join(_failure(name, before.calls[name], e) for name, e in failures.items()))
 
-    undone = []
-    try:
-        for plan in plans:
-            undone.append((plan, (type(plan.block), dict(plan.block._parameters))))
-            blocks.apply(plan)
-        _compare(before, outputs, args, kwargs)
-        if doubled is not None and doubled_outputs is not None:
-            _compare_doubled(model, doubled_outputs, *doubled)
-    except BaseException:
-        for plan, state in reversed(undone):
-            blocks.undo(plan, state)
-        raise
+    while True:
+        undone = []
+        try:
+            for plan, _ in plans.values():
+                undone.append((plan, (type(plan.block), dict(plan.block._parameters))))
+                blocks.apply(plan)
+            _compare(before, outputs, args, kwargs)
+            if doubled is not None and doubled_outputs is not None:
+                _compare_doubled(model, doubled_outputs, *doubled)
+            break
+        except BaseException as error:
+            for plan, state in reversed(undone):
+                blocks.undo(plan, state)
+            if not isinstance(error, _Different):
+                raise
+            if strict or error.block not in plans:
+                raise UsageError(f"trace: {error}") from error
+            failures[error.block] = Untraceable(str(error))
+            del plans[error.block]
+    rows = [row for _, row in plans.values()]
+    rows += [_untraced(name, before.calls[name], error) for name, error in failures.items()]
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return Traced(sorted(rows, key=lambda row: order[row.name]))
 
@@ -146,7 +151,7 @@ class _Run(TorchFunctionMode):
             hooks.append(module.register_forward_hook(self._leaving(name), always_call=True))
         try:
             with _steady(self.model), self:
-                return self.model(*args, **kwargs)
+                return self.model(*copied(args, _copy), **copied(kwargs, _copy))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -198,7 +203,7 @@ def _steady(model: nn.Module) -> Iterator[None]:
 def _output_or_none(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
         with _steady(model):
-            return model(*args, **kwargs)
+            return model(*copied(args, _copy), **copied(kwargs, _copy))
     except Exception:  # a model that takes one batch size only
         return None
 
@@ -219,7 +224,7 @@ def _doubled(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dic
 # ---- a block ----
 
 
-def _plan(model: nn.Module, name: str, call: _Call) -> tuple[blocks.Plan, TracedBlock] | None:
+def _plan(name: str, call: _Call) -> tuple[blocks.Plan, TracedBlock] | None:
     """Trace a block in both modes and decide what it becomes; None where none of its functions is replaced."""
     block = call.block
     if isinstance(block, fx.GraphModule):
@@ -435,6 +440,11 @@ def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return found
 
 
+def _untraced(name: str, call: _Call, error: Untraceable) -> TracedBlock:
+    where = "" if error.place is None else f" ({spoken(error.place)})"
+    return TracedBlock(name, type(call.block).__name__, {}, reason=f"{error}{where}")
+
+
 def _failure(name: str, call: _Call, error: Untraceable) -> str:
     """What an error says about one block."""
     by_hand: dict[str, list[str]] = {}
@@ -442,9 +452,10 @@ def _failure(name: str, call: _Call, error: Untraceable) -> str:
         where = f"{function} ({spoken(place)})"
         if where not in by_hand.setdefault(module, []):
             by_hand[module].append(where)
+    where = "" if error.place is None else f", at {spoken(error.place)}"
     advice = "; ".join(f"{module} for {', '.join(places)}" for module, places in by_hand.items())
     return (
-        f"block {name!r} ({type(call.block).__name__}) cannot be traced, at {spoken(error.place)}: {error}. "
+        f"block {name!r} ({type(call.block).__name__}) cannot be traced{where}: {error}. "
         f"Write modules into it by hand instead of functions: {advice}; or leave it as it is with strict=False"
     )
 
@@ -452,31 +463,44 @@ def _failure(name: str, call: _Call, error: Untraceable) -> str:
 # ---- the proof ----
 
 
+class _Different(Exception):
+    """The traced model does not compute what it did.  ``block``: the one that is to blame; None where none is known."""
+
+    def __init__(self, message: str, block: str | None) -> None:
+        super().__init__(message)
+        self.block = block
+
+
 def _compare(before: _Run, outputs: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Raise UsageError where the traced model gives other bits for the example, naming the first block that does."""
+    """Raise _Different where the traced model gives other bits for the example, naming the first block that does."""
     again = _Run(before.model)
-    found = again.run(args, kwargs)
+    try:
+        found = again.run(args, kwargs)
+    except Unexpected as error:
+        raise _Different(str(error), error.block) from error
     if _equal(outputs, found):
         return
     names = list(before.calls)[::-1]
     differing = [n for n in names if n in again.calls and not _equal(before.calls[n].output, again.calls[n].output)]
     inside = [n for n in differing if not any(o != n and o.startswith(f"{n}." if n else "") for o in differing)]
-    where = f"block {inside[-1]!r}" if inside else "the model"
-    raise UsageError(
-        f"trace: {where} gives other outputs after tracing, so nothing was changed; does its forward keep a state "
-        "or draw random numbers in eval mode? Write its joins by hand (lsquant.nn.Add(), ...)"
+    block = inside[-1] if inside else None
+    where = "the model" if block is None else f"block {block!r}"
+    raise _Different(
+        f"{where} gives other outputs after tracing, so it was not changed; does its forward keep a state or ask "
+        "whether it is being traced? Write its joins by hand (lsquant.nn.Add(), ...)",
+        block,
     )
 
 
 def _compare_doubled(model: nn.Module, outputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise UsageError where the traced model does not take twice the batch as it did before."""
+    """Raise _Different where the traced model does not take twice the batch as it did before."""
     try:
         with _steady(model):
-            found = model(*args, **kwargs)
-    except LsquantError as error:
-        raise UsageError(f"trace: a block depends on the size of the batch, so nothing was changed: {error}") from error
+            found = model(*copied(args, _copy), **copied(kwargs, _copy))
+    except Unexpected as error:
+        raise _Different(f"a block depends on the size of the batch: {error}", error.block) from error
     if not _equal(outputs, found):
-        raise UsageError("trace: with twice the batch the model gives other outputs after tracing, so nothing was changed")
+        raise _Different("with twice the batch the model gives other outputs after tracing, so it was not changed", None)
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -6,9 +6,11 @@ list? how large is this size?) have answers.  An answer that another input could
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import inspect
 import operator
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ from torch.fx.node import Node
 from torch.overrides import TorchFunctionMode
 
 from lsquant.tracing.guard import expect, expect_some, keys
-from lsquant.tracing.places import Place, Untraceable, current_place, spoken
+from lsquant.tracing.places import Place, Untraceable, current_place, in_library, spoken
 
 READS_VALUES = {"item", "tolist", "numpy", "__array__", "is_nonzero", "__bool__", "__int__", "__float__", "__index__"}
 """Methods whose result is no tensor but depends on a tensor's values."""
@@ -36,18 +38,13 @@ IN_PLACE_OPERATORS = {
 
 
 class ValueProxy(fx.Proxy):
-    """A proxy that knows its value in the example, and passes for a Tensor where that is one."""
+    """A proxy that knows its value in the example."""
 
     tracer: BlockTracer
 
     @property
     def value(self) -> Any:
         return self.tracer.values[self.node]
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        value = vars(self)["tracer"].values.get(vars(self)["node"])
-        return type(value) if isinstance(value, Tensor) else ValueProxy
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and not hasattr(Tensor, name):
@@ -57,6 +54,12 @@ class ValueProxy(fx.Proxy):
         if callable(found) and not isinstance(found, (Tensor, nn.Module)):
             return fx.proxy.Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("tracer", "node"):
+            vars(self)[name] = value
+        else:
+            self.tracer.create_proxy("call_function", setattr, (self, name, value), {})
 
     def __bool__(self) -> bool:
         return bool(self.tracer.decided(self, "__bool__", operator.truth))
@@ -90,7 +93,7 @@ class ValueProxy(fx.Proxy):
         return any(bool(item == one) for one in self)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        raise Untraceable("an assignment to a part of a tensor", current_place())
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __hash__(self) -> int:
         return id(self)
@@ -108,6 +111,27 @@ def _in_place(method: str) -> Any:
 
 for _method in IN_PLACE_OPERATORS:
     setattr(ValueProxy, _method, _in_place(_method))
+
+
+@contextmanager
+def _passing_for_values() -> Iterator[None]:
+    """Let ``isinstance(proxy, Tensor)`` be true where the value is a tensor, and so on, for Python code.
+
+    A ``__class__`` that says so would be believed by torch's C++ code too, which would then read memory that is no tensor.
+    """
+    ask = builtins.isinstance
+
+    def isinstance(value: Any, kind: Any) -> bool:
+        if type(value) is not ValueProxy:
+            return ask(value, kind)
+        known = ask(value.tracer.values.get(value.node), kind)
+        return known or (in_library(sys._getframe(1)) and ask(value, kind))  # others see no proxy: they run as always
+
+    builtins.isinstance = isinstance  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.isinstance = ask
 
 
 class _Created(TorchFunctionMode):
@@ -151,7 +175,7 @@ class BlockTracer(fx.Tracer):
         """Run the block's forward.  Raises: Untraceable, or whatever the forward raises."""
         grad = torch.is_grad_enabled()
         try:
-            with _Created(self), torch.enable_grad():
+            with _passing_for_values(), _Created(self), torch.enable_grad():
                 self.settings = _settings()
                 return super().trace(root, concrete_args)
         finally:
@@ -163,34 +187,40 @@ class BlockTracer(fx.Tracer):
         args, kwargs = self.inputs
         self.running = False
         self.definition = (root_fn.__code__.co_filename, root_fn.__code__.co_firstlineno, 0)
-        signature = inspect.signature(root_fn)
-        bound = signature.bind(root, *args, **kwargs)
+        parameters = inspect.signature(root_fn).parameters
+        bound = inspect.signature(root_fn).bind(root, *args, **kwargs).arguments
         positional: list[Any] = [root]
         keywords: dict[str, Any] = {}
         had_default = False
-        for name, parameter in list(signature.parameters.items())[1:]:
+        for place, (name, parameter) in enumerate(parameters.items()):
+            if place == 0:
+                continue
             kind, default = parameter.kind, parameter.default
             prefix = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(kind, "")
             has_default = default is not parameter.empty
             if kind is parameter.KEYWORD_ONLY and had_default and not has_default:
                 raise Untraceable(f"the keyword {name!r} without a default follows arguments that have one")
             had_default = had_default or has_default
-            value = bound.arguments.get(name, {"*": (), "**": {}}.get(prefix, default))
             if has_default and not _is_constant(default):
                 raise Untraceable(f"the default of argument {name!r} is a {type(default).__name__}")
             node = self.create_node("placeholder", prefix + name, (default,) if has_default else (), {}, name)
             node.meta["keyword_only"] = kind is parameter.KEYWORD_ONLY
+            what = f"argument {name!r}"
+            if name not in bound and not prefix:
+                self.check(node, default, what)  # not given, so the forward takes the default
+                continue
+            value = bound.get(name, () if prefix == "*" else {})
             if default is None and value is not None:
-                self.call(expect_some, (node, f"block {self.name!r} ({spoken(self.here())}), argument {name!r}"))
-            given = self.given(node, value, f"argument {name!r}")
+                self.call(expect_some, (node, self.name, self.describe(what)))
+            given = self.given(node, value, what)
             if prefix == "*":
                 positional += given
             elif prefix == "**":
                 keywords |= given
-            elif kind is parameter.KEYWORD_ONLY:
-                keywords[name] = given
+            elif place <= len(args) and kind is not parameter.KEYWORD_ONLY:
+                positional.append(given)  # by position where the call did so, for forwards with decorators
             else:
-                positional.append(given)
+                keywords[name] = given
 
         def call():  # an annotation would be copied into the traced code
             definition, self.definition = self.definition, None
@@ -379,8 +409,11 @@ class BlockTracer(fx.Tracer):
         """Let the traced code raise where a node has another value than now."""
         self.values[node] = value
         if node not in self.checks:
-            place = self.here()
-            self.checks[node] = self.call(expect, (node, value, f"block {self.name!r} ({spoken(place)}), {what}"))
+            self.checks[node] = self.call(expect, (node, value, self.name, self.describe(what)))
+
+    def describe(self, what: str) -> str:
+        """What a check is about, for its message."""
+        return f"block {self.name!r} ({spoken(self.here())}), {what}"
 
     def asked_by_index(self, node: Node) -> None:
         """Note that ``__index__`` gave a number away: torch asks so when it looks whether an argument is an integer."""
@@ -412,7 +445,7 @@ def _settings() -> tuple[Any, ...]:
 
 
 def _is_constant(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
+    return value is None or isinstance(value, (bool, int, float, str)) or (type(value) is tuple and all(map(_is_constant, value)))
 
 
 def _attribute(root: nn.Module, path: str) -> Any:

@@ -22,7 +22,8 @@ class Untraceable(Exception):
         self.place = place
 
 
-def _is_library(frame: FrameType) -> bool:
+def in_library(frame: FrameType) -> bool:
+    """Whether a frame runs torch's code or that of this package."""
     file = frame.f_code.co_filename
     return file.startswith(_LIBRARY) or file.startswith("<frozen")
 
@@ -30,7 +31,7 @@ def _is_library(frame: FrameType) -> bool:
 def current_place() -> Place | None:
     """The innermost place outside torch and this package that is being executed."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _is_library(frame):
+    while frame is not None and in_library(frame):
         frame = frame.f_back
     return None if frame is None else (frame.f_code.co_filename, frame.f_lineno, frame.f_lasti)
 
@@ -39,7 +40,7 @@ def raised_at(traceback: TracebackType | None) -> Place | None:
     """The innermost place outside torch and this package through which an error passed."""
     found = None
     while traceback is not None:
-        if not _is_library(traceback.tb_frame):
+        if not in_library(traceback.tb_frame):
             found = (traceback.tb_frame.f_code.co_filename, traceback.tb_lineno, traceback.tb_lasti)
         traceback = traceback.tb_next
     return found
