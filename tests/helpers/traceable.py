@@ -182,7 +182,7 @@ def assert_equal_runs(model: nn.Module, plain: nn.Module, *inputs: Any) -> None:
                 assert torch.equal(tensor, two[name]), f"{name} differs, training={training}"
 
 
-def traced(model: nn.Module, x: Any, **options: Any) -> tuple[nn.Module, nn.Module, lsquant.Traced]:
+def traced(model: nn.Module, x: Any, **options: Any) -> tuple[Any, Any, lsquant.Traced]:
     """The model traced, an untraced copy of it, and what trace returned."""
     plain = copy.deepcopy(model)
     return model, plain, lsquant.trace(model, x, **options)

@@ -33,24 +33,31 @@ CASES = [
 
 @pytest.mark.parametrize("module, inputs, output, text", CASES, ids=[c[3] for c in CASES])
 def test_what_they_compute(module: nn.Module, inputs, output, text):
-    assert torch.equal(module(*inputs), output) and str(module) == text
+    assert torch.equal(module(*inputs), output)
+    assert str(module) == text
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert torch.equal(other(*inputs), output) and str(other) == text
+        assert torch.equal(other(*inputs), output)
+        assert str(other) == text
     assert list(module.state_dict()) == []
 
 
 def test_parts():
     one, two = q.Chunk(2)(A)
-    assert torch.equal(one, A[:, :2]) and torch.equal(two, A[:, 2:]) and str(q.Chunk(2)) == "Chunk(2, dim=1)"
+    assert torch.equal(one, A[:, :2])
+    assert torch.equal(two, A[:, 2:])
+    assert str(q.Chunk(2)) == "Chunk(2, dim=1)"
     one, two = q.Split([1, 3])(A)
-    assert torch.equal(one, A[:, :1]) and torch.equal(two, A[:, 1:]) and str(q.Split([1, 3])) == "Split((1, 3), dim=1)"
+    assert torch.equal(one, A[:, :1])
+    assert torch.equal(two, A[:, 1:])
+    assert str(q.Split([1, 3])) == "Split((1, 3), dim=1)"
     assert len(q.Split(1, -1)(A)) == 3
 
 
 def test_the_gradient_of_clip_passes_at_the_limits():
     x = torch.tensor([-1.0, 0.0, 3.0, 6.0, 7.0], requires_grad=True)
     q.Clip(0, 6)(x).sum().backward()
-    assert x.grad is not None and x.grad.tolist() == [0, 1, 1, 1, 0]
+    assert x.grad is not None
+    assert x.grad.tolist() == [0, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ REPLACED: dict[str, tuple[Callable[..., Any], dict[str, type[nn.Module]]]] = {
     "F.gelu tanh": (lambda s, a, b: F.gelu(a, approximate="tanh"), {"gelu": nn.GELU}),
     "F.max_pool2d": (lambda s, a, b: F.max_pool2d(a, 2), {"max_pool": nn.MaxPool2d}),
     "torch.max_pool2d": (lambda s, a, b: torch.max_pool2d(a, (3, 2), stride=2, padding=1), {"max_pool": nn.MaxPool2d}),
-    "F.max_pool1d": (lambda s, a, b: F.max_pool1d(a.flatten(2), 3, 2), {"flatten": nn.Flatten, "max_pool": nn.MaxPool1d}),
+    "F.max_pool1d": (lambda s, a, b: F.max_pool1d(a[:, 0], 3, 2), {"slice": q.Slice, "max_pool": nn.MaxPool1d}),
     "F.avg_pool2d": (lambda s, a, b: F.avg_pool2d(a, 3, 1, 1, False, False), {"avg_pool": nn.AvgPool2d}),
     "F.avg_pool1d": (lambda s, a, b: F.avg_pool1d(a[..., 0], 2), {"slice": q.Slice, "avg_pool": nn.AvgPool1d}),
     "adaptive": (lambda s, a, b: F.adaptive_avg_pool2d(a, (None, 2)), {"avg_pool": nn.AdaptiveAvgPool2d}),
@@ -181,11 +181,14 @@ def test_a_tensor_passes_for_one():
 
     def asks(s: Body, a: Any, b: Any) -> Any:
         a = [a] if isinstance(a, torch.Tensor) else a
-        assert not isinstance(b, (list, nn.Parameter)) and torch.is_tensor(b) and isinstance(s.scale, nn.Parameter)
+        assert not isinstance(b, (list, nn.Parameter))
+        assert torch.is_tensor(b)
+        assert isinstance(s.scale, nn.Parameter)
         return torch.cat([*a, b], 1)
 
     model, plain, result = traced(Body(asks), X)
-    assert list(result.modules) == ["cat"] and isinstance is builtins.isinstance
+    assert list(result.modules) == ["cat"]
+    assert isinstance is builtins.isinstance
     assert type(isinstance).__name__ == "builtin_function_or_method"
     assert_equal_runs(model, plain, X)
 
@@ -205,8 +208,10 @@ def test_layers_by_function():
     model = OwnWeights()
     parameters = dict(model.named_parameters())
     model, plain, result = traced(model, X)
-    assert type(model.conv) is nn.Conv2d and type(model.linear) is nn.Linear
-    assert model.conv.weight is parameters["kernel"] is model.kernel and model.linear.bias is parameters["bias"]
+    assert type(model.conv) is nn.Conv2d
+    assert type(model.linear) is nn.Linear
+    assert model.conv.weight is parameters["kernel"] is model.kernel
+    assert model.linear.bias is parameters["bias"]
     renamed = (("kernel", "conv.weight"), ("matrix", "linear.weight"), ("bias", "linear.bias"))
     assert result.renamed == renamed
     assert "key 'kernel' is now 'conv.weight'" in str(result)
@@ -219,7 +224,8 @@ def test_layers_by_function():
     outer.load_state_dict(outer.state_dict())
     assert all(torch.equal(p, plain.get_parameter(n)) is False for n, p in (("kernel", model.kernel),))
     lsquant.prepare(model, lsquant.Recipe(4, 4), X)
-    assert isinstance(model.conv, q.QuantizedLayer) and isinstance(model.linear, q.QuantizedLayer)
+    assert isinstance(model.conv, q.QuantizedLayer)
+    assert isinstance(model.linear, q.QuantizedLayer)
 
 
 def test_a_parameter_that_is_used_twice_stays():
@@ -233,5 +239,6 @@ def test_a_parameter_that_is_used_twice_stays():
 
     x = torch.randn(3, 4)
     model, plain, result = traced(Twice(), x)
-    assert list(result.modules) == ["relu"] and list(dict(model.named_parameters())) == ["matrix"]
+    assert list(result.modules) == ["relu"]
+    assert list(dict(model.named_parameters())) == ["matrix"]
     assert_equal_runs(model, plain, x)

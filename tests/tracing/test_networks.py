@@ -51,7 +51,8 @@ def test_same_bits(name):
     assert_equal_runs(model, plain, IMAGES, MORE, IMAGES[:1])
     if name in MODULES:
         assert list(result.modules) == MODULES[name]
-    assert result.modules.keys() <= dict(model.named_modules()).keys() and not result.untraced
+    assert result.modules.keys() <= dict(model.named_modules()).keys()
+    assert not result.untraced
     assert list(model.state_dict()) == keys
     assert all(one is two for one, two in zip(model.parameters(), parameters, strict=True))
     assert [type(m).__name__ for m in plain.modules()] == [
@@ -61,7 +62,8 @@ def test_same_bits(name):
 
 def test_names_of_resnet20():
     result = lsquant.trace(cifar_resnet("resnet20"), IMAGES)
-    assert len(result) == 12 and len(result.modules) == 33
+    assert len(result) == 12
+    assert len(result.modules) == 33
     assert [n for n in result.modules if n.startswith("layer2.0")] == [
         "layer2.0.relu", "layer2.0.add", "layer2.0.relu_2", "layer2.0.shortcut.slice", "layer2.0.shortcut.pad",
     ]  # fmt: skip
@@ -77,7 +79,8 @@ def test_the_forward_calls_the_new_modules():
     model.block.register_forward_hook(lambda m, args, out: seen.append(out))
     model.eval()(MORE)
     (a, b, total), out = seen
-    assert torch.equal(a + b, total) and torch.equal(total.relu(), out)
+    assert torch.equal(a + b, total)
+    assert torch.equal(total.relu(), out)
 
 
 def test_the_object_stays_what_it_was():
@@ -87,10 +90,17 @@ def test_the_object_stays_what_it_was():
     block.register_forward_hook(lambda m, args, out: order.append("hook"))
     block.note = kept
     lsquant.trace(model, IMAGES)
-    assert model.block is block and isinstance(block, Residual) and isinstance(model, Classifier)
-    assert not model.training and block.training and block.add.training and not model.flatten.training
-    assert type(block).__qualname__ == "Residual" and type(block).__module__ == Residual.__module__
-    assert type(block).forward is not Residual.forward and block.note is kept
+    assert model.block is block
+    assert isinstance(block, Residual)
+    assert isinstance(model, Classifier)
+    assert not model.training
+    assert block.training
+    assert block.add.training
+    assert not model.flatten.training
+    assert type(block).__qualname__ == "Residual"
+    assert type(block).__module__ == Residual.__module__
+    assert type(block).forward is not Residual.forward
+    assert block.note is kept
     before = len(order)
     model(IMAGES)
     assert len(order) == before + 1
@@ -100,7 +110,8 @@ def test_a_second_trace_changes_nothing():
     model, _, _ = traced(Detector(), IMAGES)
     types = [type(m) for m in model.modules()]
     again = lsquant.trace(model, IMAGES)
-    assert len(again) == 0 and [type(m) for m in model.modules()] == types
+    assert len(again) == 0
+    assert [type(m) for m in model.modules()] == types
     assert str(again) == "0 blocks traced, 0 modules inserted"
 
 
@@ -120,7 +131,8 @@ def test_copies_are_traced(name, how, tmp_path: Path):
     calls = []
     other.get_submodule(list(result.modules)[-1]).register_forward_hook(lambda *_: calls.append(1))
     assert_equal_runs(other, plain, MORE)
-    assert calls and len(lsquant.trace(other, IMAGES)) == 0
+    assert calls
+    assert len(lsquant.trace(other, IMAGES)) == 0
 
 
 def test_a_pickle_is_read_by_another_process(tmp_path: Path):
@@ -160,7 +172,6 @@ def test_traced_by_torch_fx_in_turn(name):
     """The checks of sizes do not stand in the way of plain torch.fx, for blocks without lists as arguments."""
     model, plain, result = traced(BUILD[name]().eval(), IMAGES)
 
-
     class Tracer(torch.fx.Tracer):
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             return type(m).__module__.startswith("lsquant.nn.") or super().is_leaf_module(m, module_qualified_name)
@@ -179,7 +190,8 @@ def test_replicas_of_data_parallel():
     for name, parameter in model.named_parameters(recurse=False):
         setattr(replica, name, parameter)
     x = torch.randn(3, 4, 6, 6)
-    assert type(replica) is type(model) and torch.equal(replica(x), plain(x))
+    assert type(replica) is type(model)
+    assert torch.equal(replica(x), plain(x))
 
 
 # ---- with the rest of the library ----
@@ -204,7 +216,8 @@ def test_quantized_alike(name, tmp_path: Path):
     assert list(model.state_dict()) == list(plain.state_dict())
     for training in modes:
         one, two = run(model, MORE, training), run(plain, MORE, training)
-        assert list(one) == list(two) and all(torch.equal(one[k], two[k]) for k in one)
+        assert list(one) == list(two)
+        assert all(torch.equal(one[k], two[k]) for k in one)
     lsquant.save(model, tmp_path / "m.safetensors")
     fresh, fresh_traced = BUILD[name](), BUILD[name]()
     lsquant.trace(fresh_traced, IMAGES)
@@ -257,7 +270,8 @@ def test_rules_name_the_new_layers():
     lsquant.prepare(model, lsquant.Recipe(4, 4, rules=[lsquant.Rule("0.conv", weight=2)]), IMAGES)
     lsquant.calibrate(model, [IMAGES])
     model(MORE).sum().backward()
-    assert model[0].conv.weight_quantizer.spec.bits == 2 and model[0].kernel.grad is not None
+    assert model[0].conv.weight_quantizer.spec.bits == 2
+    assert model[0].kernel.grad is not None
 
 
 # ---- networks of other libraries ----
@@ -282,7 +296,8 @@ def test_transformers_mobilenet():
     config = transformers.MobileNetV2Config(depth_multiplier=0.25, image_size=32, num_labels=4)
     x = {"pixel_values": torch.randn(3, 3, 32, 32)}
     model, plain, result = traced(transformers.MobileNetV2ForImageClassification(config), x)
-    assert isinstance(model.mobilenet_v2.layer[1].add, lsquant.nn.Add) and len(result.modules) == 63
+    assert isinstance(model.mobilenet_v2.layer[1].add, lsquant.nn.Add)
+    assert len(result.modules) == 63
     assert_equal_runs(model, plain, x, {"pixel_values": torch.randn(5, 3, 32, 32)})
     with pytest.raises(lsquant.UsageError, match=r"first_conv.*modeling_mobilenet_v2.py:\d+.*48, but was 32"):
         model(torch.randn(3, 3, 48, 48))
@@ -293,7 +308,8 @@ def test_modules_of_torch_are_left_alone():
     model[2] = nn.Identity()
     x = torch.randn(3, 2, 8)
     result = lsquant.trace(model, x)
-    assert [row.name for row in result] == ["1"] and type(model[0]) is nn.TransformerEncoderLayer
+    assert [row.name for row in result] == ["1"]
+    assert type(model[0]) is nn.TransformerEncoderLayer
 
 
 class C2fIn(nn.Module):
@@ -316,10 +332,13 @@ def test_a_subclass_of_a_layer_and_of_a_container():
     model = Skip(SamePadded(3, 3, 2, stride=1), C2f(3, 3 + 1, 1), nn.Conv2d(4, 3, 1))
     weight = model[0].weight
     model, plain, result = traced(model, IMAGES)
-    assert isinstance(model, Skip) and isinstance(model[0], SamePadded) and model[0].weight is weight
+    assert isinstance(model, Skip)
+    assert isinstance(model[0], SamePadded)
+    assert model[0].weight is weight
     assert [new for _, new in result.renamed] == ["0.conv.weight", "0.conv.bias"]
     assert {"add", "0.pad", "0.conv", "1.cat"} <= result.modules.keys()
     x = MORE
-    assert torch.equal(model.eval()(x), plain.eval()(x)) and torch.equal(model.train()(x), plain.train()(x))
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+    assert torch.equal(model.train()(x), plain.train()(x))
     lsquant.prepare(model, lsquant.Recipe(4, None), x)
     assert model[0].conv.weight_quantizer is not None

@@ -18,7 +18,7 @@ class Clip(nn.Module):
     min, max: the limits; None: no limit on this side, but not on both.
     """
 
-    def __init__(self, min: float | None = None, max: float | None = None) -> None:  # noqa: A002 (torch's names)
+    def __init__(self, min: float | None = None, max: float | None = None) -> None:
         super().__init__()
         if min is None and max is None:
             raise UsageError("Clip: give min, max or both")

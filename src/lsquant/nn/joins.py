@@ -1,4 +1,4 @@
-"""Modules that join tensors: addition, multiplication, concatenation.  As modules they have names, and hooks see them."""
+"""Modules that join tensors: addition, multiplication, concatenation.  As modules they have names."""
 
 from __future__ import annotations
 

@@ -84,7 +84,11 @@ def _argument(node: fx.Node) -> str:
 def traced_class(base: type, code: Code) -> type:
     """The subclass of a block's class with the traced forward; one for equal code."""
     if (found := _CLASSES.get((base, code))) is None:
-        body: dict[str, Any] = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+        body: dict[str, Any] = {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        }
         body |= _compiled(base, code)
         body |= {name: _moved_parameter(*place) for name, *place in code.moved}
         found = _CLASSES[base, code] = type(base)(base.__name__, (base,), body)
@@ -108,7 +112,7 @@ def _compiled(base: type, code: Code) -> dict[str, Any]:
 
 def _blank(base: type, code: Code) -> nn.Module:
     """An object of a traced class that has no attributes yet: copies and pickles begin so."""
-    kind = traced_class(base, code)
+    kind: Any = traced_class(base, code)
     return kind.__new__(kind)
 
 

@@ -135,7 +135,7 @@ def _dims(dim: Any, ndim: int) -> tuple[int, ...]:
 
 
 def _joining(name: str, kind: type[nn.Module], in_place: bool = False) -> Rule:
-    def rule(at: At, input: Any, other: Any, *, alpha: Any = 1, out: Any = None) -> Replacement | None:  # noqa: A002
+    def rule(at: At, input: Any, other: Any, *, alpha: Any = 1, out: Any = None) -> Replacement | None:
         if not at.is_activation(input, other) or alpha != 1 or out is not None:
             return None
         if in_place and at.tensor(input).dtype != torch.result_type(at.tensor(input), at.tensor(other)):
@@ -167,11 +167,11 @@ def _cat(at: At, tensors: Any, dim: Any = 0, *, axis: Any = None, out: Any = Non
 def _elementwise(
     name: str, kind: type[nn.Module], functions: tuple[Any, ...], methods: str = "", options: str = "", keys: str = ""
 ) -> None:
-    """A rule for a function with one operand; its options, by position or name, are the module's, by the names in keys."""
+    """Enter a function with one operand; its options, by position or name, are the module's, by the names in keys."""
     names = options.split()
     module_names = dict(zip(names, (keys or options).split(), strict=True))
 
-    def rule(at: At, input: Any, *given: Any, inplace: Any = False, **named: Any) -> Replacement | None:  # noqa: A002
+    def rule(at: At, input: Any, *given: Any, inplace: Any = False, **named: Any) -> Replacement | None:
         values = dict(zip([*names, "inplace"], given, strict=False)) | named
         inplace = values.pop("inplace", inplace)
         if not at.is_activation(input) or not _static(list(values.values())):
@@ -183,7 +183,7 @@ def _elementwise(
             kwargs["inplace"] = True
         return Replacement(name, kind, (), (input,), kwargs, in_place=bool(inplace))
 
-    def changing(at: At, input: Any, *given: Any, **named: Any) -> Replacement | None:  # noqa: A002
+    def changing(at: At, input: Any, *given: Any, **named: Any) -> Replacement | None:
         return rule(at, input, *given, inplace=True, **named)
 
     hand = f"torch.nn.{kind.__name__}()"
@@ -208,7 +208,7 @@ _elementwise("sigmoid", nn.Sigmoid, (F.sigmoid, torch.sigmoid), "sigmoid")
 _elementwise("tanh", nn.Tanh, (F.tanh, torch.tanh), "tanh")
 
 
-def _clip(at: At, input: Any, low: Any, high: Any, in_place: bool = False) -> Replacement | None:  # noqa: A002
+def _clip(at: At, input: Any, low: Any, high: Any, in_place: bool = False) -> Replacement | None:
     numbers = [b for b in (low, high) if b is not None]
     if not at.is_activation(input) or not numbers or not all(isinstance(b, (int, float)) for b in numbers):
         return None
@@ -216,27 +216,27 @@ def _clip(at: At, input: Any, low: Any, high: Any, in_place: bool = False) -> Re
 
 
 @_rule(torch.clamp, torch.clip, methods="clamp clip", hand="lsquant.nn.Clip(min, max)")
-def _clamp(at: At, input: Any, min: Any = None, max: Any = None) -> Replacement | None:  # noqa: A002
+def _clamp(at: At, input: Any, min: Any = None, max: Any = None) -> Replacement | None:
     return _clip(at, input, min, max)
 
 
 @_rule(torch.clamp_, torch.clip_, methods="clamp_ clip_", hand="lsquant.nn.Clip(min, max)")
-def _clamp_in_place(at: At, input: Any, min: Any = None, max: Any = None) -> Replacement | None:  # noqa: A002
+def _clamp_in_place(at: At, input: Any, min: Any = None, max: Any = None) -> Replacement | None:
     return _clip(at, input, min, max, in_place=True)
 
 
 @_rule(torch.clamp_min, methods="clamp_min", hand="lsquant.nn.Clip(min, max)")
-def _clamp_min(at: At, input: Any, min: Any) -> Replacement | None:  # noqa: A002
+def _clamp_min(at: At, input: Any, min: Any) -> Replacement | None:
     return _clip(at, input, min, None)
 
 
 @_rule(torch.clamp_max, methods="clamp_max", hand="lsquant.nn.Clip(min, max)")
-def _clamp_max(at: At, input: Any, max: Any) -> Replacement | None:  # noqa: A002
+def _clamp_max(at: At, input: Any, max: Any) -> Replacement | None:
     return _clip(at, input, None, max)
 
 
 def _dropout(kind: type[nn.Module]) -> Rule:
-    def rule(at: At, input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> Replacement | None:  # noqa: A002
+    def rule(at: At, input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> Replacement | None:
         if not at.is_activation(input) or not isinstance(p, (int, float)) or training is not at.training:
             return None
         kwargs = {"inplace": True} if inplace else {}
@@ -256,7 +256,7 @@ for _function, _kind in (
 
 def _max_pool(kind: type[nn.Module]) -> Rule:
     def rule(
-        at: At, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,  # noqa: A002
+        at: At, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
         ceil_mode: Any = False, return_indices: Any = False,
     ) -> Replacement | None:  # fmt: skip
         options = kernel_size, stride or None, padding, dilation
@@ -271,7 +271,7 @@ def _max_pool(kind: type[nn.Module]) -> Rule:
 
 def _avg_pool(kind: type[nn.Module]) -> Rule:
     def rule(
-        at: At, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: Any = False,  # noqa: A002
+        at: At, input: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: Any = False,
         count_include_pad: Any = True, divisor_override: Any = None,
     ) -> Replacement | None:  # fmt: skip
         options = kernel_size, stride or None, padding, divisor_override
@@ -287,7 +287,7 @@ def _avg_pool(kind: type[nn.Module]) -> Rule:
 
 
 def _adaptive_pool(name: str, kind: type[nn.Module]) -> Rule:
-    def rule(at: At, input: Any, output_size: Any, return_indices: Any = False) -> Replacement | None:  # noqa: A002
+    def rule(at: At, input: Any, output_size: Any, return_indices: Any = False) -> Replacement | None:
         if not at.is_activation(input) or not _static(output_size) or return_indices:
             return None
         return Replacement(name, kind, (_plain(output_size),), (input,))
@@ -309,7 +309,7 @@ for _d in (1, 2, 3):
 
 
 @_rule(torch.mean, methods="mean", hand="lsquant.nn.Mean((2, 3))")
-def _mean(at: At, input: Any, dim: Any = None, keepdim: Any = False, *, axis: Any = None) -> Replacement | None:  # noqa: A002
+def _mean(at: At, input: Any, dim: Any = None, keepdim: Any = False, *, axis: Any = None) -> Replacement | None:
     dim = dim if axis is None else axis
     if not at.is_activation(input) or dim is None or not _static((dim, keepdim)):
         return None
@@ -331,12 +331,13 @@ def _is_batch_size(at: At, size: Any) -> bool:
     if size.op != "call_function" or size.target is not operator.getitem or size.args[1] != 0:
         return False
     shape = size.args[0]
-    is_shape = isinstance(shape, Node) and isinstance(at.values.get(shape), torch.Size)
-    return is_shape and shape.args[0] in at.activations and (shape.target in ("size", getattr))
+    if not isinstance(shape, Node) or not isinstance(at.values.get(shape), torch.Size):
+        return False
+    return shape.args[0] in at.activations and shape.target in ("size", getattr)
 
 
 @_rule(torch.flatten, methods="flatten", hand="torch.nn.Flatten()")
-def _flatten(at: At, input: Any, start_dim: Any = 0, end_dim: Any = -1) -> Replacement | None:  # noqa: A002
+def _flatten(at: At, input: Any, start_dim: Any = 0, end_dim: Any = -1) -> Replacement | None:
     if not at.is_activation(input) or not isinstance(start_dim, int) or not isinstance(end_dim, int):
         return None
     if start_dim % at.tensor(input).ndim == 0:
@@ -345,7 +346,7 @@ def _flatten(at: At, input: Any, start_dim: Any = 0, end_dim: Any = -1) -> Repla
 
 
 @_rule(torch.reshape, methods="view reshape", hand="torch.nn.Flatten()")
-def _reshape(at: At, input: Any, *size: Any, shape: Any = None) -> Replacement | None:  # noqa: A002
+def _reshape(at: At, input: Any, *size: Any, shape: Any = None) -> Replacement | None:
     if shape is not None:
         size = shape
     elif len(size) == 1 and isinstance(size[0], (tuple, list)):
@@ -356,12 +357,12 @@ def _reshape(at: At, input: Any, *size: Any, shape: Any = None) -> Replacement |
     rest = x[:1].numel()
     first, second = size
     is_batch = _is_batch_size(at, first) and at.values[first] == len(x)
-    whole = is_batch and second in (-1, rest) or (first == -1 and second == rest)
+    whole = (is_batch and second in (-1, rest)) or (first == -1 and second == rest)
     return Replacement("flatten", nn.Flatten, (), (input,)) if whole and x.ndim > 1 else None
 
 
 @_rule(F.pad, hand="torch.nn.ZeroPad2d(...)")
-def _pad(at: At, input: Any, pad: Any, mode: Any = "constant", value: Any = None) -> Replacement | None:  # noqa: A002
+def _pad(at: At, input: Any, pad: Any, mode: Any = "constant", value: Any = None) -> Replacement | None:
     value = 0.0 if value is None else value
     if not at.is_activation(input) or mode != "constant" or not _static((pad, value)) or len(pad) not in (2, 4, 6):
         return None
@@ -373,7 +374,7 @@ def _pad(at: At, input: Any, pad: Any, mode: Any = "constant", value: Any = None
 
 
 @_rule(operator.getitem, hand="lsquant.nn.Slice(...)")
-def _getitem(at: At, input: Any, index: Any) -> Replacement | None:  # noqa: A002
+def _getitem(at: At, input: Any, index: Any) -> Replacement | None:
     if not at.is_activation(input) or not _static(index):
         return None
     index = tuple(index) if isinstance(index, (tuple, list)) else (index,)
@@ -385,7 +386,7 @@ def _getitem(at: At, input: Any, index: Any) -> Replacement | None:  # noqa: A00
 
 
 @_rule(torch.narrow, methods="narrow", hand="lsquant.nn.Slice(...)")
-def _narrow(at: At, input: Any, dim: Any, start: Any, length: Any) -> Replacement | None:  # noqa: A002
+def _narrow(at: At, input: Any, dim: Any, start: Any, length: Any) -> Replacement | None:
     if not at.is_activation(input) or not all(isinstance(v, int) for v in (dim, start, length)):
         return None
     ndim = at.tensor(input).ndim
@@ -396,7 +397,7 @@ def _narrow(at: At, input: Any, dim: Any, start: Any, length: Any) -> Replacemen
 
 
 @_rule(torch.chunk, methods="chunk", hand="lsquant.nn.Chunk(n)")
-def _chunk(at: At, input: Any, chunks: Any, dim: Any = 0) -> Replacement | None:  # noqa: A002
+def _chunk(at: At, input: Any, chunks: Any, dim: Any = 0) -> Replacement | None:
     if not at.is_activation(input) or not _static((chunks, dim)) or dim % at.tensor(input).ndim == 0:
         return None
     return Replacement("chunk", Chunk, (chunks, dim), (input,))
@@ -416,7 +417,7 @@ def _split(
 
 @_rule(F.interpolate, hand="torch.nn.Upsample(scale_factor=2)")
 def _interpolate(
-    at: At, input: Any, size: Any = None, scale_factor: Any = None, mode: Any = "nearest",  # noqa: A002
+    at: At, input: Any, size: Any = None, scale_factor: Any = None, mode: Any = "nearest",
     align_corners: Any = None, recompute_scale_factor: Any = None, antialias: Any = False,
 ) -> Replacement | None:  # fmt: skip
     if not at.is_activation(input) or mode != "nearest" or antialias or recompute_scale_factor:
@@ -438,15 +439,16 @@ def _own_parameters(at: At, weight: Any, bias: Any) -> dict[str, str] | None:
     for name, node in (("weight", weight), ("bias", bias)):
         if node is None and name == "bias":
             continue
-        own = isinstance(node, Node) and node.op == "get_attr" and "." not in str(node.target)
-        if not own or len(node.users) != 1 or not isinstance(at.values[node], nn.Parameter):
+        if not isinstance(node, Node) or node.op != "get_attr" or "." in str(node.target) or len(node.users) != 1:
+            return None
+        if not isinstance(at.values[node], nn.Parameter):
             return None
         found[name] = str(node.target)
     return found
 
 
 @_rule(F.linear, hand="torch.nn.Linear(...)")
-def _linear(at: At, input: Any, weight: Any, bias: Any = None) -> Replacement | None:  # noqa: A002
+def _linear(at: At, input: Any, weight: Any, bias: Any = None) -> Replacement | None:
     own = _own_parameters(at, weight, bias)
     if not at.is_activation(input) or own is None or at.tensor(weight).ndim != 2:
         return None
@@ -456,7 +458,7 @@ def _linear(at: At, input: Any, weight: Any, bias: Any = None) -> Replacement | 
 
 def _conv(kind: type[nn.Module]) -> Rule:
     def rule(
-        at: At, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,  # noqa: A002
+        at: At, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0,
         dilation: Any = 1, groups: Any = 1,
     ) -> Replacement | None:  # fmt: skip
         own = _own_parameters(at, weight, bias)

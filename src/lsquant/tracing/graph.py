@@ -1,7 +1,8 @@
 """A block's forward as a ``torch.fx`` graph.
 
-The forward is run with proxies that carry the values of an example, so that Python's questions about them (how long is this
-list? how large is this size?) have answers.  An answer that another input could change is checked in the traced code.
+The forward is run with proxies that carry the values of an example, so that Python's questions about them (how long is
+this list? how large is this size?) have answers.  An answer that another input could change is checked in the traced
+code.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict as _Dict
 from torch.fx.immutable_collections import immutable_list as _List
 from torch.fx.node import Node
+from torch.fx.proxy import Attribute
 from torch.overrides import TorchFunctionMode
 
 from lsquant.tracing.guard import expect, expect_some, keys
@@ -52,7 +54,7 @@ class ValueProxy(fx.Proxy):
         self.tracer.require_readable(name, self)
         found = getattr(self.value, name)
         if callable(found) and not isinstance(found, (Tensor, nn.Module)):
-            return fx.proxy.Attribute(self, name)
+            return Attribute(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -87,7 +89,9 @@ class ValueProxy(fx.Proxy):
             raise Untraceable("a loop over a tensor is one over the samples of a batch", current_place())
         if not isinstance(self.value, (tuple, list)):
             raise Untraceable(f"a loop over a {type(self.value).__name__}", current_place())
-        return iter([self[i] for i in range(len(self))])
+        return iter(
+            [self.tracer.create_proxy("call_function", operator.getitem, (self, i), {}) for i in range(len(self))]
+        )
 
     def __contains__(self, item: Any) -> bool:
         return any(bool(item == one) for one in self)
@@ -117,7 +121,7 @@ for _method in IN_PLACE_OPERATORS:
 def _passing_for_values() -> Iterator[None]:
     """Let ``isinstance(proxy, Tensor)`` be true where the value is a tensor, and so on, for Python code.
 
-    A ``__class__`` that says so would be believed by torch's C++ code too, which would then read memory that is no tensor.
+    A ``__class__`` that says so would be believed by torch's C++ code too, which would then read memory of no tensor.
     """
     ask = builtins.isinstance
 
@@ -172,14 +176,13 @@ class BlockTracer(fx.Tracer):
     # ---- the run ----
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
-        """Run the block's forward.  Raises: Untraceable, or whatever the forward raises."""
-        grad = torch.is_grad_enabled()
-        try:
-            with _passing_for_values(), _Created(self), torch.enable_grad():
-                self.settings = _settings()
-                return super().trace(root, concrete_args)
-        finally:
-            torch.set_grad_enabled(grad)
+        """Run the block's forward, with gradients in training mode.
+
+        Raises: Untraceable, or whatever the forward raises.
+        """
+        with _passing_for_values(), _Created(self), torch.set_grad_enabled(root.training):
+            self.settings = _settings()
+            return super().trace(root, concrete_args)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Make a placeholder of each argument, and the containers in it anew with proxies inside."""
@@ -241,7 +244,7 @@ class BlockTracer(fx.Tracer):
 
     def unpacked(self, proxy: Any, what: str, is_argument: bool = False) -> Any:
         """Proxies for the parts of tuples, lists and mappings, in real ones; the proxy itself for everything else."""
-        value = proxy.value
+        value: Any = proxy.value
         if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
             if is_argument:
                 self.check(self.call(len, (proxy.node,)), len(value), f"the length of {what}")
@@ -251,7 +254,7 @@ class BlockTracer(fx.Tracer):
                     self.containers.append((proxy.node, parts, parts.copy()))
                 return parts
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-        if type(value) in (dict, OrderedDict):
+        if isinstance(value, dict) and type(value) in (dict, OrderedDict):
             if is_argument:
                 self.check(self.call(keys, (proxy.node,)), keys(value), f"the keys of {what}")
             parts = {k: self.given(self.call(operator.getitem, (proxy.node, k)), v, what) for k, v in value.items()}
@@ -265,18 +268,19 @@ class BlockTracer(fx.Tracer):
         """Change the lists and dictionaries of the caller where the forward did."""
         for node, now, before in self.containers:
             places = list(now) if isinstance(now, dict) else list(range(len(now)))
-            if len(now) < len(before) or isinstance(now, list) and len(now) != len(before):
+            if len(now) < len(before) or (isinstance(now, list) and len(now) != len(before)):
                 raise Untraceable("its forward appends to or removes from a container that it was given")
             for place in places:
-                if isinstance(now, list) or place in before:
-                    if now[place] is before[place]:
-                        continue
+                if (isinstance(now, list) or place in before) and now[place] is before[place]:
+                    continue
                 self.call(operator.setitem, (node, place, self.create_arg(now[place])))
 
     def here(self) -> Place | None:
+        """What is being executed in the block."""
         return self.definition or current_place()
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Node:
+        """A node that calls a function; its value is not computed."""
         return self.create_node("call_function", function, args, {})
 
     # ---- what is recorded ----
@@ -295,9 +299,7 @@ class BlockTracer(fx.Tracer):
         return node
 
     def create_arg(self, a: Any) -> Any:
-        if isinstance(a, Untraceable):
-            raise a
-        if type(a) in (ValueProxy, fx.proxy.Attribute):
+        if type(a) in (ValueProxy, Attribute):
             return a.node
         if isinstance(a, Tensor) and not any(a is own for own in self._own_tensors()):
             raise Untraceable("a tensor that is no parameter or buffer of the block", self.here())
@@ -330,9 +332,10 @@ class BlockTracer(fx.Tracer):
         return True
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        is_loose = m not in self.submodule_paths and next(m.parameters(), None) is None and next(m.buffers(), None) is None
-        if self.running or is_loose:  # one made in the forward, or kept elsewhere, is a function
+        if self.running:
             return forward(*args, **kwargs)
+        if m not in self.submodule_paths and not [*m.parameters(), *m.buffers()]:
+            return forward(*args, **kwargs)  # made in the forward, or kept elsewhere: a function
         try:
             return super().call_module(m, forward, args, kwargs)
         except NameError as error:
@@ -340,7 +343,15 @@ class BlockTracer(fx.Tracer):
             raise Untraceable(reason, self.here()) from error
 
     def create_proxy(
-        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None, *_: Any, **__: Any
+        self,
+        kind: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        name: Any = None,
+        type_expr: Any = None,
+        *_: Any,
+        **__: Any,
     ) -> Any:
         """Record a node and compute its value, with the values of its arguments."""
         if kind == "call_method":
@@ -445,7 +456,11 @@ def _settings() -> tuple[Any, ...]:
 
 
 def _is_constant(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str)) or (type(value) is tuple and all(map(_is_constant, value)))
+    return (
+        value is None
+        or isinstance(value, (bool, int, float, str))
+        or (type(value) is tuple and all(map(_is_constant, value)))
+    )
 
 
 def _attribute(root: nn.Module, path: str) -> Any:

@@ -36,7 +36,7 @@ def expect(found: Any, traced: Any, block: str, what: str) -> None:
     """
     if isinstance(found, fx.Proxy) or (found is traced):  # a Proxy: plain torch.fx traces the traced code
         return
-    same_kind = traced is not None and isinstance(found, type(traced)) or isinstance(traced, (int, float))
+    same_kind = (traced is not None and isinstance(found, type(traced))) or isinstance(traced, (int, float))
     if not same_kind or found != traced:
         spoken = repr(found) if isinstance(found, (int, float, str, type(None))) else f"a {type(found).__name__}"
         raise Unexpected(f"{what}: this is {spoken}, but was {traced!r} {_REMEDY}", block)

@@ -15,7 +15,7 @@ _LIBRARY = tuple(os.path.dirname(file) + os.sep for file in (torch.__file__, __f
 
 
 class Untraceable(Exception):
-    """What stands in the way of tracing a block, in words.  ``place``: where; None where that is the traceback's affair."""
+    """What stands in the way of tracing a block, in words.  ``place``: where; None where it is not known."""
 
     def __init__(self, reason: str, place: Place | None = None) -> None:
         super().__init__(reason)
@@ -47,5 +47,5 @@ def raised_at(traceback: TracebackType | None) -> Place | None:
 
 
 def spoken(place: Place | None) -> str:
-    """``file.py:12``; the file without its folders where it has a package's name is still found by its line."""
+    """A place as ``file:line``."""
     return "an unknown place" if place is None else f"{place[0]}:{place[1]}"

@@ -1,0 +1,188 @@
+"""Runs of a model on an example: what each block is called with and uses, and whether two runs gave the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lsquant._util.batches import evaluating
+from lsquant._util.nested import map_tensors, tensors_in
+from lsquant.nn import quantized_type
+from lsquant.tracing.functions import SUGGESTIONS
+from lsquant.tracing.graph import copied
+from lsquant.tracing.places import Place, current_place
+
+_LEAVES = ("torch.", "lsquant.nn.", "lsquant.quantizer", "lsquant.shipped.")
+"""Where the forwards are that are never looked into."""
+
+
+@dataclass
+class Call:
+    """The first call of a block.
+
+    functions: (what is called, what to write instead, place) of the functions it uses.
+    """
+
+    block: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    functions: list[tuple[str, str, Place | None]] = field(default_factory=list)
+    output: Any = None
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module has a forward in Python, not torch's or lsquant's, and is no layer that can be quantized."""
+    if isinstance(module, torch.jit.ScriptModule) or quantized_type(module) is not None:
+        return False
+    forward = type(module).forward
+    home = getattr(forward, "__module__", None) or ""
+    return not home.startswith(_LEAVES) and hasattr(forward, "__code__")
+
+
+class Run(TorchFunctionMode):
+    """A run of the model that keeps the first call of each block, and the functions that the block itself uses."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.calls: dict[str, Call] = {}
+        self.stack: list[Call | None] = []
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        hooks = []
+        for name, module in self.model.named_modules():
+            hooks.append(module.register_forward_pre_hook(self._entering(name), with_kwargs=True))
+            hooks.append(module.register_forward_hook(self._leaving(name), always_call=True))
+        try:
+            with self:
+                return output(self.model, args, kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _entering(self, name: str) -> Any:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if is_block(module) and name not in self.calls:
+                self.calls[name] = Call(module, copied(args, _same), copied(kwargs, _same))
+            self.stack.append(self.calls.get(name))
+
+        return enter
+
+    def _leaving(self, name: str) -> Any:
+        def leave(module: nn.Module, _: Any, output: Any) -> None:
+            call = self.stack.pop()
+            if call is not None and call.output is None:
+                call.output = output
+
+        return leave
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = self.stack[-1] if self.stack else None
+        name = getattr(func, "__name__", "").strip("_")
+        if call is not None and name in SUGGESTIONS:
+            given = [t for t in tensors_in(list(args)) if t.is_floating_point() and not isinstance(t, nn.Parameter)]
+            if len(given) >= (2 if name in ("add", "iadd", "mul", "imul", "multiply") else 1):
+                call.functions.append((name, SUGGESTIONS[name], current_place()))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def steady(model: nn.Module) -> Iterator[None]:
+    """Eval mode and the same random numbers each time; modes, attributes, buffers and generators are put back."""
+    attributes = [(module, attributes_of(module)) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        with evaluating(model), torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            yield
+    finally:
+        for module, before in attributes:
+            _restore(vars(module), before)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def output(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What the model gives; nothing of it or of its inputs changes."""
+    with steady(model):
+        return model(*copied(args, fresh), **copied(kwargs, fresh))
+
+
+def output_or_none(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What the model gives; None where it raises."""
+    try:
+        return output(model, args, kwargs)
+    except Exception:  # noqa: BLE001  (a model that takes one batch size only)
+        return None
+
+
+def doubled(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """The example twice along the batch; None where there is no batch."""
+    tensors = [t for t in tensors_in([args, dict(kwargs)]) if t.ndim]
+    if not tensors or not len(tensors[0]):
+        return None
+    size = len(tensors[0])
+
+    def twice(t: Tensor) -> Tensor:
+        return torch.cat((t, t)) if t.ndim and len(t) == size else t
+
+    return map_tensors(args, twice), map_tensors(dict(kwargs), twice)
+
+
+def fresh(value: Any) -> Any:
+    """A copy of a tensor; anything else itself."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Give a module's attributes the values that they had; containers stay the same objects."""
+    for name in set(now) - set(before) - {"training"}:
+        del now[name]
+    for name, value in before.items():
+        if type(value) in _CONTAINERS and type(now.get(name)) is type(value):
+            now[name].clear()
+            (now[name].extend if isinstance(value, list) else now[name].update)(value)
+        else:
+            now[name] = value
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module; dictionaries, lists and sets as copies."""
+    return {k: v.copy() if type(v) in _CONTAINERS else v for k, v in vars(module).items() if k != "training"}
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two outputs have the same tensors, bit for bit; NaN equals NaN."""
+    one, two = _flat(a), _flat(b)
+    return len(one) == len(two) and all(
+        x.shape == y.shape and x.dtype == y.dtype and bool(((x == y) | (x != x) & (y != y)).all())
+        for x, y in zip(one, two, strict=True)
+    )
+
+
+def _flat(value: Any) -> list[Tensor]:
+    """The tensors in an output, those in the fields of dataclasses too."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, (type, Mapping)):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [t for part in value for t in _flat(part)]
+    return [value] if isinstance(value, Tensor) else []

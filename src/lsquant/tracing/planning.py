@@ -1,0 +1,219 @@
+"""What a block becomes: its graphs in both modes, with modules in the place of functions."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import Node
+
+from lsquant._util.nested import tensors_in
+from lsquant.tracing.blocks import Plan, code_of, traced_class
+from lsquant.tracing.example import Call, attributes_of, fresh, steady
+from lsquant.tracing.functions import At, Replacement, replacement
+from lsquant.tracing.graph import BlockTracer, copied
+from lsquant.tracing.places import Place, Untraceable, raised_at, spoken
+from lsquant.tracing.result import TracedBlock
+
+_STRUCTURE = {
+    *("getattr", "getitem", "setattr", "setitem", "size", "dim", "numel", "contiguous", "to", "detach"),
+    *("view", "reshape", "permute", "transpose", "unsqueeze", "squeeze", "expand", "expand_as"),
+}
+"""Functions that compute nothing: no row of ``Traced`` names them."""
+
+
+def plan(name: str, call: Call) -> tuple[Plan, TracedBlock] | None:
+    """Trace a block in both modes and decide what it becomes; None where none of its functions is replaced."""
+    block = call.block
+    if isinstance(block, fx.GraphModule):
+        raise Untraceable("it is a torch.fx GraphModule, whose copies would lose the change; trace what it came from")
+    if "forward" in vars(block):
+        raise Untraceable("its forward was replaced by an attribute")
+    evaluation = _Graph(block, name, call, training=False)
+    names = evaluation.replace({})
+    if not names:
+        return None
+    training = _Graph(block, name, call, training=True)
+    training.replace(names)
+    modules = {new: r for new, (r, _) in evaluation.inserted.items()}
+    moved = tuple((own, new, inner) for new, r in modules.items() for inner, own in r.parameters.items())
+    code = code_of(evaluation.graph, training.graph, moved)
+    try:
+        kind = traced_class(type(block), code)
+    except Exception as error:  # whatever a metaclass or __init_subclass__ of the user's may raise
+        raise Untraceable(f"no subclass of its class can be made: {error}") from error
+    prefix = f"{name}." if name else ""
+    row = TracedBlock(
+        name,
+        type(block).__name__,
+        {new: f"{r.kind.__name__} ({spoken(place)})" for new, (r, place) in evaluation.inserted.items()},
+        evaluation.left(),
+        tuple((prefix + own, f"{prefix}{new}.{inner}") for own, new, inner in moved),
+    )
+    return Plan(block, kind, modules, moved), row
+
+
+Key = tuple[str, Place | None, int]
+"""A module in words, the place of its function, which of those with both equal."""
+
+
+class _Graph:
+    """The graph of a block in one mode.
+
+    inserted: name of each new module -> what it is, and where the function stands.
+    """
+
+    def __init__(self, block: nn.Module, name: str, call: Call, training: bool) -> None:
+        self.block = block
+        self.inserted: dict[str, tuple[Replacement, Place | None]] = {}
+        args, kwargs = copied(call.args, fresh), copied(call.kwargs, fresh)
+        self.tracer = BlockTracer(name, args, kwargs)
+        with steady(block), _sets_nothing(block):
+            block.training = training
+            try:
+                self.graph = self.tracer.trace(block)
+            except Untraceable as error:
+                error.place = error.place or raised_at(error.__traceback__)
+                raise
+            except Exception as error:
+                raise Untraceable(_in_words(error, training), raised_at(error.__traceback__)) from error
+        self.values = self.tracer.values
+        self.at = At(self.values, self._activations(), training)
+
+    def _activations(self) -> set[Node]:
+        """The nodes whose value depends on the inputs, not by their sizes alone."""
+        found: set[Node] = set()
+        for node in self.graph.nodes:
+            depends = node.op in ("placeholder", "call_module") or any(n in found for n in node.all_input_nodes)
+            if depends and not isinstance(self.values.get(node), (int, float, torch.Size, torch.dtype, torch.device)):
+                found.add(node)
+        return found
+
+    def replace(self, names: dict[Key, str]) -> dict[Key, str]:
+        """Put calls of modules in the place of functions.
+
+        names: what the other mode has named; empty: names are given here.
+        Returns: the names.
+        """
+        first = not names
+        count: Counter[tuple[str, Place | None]] = Counter()
+        for node in list(self.graph.nodes):
+            found = replacement(node, self.at)
+            if found is None:
+                continue
+            place = self.tracer.places[node]
+            key = (found.spoken, place, count[found.spoken, place])
+            count[found.spoken, place] += 1
+            if first:
+                names[key] = self._free_name(found.name)
+            elif key not in names:
+                continue
+            self.inserted[names[key]] = (found, place)
+            self._call_instead(node, names[key], found)
+        self._forget_unused()
+        return names
+
+    def _free_name(self, wanted: str) -> str:
+        number, name = 1, wanted
+        while hasattr(self.block, name) or name in self.inserted:
+            number += 1
+            name = f"{wanted}_{number}"
+        return name
+
+    def _call_instead(self, node: Node, name: str, found: Replacement) -> None:
+        if found.in_place:
+            self._follow_in_place(node, found)
+        with self.graph.inserting_before(node):
+            called = self.graph.create_node("call_module", name, found.operands, {}, f"{name}_out")
+        for known in (self.values, self.tracer.places):
+            known[called] = known[node]  # type: ignore[index]
+        node.replace_all_uses_with(called)
+        self.at.activations.add(called)
+        self.graph.erase_node(node)
+
+    def _follow_in_place(self, node: Node, found: Replacement) -> None:
+        """Whoever reads the changed tensor afterwards reads the result; Untraceable where that is not the same."""
+        changed = node.args[0]
+        assert isinstance(changed, Node)
+        tensor = self.values[changed]
+        later = set[Node]()
+        following = node.next
+        while following.op != "root":
+            later.add(following)
+            following = following.next
+        for other in list(self.graph.nodes):
+            if other is node or other in later or not _share_memory(self.values.get(other), tensor):
+                continue
+            value = self.values[other]
+            users = [user for user in other.users if user in later]
+            same = isinstance(value, Tensor) and value.shape == tensor.shape and value.stride() == tensor.stride()
+            if same and other.op not in ("placeholder", "get_attr") and value.data_ptr() == tensor.data_ptr():
+                for user in users:
+                    user.replace_input_with(other, node)
+            elif not found.keeps_in_place and (users or other.op in ("placeholder", "get_attr")):
+                own = other.op in ("placeholder", "get_attr")
+                what = "a tensor that the block was given or owns" if own else "a tensor of which a part is read later"
+                raise Untraceable(f"{node.name} changes {what} in place", self.tracer.places[node])
+
+    def _forget_unused(self) -> None:
+        """Remove parts of inputs and outputs that nothing uses."""
+        for node in reversed(list(self.graph.nodes)):
+            pure = node.target in (getattr, len) or getattr(node.target, "__name__", "") == "getitem"
+            if not node.users and (node.op == "get_attr" or (node.op == "call_function" and pure)):
+                self.graph.erase_node(node)
+
+    def left(self) -> tuple[str, ...]:
+        """Name the functions that compute with activations and stay functions, each once."""
+        found = {}
+        for node in self.graph.nodes:
+            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+            tensor = isinstance(self.values.get(node), Tensor) and node in self.at.activations
+            if node.op in ("call_function", "call_method") and tensor and name.strip("_") not in _STRUCTURE:
+                found[name.strip("_")] = True
+        return tuple(found)
+
+
+def _in_words(error: Exception, training: bool) -> str:
+    """An error that a forward raised while it was traced."""
+    if isinstance(error, TypeError) and re.search(r"ValueProxy|^\w+\(\) takes \d+ positional", str(error)):
+        return "a size is given to a function that takes numbers only; give sizes in a tuple: torch.rand((n, 1))"
+    mode = "in training mode " if training else ""
+    return f"{mode}{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _share_memory(value: Any, tensor: Tensor) -> bool:
+    return any(t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for t in tensors_in(value))
+
+
+@contextmanager
+def _sets_nothing(block: nn.Module) -> Iterator[None]:
+    """Raise Untraceable where a forward sets an attribute."""
+    attributes = [(module, attributes_of(module)) for module in block.modules()]
+    yield
+    for module, before in attributes:
+        for name in _different(before, attributes_of(module)):
+            owner = "" if module is block else f" of a {type(module).__name__}"
+            raise Untraceable(f"its forward sets {name!r}{owner}")
+
+
+def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, dict) and isinstance(b, dict):
+            return list(a) == list(b) and all(a[k] is b[k] for k in a)
+        if isinstance(a, list) and isinstance(b, list):
+            return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+        return a == b if isinstance(a, set) and isinstance(b, set) else a is b
+
+    found = []
+    for name in [*before, *(name for name in after if name not in before)]:
+        one, two = before.get(name), after.get(name)
+        if name in before and name in after and same(one, two):
+            continue
+        inside = name in ("_buffers", "_parameters", "_modules") and isinstance(one, dict) and isinstance(two, dict)
+        found += _different(one, two) if inside else [name]  # type: ignore[arg-type]
+    return found
