@@ -140,8 +140,6 @@ UNTRACEABLE: dict[type[nn.Module], str] = {
     SetsAnAttribute: "its forward sets 'calls'",
     KeepsATensor: "its forward sets 'last'",
     SetsABuffer: "its forward sets 'count'",
-    ChangesItsInput: "iadd changes a tensor that the block was given or owns in place",
-    ChangesAView: "iadd changes a tensor of which a part is read later in place",
     OthersModule: "it calls a Conv2d that is not one of its own modules",
     LooseSize: "a size is given to a function that takes numbers only; give sizes in a tuple: torch.rand((n, 1))",
     OnlyInTraining: "the values of a tensor decide a branch",
@@ -205,6 +203,30 @@ class BatchBranch(Base):
 class BatchNumber(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x).relu() * int(x.shape[0])
+
+
+@pytest.mark.parametrize(
+    "block, reason",
+    [
+        (ChangesItsInput, "iadd changes in place a tensor that the block was given or owns"),
+        (ChangesAView, "iadd changes in place a tensor that is read in parts"),
+    ],
+)
+def test_in_place_sums_that_others_see(block, reason):
+    """An error by default; else such a sum stays what it is, and everything else of the block is traced."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), block(), nn.Conv2d(3, 3, 1))
+    before = state(model)
+    with pytest.raises(UsageError, match=rf"{reason}.*lsquant.nn.Add\(\) for add \(.*:{marked_line(block)}\)"):
+        lsquant.trace(model, X)
+    assert state(model) == before
+    model, plain, result = traced(model, X, strict=False)
+    if block is ChangesAView:
+        assert list(result.modules) == ["1.slice", "1.mul"]
+        assert result[0].left[0] == "iadd"
+    else:
+        assert [row.reason for row in result] == [f"{reason} ({__file__}:{marked_line(block)})"]
+    with torch.no_grad():
+        assert torch.equal(model(X), plain(X))
 
 
 class AsksWhetherItIsTraced(Base):

@@ -50,7 +50,7 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool = True) -> Trac
     failures: dict[str, Untraceable] = {}
     for name, call in before.calls.items():
         try:
-            if call.functions and (found := plan(name, call)) is not None:
+            if call.functions and (found := plan(name, call, strict)) is not None:
                 plans[name] = found
         except Untraceable as error:
             failures[name] = error

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -87,11 +88,25 @@ class Run(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = self.stack[-1] if self.stack else None
         name = getattr(func, "__name__", "").strip("_")
-        if call is not None and name in SUGGESTIONS:
-            given = [t for t in tensors_in(list(args)) if t.is_floating_point() and not isinstance(t, nn.Parameter)]
-            if len(given) >= (2 if name in ("add", "iadd", "mul", "imul", "multiply") else 1):
-                call.functions.append((name, SUGGESTIONS[name], current_place()))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if call is not None and name in SUGGESTIONS and _may_become_module(name, args, result):
+            call.functions.append((name, SUGGESTIONS[name], current_place()))
+        return result
+
+
+def _may_become_module(name: str, args: tuple[Any, ...], result: Any) -> bool:
+    """Whether a function is one that tracing may replace, as far as one call shows."""
+    given = [t for t in tensors_in(list(args)) if t.is_floating_point() and not isinstance(t, nn.Parameter)]
+    if not given:
+        return False
+    before, after = given[0].ndim, result.ndim if isinstance(result, Tensor) else 0
+    if name in ("add", "iadd", "mul", "imul", "multiply"):
+        return len(given) > 1
+    if name == "mean":
+        return before > 3 and after > 0
+    if name in ("view", "reshape"):
+        return before > 2 and after == 2
+    return name != "getitem" or (len(args) > 1 and isinstance(args[1], (tuple, EllipsisType)))
 
 
 @contextmanager

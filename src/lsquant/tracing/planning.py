@@ -27,19 +27,24 @@ _STRUCTURE = {
 """Functions that compute nothing: no row of ``Traced`` names them."""
 
 
-def plan(name: str, call: Call) -> tuple[Plan, TracedBlock] | None:
-    """Trace a block in both modes and decide what it becomes; None where none of its functions is replaced."""
+def plan(name: str, call: Call, strict: bool) -> tuple[Plan, TracedBlock] | None:
+    """Trace a block in both modes and decide what it becomes; None where none of its functions is replaced.
+
+    strict: whether an in-place function that cannot be replaced is an error; False: it stays.
+    """
     block = call.block
     if isinstance(block, fx.GraphModule):
         raise Untraceable("it is a torch.fx GraphModule, whose copies would lose the change; trace what it came from")
     if "forward" in vars(block):
         raise Untraceable("its forward was replaced by an attribute")
     evaluation = _Graph(block, name, call, training=False)
-    names = evaluation.replace({})
+    names = evaluation.replace({}, strict)
     if not names:
+        if evaluation.kept:
+            raise evaluation.kept[0]
         return None
     training = _Graph(block, name, call, training=True)
-    training.replace(names)
+    training.replace(names, strict=True)
     modules = {new: r for new, (r, _) in evaluation.inserted.items()}
     moved = tuple((own, new, inner) for new, r in modules.items() for inner, own in r.parameters.items())
     code = code_of(evaluation.graph, training.graph, moved)
@@ -66,11 +71,13 @@ class _Graph:
     """The graph of a block in one mode.
 
     inserted: name of each new module -> what it is, and where the function stands.
+    kept: why in-place functions stay what they are.
     """
 
     def __init__(self, block: nn.Module, name: str, call: Call, training: bool) -> None:
         self.block = block
         self.inserted: dict[str, tuple[Replacement, Place | None]] = {}
+        self.kept: list[Untraceable] = []
         args, kwargs = copied(call.args, fresh), copied(call.kwargs, fresh)
         self.tracer = BlockTracer(name, args, kwargs)
         with steady(block), _sets_nothing(block):
@@ -94,10 +101,11 @@ class _Graph:
                 found.add(node)
         return found
 
-    def replace(self, names: dict[Key, str]) -> dict[Key, str]:
+    def replace(self, names: dict[Key, str], strict: bool) -> dict[Key, str]:
         """Put calls of modules in the place of functions.
 
         names: what the other mode has named; empty: names are given here.
+        strict: False: an in-place function that cannot be replaced stays.
         Returns: the names.
         """
         first = not names
@@ -109,11 +117,20 @@ class _Graph:
             place = self.tracer.places[node]
             key = (found.spoken, place, count[found.spoken, place])
             count[found.spoken, place] += 1
+            if not first and key not in names:
+                continue
+            try:
+                readers = self._later_readers(node, found) if found.in_place else []
+            except Untraceable as error:
+                if strict:
+                    raise
+                self.kept.append(error)
+                continue
             if first:
                 names[key] = self._free_name(found.name)
-            elif key not in names:
-                continue
             self.inserted[names[key]] = (found, place)
+            for reader, read in readers:
+                reader.replace_input_with(read, node)
             self._call_instead(node, names[key], found)
         self._forget_unused()
         return names
@@ -126,8 +143,6 @@ class _Graph:
         return name
 
     def _call_instead(self, node: Node, name: str, found: Replacement) -> None:
-        if found.in_place:
-            self._follow_in_place(node, found)
         with self.graph.inserting_before(node):
             called = self.graph.create_node("call_module", name, found.operands, {}, f"{name}_out")
         for known in (self.values, self.tracer.places):
@@ -136,29 +151,27 @@ class _Graph:
         self.at.activations.add(called)
         self.graph.erase_node(node)
 
-    def _follow_in_place(self, node: Node, found: Replacement) -> None:
-        """Whoever reads the changed tensor afterwards reads the result; Untraceable where that is not the same."""
+    def _later_readers(self, node: Node, found: Replacement) -> list[tuple[Node, Node]]:
+        """Who reads the changed tensor after an in-place function, and by which name: they are to read the result.
+
+        Raises: Untraceable where a module that gives a new tensor is not the same.
+        """
+        readers: list[tuple[Node, Node]] = []
         changed = node.args[0]
         assert isinstance(changed, Node)
         tensor = self.values[changed]
-        later = set[Node]()
-        following = node.next
-        while following.op != "root":
-            later.add(following)
-            following = following.next
-        for other in list(self.graph.nodes):
-            if other is node or other in later or not _share_memory(self.values.get(other), tensor):
-                continue
-            value = self.values[other]
+        before, later = _around(node)
+        sharing = [other for other in before if _share_memory(self.values.get(other), tensor)]
+        is_part = self.values[sharing[0]] is not tensor  # a view: the gradient of what it is a part of goes another way
+        for other in sharing:
             users = [user for user in other.users if user in later]
-            same = isinstance(value, Tensor) and value.shape == tensor.shape and value.stride() == tensor.stride()
-            if same and other.op not in ("placeholder", "get_attr") and value.data_ptr() == tensor.data_ptr():
-                for user in users:
-                    user.replace_input_with(other, node)
-            elif not found.keeps_in_place and (users or other.op in ("placeholder", "get_attr")):
-                own = other.op in ("placeholder", "get_attr")
-                what = "a tensor that the block was given or owns" if own else "a tensor of which a part is read later"
-                raise Untraceable(f"{node.name} changes {what} in place", self.tracer.places[node])
+            own = other.op in ("placeholder", "get_attr")
+            if self.values[other] is tensor and not own:
+                readers += [(user, other) for user in users]
+            elif not found.keeps_in_place and (users or own or is_part):
+                what = "a tensor that the block was given or owns" if own else "a tensor that is read in parts"
+                raise Untraceable(f"{node.name} changes in place {what}", self.tracer.places[node])
+        return readers
 
     def _forget_unused(self) -> None:
         """Remove parts of inputs and outputs that nothing uses."""
@@ -184,6 +197,13 @@ def _in_words(error: Exception, training: bool) -> str:
         return "a size is given to a function that takes numbers only; give sizes in a tuple: torch.rand((n, 1))"
     mode = "in training mode " if training else ""
     return f"{mode}{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _around(node: Node) -> tuple[list[Node], set[Node]]:
+    """The nodes of a graph before a node, in order, and those after it."""
+    nodes = list(node.graph.nodes)
+    place = nodes.index(node)
+    return nodes[:place], set(nodes[place + 1 :])
 
 
 def _share_memory(value: Any, tensor: Tensor) -> bool:
