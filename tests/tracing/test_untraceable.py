@@ -411,6 +411,50 @@ def test_both_modes_are_kept():
     assert calls == ["add"] * 4
 
 
+class Auxiliary(Base):
+    """Gives a second output in training mode only, and counts its calls."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        self.calls += 1
+        return self.conv(x), x * 2 if self.training else None
+
+
+class UsesAuxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Auxiliary()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, extra = self.inner(x)
+        y = y + x
+        return y if extra is None else F.relu(y + extra)
+
+
+def test_what_inner_modules_do_in_each_mode():
+    """A block is traced with what the modules in it give in that mode; that they change themselves is their affair."""
+    model, plain, result = traced(UsesAuxiliary(), X)
+    assert list(result.modules) == ["add"]
+    assert model.inner.calls == 0
+    assert_equal_runs(model, plain, X, torch.randn(5, 3, 6, 6))
+    assert model.inner.calls == plain.inner.calls == 4
+
+
+def test_an_example_that_training_mode_refuses():
+    """BatchNorm takes no single value of a channel in training mode; the example may be one image all the same."""
+
+    class Pooled(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(F.adaptive_avg_pool2d(self.conv(x), 1)) * x
+
+    model, plain, result = traced(Pooled(), X[:1])
+    assert list(result.modules) == ["avg_pool", "mul"]
+    assert_equal_runs(model, plain, X)
+
+
 def test_what_needs_no_tracing_is_never_an_error():
     """Blocks without such functions, and blocks that the example does not run, may do what they like."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from lsquant.nn import quantized_type
 from lsquant.tracing.functions import SUGGESTIONS
 from lsquant.tracing.graph import copied
 from lsquant.tracing.places import Place, current_place
+from lsquant.tracing.state import attributes_kept
 
 _LEAVES = ("torch.", "lsquant.nn.", "lsquant.quantizer", "lsquant.shipped.")
 """Where the forwards are that are never looked into."""
@@ -112,15 +112,12 @@ def _may_become_module(name: str, args: tuple[Any, ...], result: Any) -> bool:
 @contextmanager
 def steady(model: nn.Module) -> Iterator[None]:
     """Eval mode and the same random numbers each time; modes, attributes, buffers and generators are put back."""
-    attributes = [(module, attributes_of(module)) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        with evaluating(model), torch.random.fork_rng(range(torch.cuda.device_count())):
+        with attributes_kept(model), evaluating(model), torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(0)
             yield
     finally:
-        for module, before in attributes:
-            _restore(vars(module), before)
         with torch.no_grad():
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
@@ -161,26 +158,6 @@ def fresh(value: Any) -> Any:
 
 def _same(value: Any) -> Any:
     return value
-
-
-_CONTAINERS = (dict, OrderedDict, list, set)
-
-
-def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Give a module's attributes the values that they had; containers stay the same objects."""
-    for name in set(now) - set(before) - {"training"}:
-        del now[name]
-    for name, value in before.items():
-        if type(value) in _CONTAINERS and type(now.get(name)) is type(value):
-            now[name].clear()
-            (now[name].extend if isinstance(value, list) else now[name].update)(value)
-        else:
-            now[name] = value
-
-
-def attributes_of(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module; dictionaries, lists and sets as copies."""
-    return {k: v.copy() if type(v) in _CONTAINERS else v for k, v in vars(module).items() if k != "training"}
 
 
 def equal(a: Any, b: Any) -> bool:

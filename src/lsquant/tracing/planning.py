@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,11 +12,12 @@ from torch.fx.node import Node
 
 from lsquant._util.nested import tensors_in
 from lsquant.tracing.blocks import Plan, code_of, traced_class
-from lsquant.tracing.example import Call, attributes_of, fresh, steady
+from lsquant.tracing.example import Call, fresh, steady
 from lsquant.tracing.functions import At, Replacement, replacement
 from lsquant.tracing.graph import BlockTracer, copied
 from lsquant.tracing.places import Place, Untraceable, raised_at, spoken
 from lsquant.tracing.result import TracedBlock
+from lsquant.tracing.state import sets_nothing
 
 _STRUCTURE = {
     *("getattr", "getitem", "setattr", "setitem", "size", "dim", "numel", "contiguous", "to", "detach"),
@@ -78,19 +77,29 @@ class _Graph:
         self.block = block
         self.inserted: dict[str, tuple[Replacement, Place | None]] = {}
         self.kept: list[Untraceable] = []
-        args, kwargs = copied(call.args, fresh), copied(call.kwargs, fresh)
-        self.tracer = BlockTracer(name, args, kwargs)
-        with steady(block), _sets_nothing(block):
-            block.training = training
+        try:
+            self._trace(name, call, training, training)
+        except Untraceable:
+            if not training:
+                raise
+            self._trace(name, call, training, False)  # BatchNorm wants more than one value of a channel, for instance
+        self.values = self.tracer.values
+        self.at = At(self.values, self._activations(), training)
+
+    def _trace(self, name: str, call: Call, training: bool, inner: bool) -> None:
+        """Trace the block in a mode, with the modules in it in one of their own."""
+        self.tracer = BlockTracer(name, copied(call.args, fresh), copied(call.kwargs, fresh))
+        with steady(self.block):
+            self.block.train(inner)
+            self.block.training = training
             try:
-                self.graph = self.tracer.trace(block)
+                with sets_nothing(self.block):
+                    self.graph = self.tracer.trace(self.block)
             except Untraceable as error:
                 error.place = error.place or raised_at(error.__traceback__)
                 raise
             except Exception as error:
                 raise Untraceable(_in_words(error, training), raised_at(error.__traceback__)) from error
-        self.values = self.tracer.values
-        self.at = At(self.values, self._activations(), training)
 
     def _activations(self) -> set[Node]:
         """The nodes whose value depends on the inputs, not by their sizes alone."""
@@ -208,32 +217,3 @@ def _around(node: Node) -> tuple[list[Node], set[Node]]:
 
 def _share_memory(value: Any, tensor: Tensor) -> bool:
     return any(t.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for t in tensors_in(value))
-
-
-@contextmanager
-def _sets_nothing(block: nn.Module) -> Iterator[None]:
-    """Raise Untraceable where a forward sets an attribute."""
-    attributes = [(module, attributes_of(module)) for module in block.modules()]
-    yield
-    for module, before in attributes:
-        for name in _different(before, attributes_of(module)):
-            owner = "" if module is block else f" of a {type(module).__name__}"
-            raise Untraceable(f"its forward sets {name!r}{owner}")
-
-
-def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    def same(a: Any, b: Any) -> bool:
-        if isinstance(a, dict) and isinstance(b, dict):
-            return list(a) == list(b) and all(a[k] is b[k] for k in a)
-        if isinstance(a, list) and isinstance(b, list):
-            return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-        return a == b if isinstance(a, set) and isinstance(b, set) else a is b
-
-    found = []
-    for name in [*before, *(name for name in after if name not in before)]:
-        one, two = before.get(name), after.get(name)
-        if name in before and name in after and same(one, two):
-            continue
-        inside = name in ("_buffers", "_parameters", "_modules") and isinstance(one, dict) and isinstance(two, dict)
-        found += _different(one, two) if inside else [name]  # type: ignore[arg-type]
-    return found
