@@ -83,7 +83,7 @@ def refusal(model: nn.Module, x: torch.Tensor) -> str | None:
     return None
 
 
-SEEDS = [*range(80), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(80, 600))]
+SEEDS = [*range(70), 259, 261, 336, 530, 667, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(70, 600))]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
