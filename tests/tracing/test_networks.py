@@ -340,5 +340,6 @@ def test_a_subclass_of_a_layer_and_of_a_container():
     x = MORE
     assert torch.equal(model.eval()(x), plain.eval()(x))
     assert torch.equal(model.train()(x), plain.train()(x))
-    lsquant.prepare(model, lsquant.Recipe(4, None), x)
+    changes = lsquant.prepare(model, lsquant.Recipe(4, None), x)
+    assert "0" not in [row.name for row in changes]
     assert model[0].conv.weight_quantizer is not None
