@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import random
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -125,6 +127,18 @@ class LooseSize(Base):
         return self.conv(x) + x + torch.zeros(x.shape[0], 1, 1, 1)  # here
 
 
+class LayerDrop(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and random.random() < 0.5:
+            return x
+        return self.conv(x) + x
+
+
+class NumpyDrop(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + x * np.random.rand()  # noqa: NPY002
+
+
 class OnlyInTraining(Base):
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x) + x
@@ -153,6 +167,8 @@ UNTRACEABLE: dict[type[nn.Module], str] = {
     SetsABuffer: "its forward sets 'count'",
     OthersModule: "it calls a Conv2d that is not one of its own modules",
     LooseSize: "a size is given to a function that takes numbers only; give sizes in a tuple: torch.rand((n, 1))",
+    LayerDrop: "random numbers of Python or NumPy decide what its forward does",
+    NumpyDrop: "random numbers of Python or NumPy decide what its forward does",
     OnlyInTraining: "the values of a tensor decide a branch",
     WantsTargets: "in training mode ValueError: targets, please",
 }
@@ -180,7 +196,7 @@ def test_an_error_names_place_and_remedy(block, reason):
     model = nn.Sequential(Residual(3), block()).eval()
     model(X)
     before = state(model)
-    random = torch.get_rng_state()
+    numbers = torch.get_rng_state(), random.getstate()
     with pytest.raises(UsageError) as caught:
         lsquant.trace(model, X)
     message = str(caught.value)
@@ -193,7 +209,8 @@ def test_an_error_names_place_and_remedy(block, reason):
     after = state(model)
     assert after[1].keys() == before[1].keys()
     assert after == before
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), numbers[0])
+    assert random.getstate() == numbers[1]
 
     kind = type(model[1])
     result = lsquant.trace(model, X, strict=False)
@@ -202,7 +219,7 @@ def test_an_error_names_place_and_remedy(block, reason):
     assert reason in row.reason
     assert type(model[1]) is kind is block
     assert isinstance(model[0].add, lsquant.nn.Add)
-    assert "1 blocks left as they are" in str(result)
+    assert "1 block left as it is" in str(result)
     assert "left as it is: " in str(result)
 
 

@@ -38,7 +38,7 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool = True) -> Trac
     >>> print(lsquant.trace(nn.Sequential(Residual()), torch.ones(2, 3)))
     block  type      new modules  note
     0      Residual  relu, add
-    1 blocks traced, 2 modules inserted
+    1 block traced, 2 modules inserted
     """
     _check_arguments(model, strict)
     args, kwargs = model_inputs(example_inputs)

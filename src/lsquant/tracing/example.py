@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lsquant._util.batches import evaluating
-from lsquant._util.nested import map_tensors, tensors_in
+from lsquant._util.nested import tensors_in
 from lsquant.nn import quantized_type
 from lsquant.tracing.functions import SUGGESTIONS
 from lsquant.tracing.graph import copied
 from lsquant.tracing.places import Place, current_place
-from lsquant.tracing.state import attributes_kept
+from lsquant.tracing.state import state_kept
 
 _LEAVES = ("torch.", "lsquant.nn.", "lsquant.quantizer", "lsquant.shipped.")
 """Where the forwards are that are never looked into."""
@@ -114,7 +114,7 @@ def steady(model: nn.Module) -> Iterator[None]:
     """Eval mode and the same random numbers each time; modes, attributes, buffers and generators are put back."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
-        with attributes_kept(model), evaluating(model), torch.random.fork_rng(range(torch.cuda.device_count())):
+        with state_kept(model), evaluating(model), torch.random.fork_rng(range(torch.cuda.device_count())):
             torch.manual_seed(0)
             yield
     finally:
@@ -145,10 +145,10 @@ def doubled(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict
         return None
     size = len(tensors[0])
 
-    def twice(t: Tensor) -> Tensor:
-        return torch.cat((t, t)) if t.ndim and len(t) == size else t
+    def twice(value: Any) -> Any:
+        return torch.cat((value, value)) if isinstance(value, Tensor) and value.ndim and len(value) == size else value
 
-    return map_tensors(args, twice), map_tensors(dict(kwargs), twice)
+    return copied(args, twice), copied(dict(kwargs), twice)
 
 
 def fresh(value: Any) -> Any:

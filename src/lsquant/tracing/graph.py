@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from lsquant.tracing.guard import expect, expect_some, keys
 from lsquant.tracing.places import Place, Untraceable, current_place, in_library, spoken
-from lsquant.tracing.state import attributes_kept
+from lsquant.tracing.state import state_kept
 
 READS_VALUES = {"item", "tolist", "numpy", "__array__", "is_nonzero", "__bool__", "__int__", "__float__", "__index__"}
 """Methods whose result is no tensor but depends on a tensor's values."""
@@ -381,7 +381,7 @@ class BlockTracer(fx.Tracer):
     def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "call_module":
             module = self.root.get_submodule(target)
-            with attributes_kept(module):
+            with state_kept(module):
                 return module(*args, **kwargs)
         if kind == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)

@@ -17,7 +17,7 @@ from lsquant.tracing.functions import At, Replacement, replacement
 from lsquant.tracing.graph import BlockTracer, copied
 from lsquant.tracing.places import Place, Untraceable, raised_at, spoken
 from lsquant.tracing.result import TracedBlock
-from lsquant.tracing.state import sets_nothing
+from lsquant.tracing.state import state_untouched
 
 _STRUCTURE = {
     *("getattr", "getitem", "setattr", "setitem", "size", "dim", "numel", "contiguous", "to", "detach"),
@@ -93,7 +93,7 @@ class _Graph:
             self.block.train(inner)
             self.block.training = training
             try:
-                with sets_nothing(self.block):
+                with state_untouched(self.block):
                     self.graph = self.tracer.trace(self.block)
             except Untraceable as error:
                 error.place = error.place or raised_at(error.__traceback__)

@@ -53,9 +53,10 @@ class Traced(tuple[TracedBlock, ...]):
         rows += [(r.name or "(root)", r.kind, ", ".join(r.modules), _note(r)) for r in self]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        summary = f"{len(self) - len(self.untraced)} blocks traced, {len(self.modules)} modules inserted"
-        if self.untraced:
-            summary += f", {len(self.untraced)} blocks left as they are"
+        traced, left = len(self) - len(self.untraced), len(self.untraced)
+        summary = f"{_count(traced, 'block')} traced, {_count(len(self.modules), 'module')} inserted"
+        if left:
+            summary += f", {_count(left, 'block')} left as {'it is' if left == 1 else 'they are'}"
         return "\n".join([*(lines if self else []), summary])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,6 +66,10 @@ class Traced(tuple[TracedBlock, ...]):
         if name.startswith("__") or not hasattr(nn.Module, name):
             raise AttributeError(name)
         raise UsageError(f"trace works in place: call .{name} on the model you passed, not on what trace returned")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _note(row: TracedBlock) -> str:

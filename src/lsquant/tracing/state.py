@@ -1,12 +1,14 @@
-"""Attributes of modules that a run sets: put back, or found out."""
+"""What a run changes besides tensors, attributes of modules and Python's random numbers: put back, or found out."""
 
 from __future__ import annotations
 
+import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from lsquant.tracing.places import Untraceable
@@ -31,22 +33,34 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     return {k: v.copy() if type(v) in _CONTAINERS else v for k, v in vars(module).items() if k != "training"}
 
 
+def _drawn() -> tuple[Any, ...]:
+    """How far the generators of Python and NumPy are."""
+    _, keys, position, *_ = np.random.get_state()  # noqa: NPY002  (the one that all share)
+    return random.getstate(), position, keys.tobytes() if isinstance(keys, np.ndarray) else keys
+
+
 @contextmanager
-def attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Give the attributes of all modules in a model the values that they had."""
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Put back the attributes of all modules in a model, and the random generators of Python and NumPy."""
     attributes = [(module, _attributes(module)) for module in model.modules()]
+    generators = random.getstate(), np.random.get_state()  # noqa: NPY002
     try:
         yield
     finally:
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])  # noqa: NPY002
         for module, before in attributes:
             _restore(vars(module), before)
 
 
 @contextmanager
-def sets_nothing(block: nn.Module) -> Iterator[None]:
-    """Raise Untraceable where a forward sets an attribute."""
+def state_untouched(block: nn.Module) -> Iterator[None]:
+    """Raise Untraceable where a forward sets an attribute, or draws random numbers other than torch's."""
     attributes = [(module, _attributes(module)) for module in block.modules()]
+    drawn = _drawn()
     yield
+    if _drawn() != drawn:
+        raise Untraceable("random numbers of Python or NumPy decide what its forward does; use torch.rand")
     for module, before in attributes:
         for name in _different(before, _attributes(module)):
             owner = "" if module is block else f" of a {type(module).__name__}"
