@@ -194,6 +194,19 @@ def test_replicas_of_data_parallel():
     assert torch.equal(replica(x), plain(x))
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this PyTorch is without torch.distributed")
+def test_distributed_data_parallel(tmp_path: Path):
+    model, plain, _ = traced(Classifier(Residual), IMAGES)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        one = run(nn.parallel.DistributedDataParallel(model), MORE, True)
+    finally:
+        torch.distributed.destroy_process_group()
+    two = run(plain, MORE, True)
+    for (name, tensor), other in zip(one.items(), two.values(), strict=True):
+        assert torch.equal(tensor, other), name
+
+
 # ---- with the rest of the library ----
 
 

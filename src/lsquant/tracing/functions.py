@@ -6,6 +6,7 @@ computes the same, or None where that function is not to be replaced.  ``at`` is
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -169,6 +170,7 @@ def _elementwise(
 ) -> None:
     """Enter a function with one operand; its options, by position or name, are the module's, by the names in keys."""
     names = options.split()
+    takes_inplace = "inplace" in inspect.signature(kind).parameters
     module_names = dict(zip(names, (keys or options).split(), strict=True))
 
     def rule(at: At, input: Any, *given: Any, inplace: Any = False, **named: Any) -> Replacement | None:
@@ -179,7 +181,7 @@ def _elementwise(
         if len(given) > len(names) + 1 or not set(values) <= set(names):
             return None
         kwargs = {module_names[n]: v for n, v in values.items()}
-        if inplace:
+        if inplace and takes_inplace:
             kwargs["inplace"] = True
         return Replacement(name, kind, (), (input,), kwargs, in_place=bool(inplace))
 
@@ -188,10 +190,8 @@ def _elementwise(
 
     hand = f"torch.nn.{kind.__name__}()"
     _rule(*functions, methods=methods, hand=hand)(rule)
-    if (changed := getattr(F, f"{name}_", None)) is not None:
-        _rule(changed, hand=hand)(changing)
-    if name == "relu":
-        _rule(torch.relu_, methods="relu_", hand=hand)(changing)
+    in_place = [getattr(home, f"{name}_") for home in (F, torch) if hasattr(home, f"{name}_")]
+    _rule(*in_place, methods=" ".join(f"{method}_" for method in methods.split()), hand=hand)(changing)
 
 
 _elementwise("relu", nn.ReLU, (F.relu, torch.relu), "relu")
