@@ -223,6 +223,33 @@ def test_an_error_names_place_and_remedy(block, reason):
     assert "left as it is: " in str(result)
 
 
+def test_an_error_names_three_blocks():
+    model = nn.Sequential(*(Values() for _ in range(5)))
+    model(X + 5)
+    with pytest.raises(UsageError) as caught:
+        lsquant.trace(model, X + 5)
+    lines = str(caught.value).splitlines()
+    assert [re.findall(r"block '(\d)'", line) for line in lines[:3]] == [["0"], ["1"], ["2"]]
+    assert lines[3:] == ["2 more blocks cannot be traced; strict=False lists all"]
+
+
+class Registered(nn.Module):
+    """No class may be derived from it."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        raise ValueError("no more classes")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x) + x
+
+
+def test_a_class_that_takes_no_subclass():
+    model = nn.Sequential(Registered())
+    with pytest.raises(UsageError, match="no subclass of its class can be made: no more classes"):
+        lsquant.trace(model, X)
+    assert type(model[0]) is Registered
+
+
 class BatchBranch(Base):
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x) + x if x.shape[0] == 2 else x

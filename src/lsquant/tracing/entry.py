@@ -17,6 +17,9 @@ from lsquant.tracing.places import Untraceable, spoken
 from lsquant.tracing.planning import plan
 from lsquant.tracing.result import Traced, TracedBlock
 
+_TOLD = 3
+"""How many blocks an error names."""
+
 
 def trace(model: nn.Module, example_inputs: Any, *, strict: bool = True) -> Traced:
     """Put modules in the place of functions, in the forward of every block of a model, in place.
@@ -55,7 +58,10 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool = True) -> Trac
         except Untraceable as error:
             failures[name] = error
     if failures and strict:
-        raise UsageError("trace: " + "\n".join(_failure(name, before.calls[name], e) for name, e in failures.items()))
+        told = [_failure(name, before.calls[name], error) for name, error in list(failures.items())[:_TOLD]]
+        if len(failures) > _TOLD:
+            told.append(f"{len(failures) - _TOLD} more blocks cannot be traced; strict=False lists all")
+        raise UsageError("trace: " + "\n".join(told))
 
     while True:
         undone = []

@@ -48,7 +48,9 @@ def plan(name: str, call: Call, strict: bool) -> tuple[Plan, TracedBlock] | None
     moved = tuple((own, new, inner) for new, r in modules.items() for inner, own in r.parameters.items())
     code = code_of(evaluation.graph, training.graph, moved)
     try:
-        kind = traced_class(type(block), code)
+        before, kind = type(block), traced_class(type(block), code)
+        block.__class__ = kind  # may raise, for a class with __slots__ for instance
+        block.__class__ = before
     except Exception as error:  # whatever a metaclass or __init_subclass__ of the user's may raise
         raise Untraceable(f"no subclass of its class can be made: {error}") from error
     prefix = f"{name}." if name else ""
