@@ -613,6 +613,22 @@ def test_wrong_arguments(call, message):
         call()
 
 
+def test_what_raises_in_the_end_is_undone(monkeypatch):
+    def forward(self: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+        if len(a) > 2:
+            raise ValueError("too many")
+        return a + b
+
+    monkeypatch.setattr(lsquant.nn.Add, "forward", forward)
+    model = Classifier()
+    before = state(model)
+    with pytest.raises(UsageError, match="with twice the batch the model raises after tracing ValueError: too many"):
+        lsquant.trace(model, torch.randn(2, 3, 8, 8))
+    with pytest.raises(UsageError, match="after tracing the model raises ValueError: too many"):
+        lsquant.trace(model, torch.randn(3, 3, 8, 8))
+    assert state(model) == before
+
+
 def test_outputs_that_differ_are_found_out(monkeypatch):
     """The proof at the end: were a module to compute something else, nothing would be changed."""
     monkeypatch.setattr(lsquant.nn.Add, "forward", lambda self, a, b: a + b + 1)

@@ -143,6 +143,8 @@ def _compare(before: Run, outputs: Any, args: tuple[Any, ...], kwargs: Mapping[s
         found = again.run(args, kwargs)
     except Unexpected as error:
         raise _Different(str(error), error.block) from error
+    except Exception as error:
+        raise _Different(f"after tracing the model raises {type(error).__name__}: {error}", None) from error
     if equal(outputs, found):
         return
     names = list(before.calls)[::-1]
@@ -163,6 +165,9 @@ def _compare_doubled(model: nn.Module, outputs: Any, args: tuple[Any, ...], kwar
         found = output(model, args, kwargs)
     except Unexpected as error:
         raise _Different(f"a block depends on the size of the batch: {error}", error.block) from error
+    except Exception as error:
+        message = f"with twice the batch the model raises after tracing {type(error).__name__}: {error}"
+        raise _Different(message, None) from error
     if not equal(outputs, found):
         raise _Different(
             "with twice the batch the model gives other outputs after tracing, so it was not changed", None
