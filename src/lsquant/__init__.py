@@ -36,6 +36,8 @@ from lsquant.recipe import Rule as Rule
 from lsquant.report.page import write_report as write_report
 from lsquant.shipped import to_integer as to_integer
 from lsquant.spec import QuantSpec as QuantSpec
+from lsquant.tracing import Traced as Traced
+from lsquant.tracing import trace as trace
 from lsquant.training import param_groups as param_groups
 from lsquant.verification import Verdict as Verdict
 from lsquant.verification import export_vectors as export_vectors
@@ -52,6 +54,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "Sensitivity",
+    "Traced",
     "UsageError",
     "Verdict",
     "__version__",
@@ -78,6 +81,7 @@ __all__ = [
     "sensitivity",
     "to_integer",
     "to_torchao",
+    "trace",
     "use_engine",
     "verify",
     "write_report",

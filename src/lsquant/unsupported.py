@@ -57,10 +57,12 @@ def reason_for_module(module: nn.Module) -> str:
     if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)):
         return f"{name} computes with its weights directly, so no layer can be replaced: not quantized"
     if isinstance(module, tuple(QUANTIZED_TYPES)):
-        base = type(module).__mro__[1].__name__
+        base = next(kind.__name__ for kind in type(module).__mro__ if kind in QUANTIZED_TYPES)
         if is_parametrized(module):
             remedy = " and ".join(_remove_parametrization(name) for name in module.parametrizations)  # type: ignore
             return f"{base} with a parametrized weight, computed anew for each use ({remedy}): not quantized"
+        if next(module.parameters(recurse=False), None) is None:
+            return ""  # traced: its parameters are in a layer of their own
         return f"a subclass of {base} may compute otherwise: not quantized"
     if type(module) in EXACT_TYPES and (reason := EXACT_TYPES[type(module)].unsupported(module)):
         return f"not bit-exact in runtimes: {reason}"

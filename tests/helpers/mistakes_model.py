@@ -400,3 +400,38 @@ def a_zero_point_between_two_codes(_: Path) -> Any:
 @mistake("group_size=3 does not divide the 5 elements of a row", "(4, 5)")
 def groups_that_do_not_divide_a_row(_: Path) -> Any:
     lsquant.fake_quantize(torch.randn(4, 5), torch.ones(1), -8, 7, 1.0, group_size=3)
+
+
+# ---- tracing ----
+
+
+class Branching(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x.relu() if x.abs().mean() > 0 else x
+
+
+class Masked(nn.Module):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return x + x.relu() if mask is None else (x + x.relu()) * mask
+
+
+@mistake("block '0' (Branching)", "lsquant.nn.Add() for add")
+def a_network_that_cannot_be_traced(_: Path) -> Any:
+    lsquant.trace(nn.Sequential(Branching()), images())
+
+
+@mistake("trace works in place", "the model you passed")
+def what_trace_returned_as_a_model(_: Path) -> Any:
+    lsquant.trace(nn.Sequential(Masked()), images())(images())
+
+
+@mistake("argument 'mask'", "trace a fresh model with such inputs")
+def a_traced_network_with_another_argument(_: Path) -> Any:
+    model = Masked()
+    lsquant.trace(model, images())
+    model(images(), torch.ones(()))
+
+
+@mistake("Cat takes its tensors one by one", "cat(a, b)")
+def a_list_for_cat(_: Path) -> Any:
+    lsquant.nn.Cat()([images(), images()])  # type: ignore[arg-type]

@@ -34,6 +34,7 @@ LAYERS = {
     "recipe": 7,
     "tying": 7,
     "unsupported": 7,
+    "tracing": 7,
     "convert": 8,
     "calibration": 9,
     "checkpoint": 9,

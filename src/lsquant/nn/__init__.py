@@ -19,6 +19,15 @@ from lsquant.nn.elements_per_step import input_elements as input_elements
 from lsquant.nn.elements_per_step import weight_steps as weight_steps
 from lsquant.nn.embedding import QuantEmbedding as QuantEmbedding
 from lsquant.nn.encoder import UnfusedEncoder, UnfusedEncoderLayer
+from lsquant.nn.functions import Chunk as Chunk
+from lsquant.nn.functions import Clip as Clip
+from lsquant.nn.functions import Mean as Mean
+from lsquant.nn.functions import Resize as Resize
+from lsquant.nn.functions import Slice as Slice
+from lsquant.nn.functions import Split as Split
+from lsquant.nn.joins import Add as Add
+from lsquant.nn.joins import Cat as Cat
+from lsquant.nn.joins import Mul as Mul
 from lsquant.nn.layout import WeightLayout as WeightLayout
 from lsquant.nn.matmul import QuantConv1d as QuantConv1d
 from lsquant.nn.matmul import QuantConv2d as QuantConv2d
