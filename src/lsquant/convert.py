@@ -210,7 +210,7 @@ def execution_order(model: nn.Module, batch: Any) -> Executed:
             counter.add(module, recurrent_products(module, first_input(args, kwargs)), "its recurrence")
 
     weights = {layer: address(layer.weight) for layer in layers}  # type: ignore[arg-type]
-    detector = BypassDetector({place: place for place in weights.values()}, inside, any_use=True)
+    detector = BypassDetector({place: place for place in weights.values()}, inside, True, lambda: _own(counter.running))
     hooks = []
     try:
         for module in model.modules():
@@ -224,6 +224,11 @@ def execution_order(model: nn.Module, batch: Any) -> Executed:
     found = {layer: detector.found.get(weights[layer], "") for layer in layers}
     bypassed = {layer: function for layer, function in found.items() if function or layer not in called}
     return Executed({layer: None for layer in called if multiplies(layer)}, bypassed, counter)
+
+
+def _own(running: list[nn.Module]) -> set[int]:
+    """Return the addresses of the parameters of the module that computes now: it uses them by itself, in any form."""
+    return {address(p) for p in running[-1].parameters(recurse=False)} if running else set()
 
 
 def _positions(order: list[nn.Module]) -> dict[nn.Module, list[str]]:

@@ -106,6 +106,29 @@ def test_a_layer_that_is_called_and_bypassed_stays_float():
     assert torch.equal(lsquant.to_integer(model)(index), model(index))
 
 
+def test_a_module_that_uses_its_own_share_of_a_weight_bypasses_no_layer():
+    """As in BART: its embedding is a subclass, which keeps the float weight, and the head is quantized."""
+
+    class Scaled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2.0 * super().forward(input)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = Scaled(7, 4), nn.Linear(4, 7)
+            self.head.weight = self.table.weight
+
+        def forward(self, index: Tensor) -> Tensor:
+            return self.head(self.table(index))
+
+    model, index = Tied().eval(), torch.tensor([1, 5, 3])
+    rows = {c.name: c for c in lsquant.prepare(model, W4A8, example_inputs=index)}
+    assert (rows["head"].weight != "float", rows["table"].weight) == (True, "float")
+    lsquant.calibrate(model, [index])
+    assert torch.equal(lsquant.to_integer(model)(index), model(index))
+
+
 def test_an_embedding_whose_rows_are_read_without_calling_it_stays_float():
     """Relative positions in DeBERTa.  Reading shape, type or device alone is no use of the values."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -31,15 +32,19 @@ class BypassDetector(TorchFunctionMode, Generic[Key]):
     weights: ``address`` of a weight -> key.
     running: the layers that are being computed now, kept by the caller's hooks; while there is one nothing is recorded.
     any_use: record every function that computes with the values, not products alone.
+    own: gives the addresses that the module computing now owns itself; their use bypasses no layer.
 
     ``found``: key -> name of the function; a product replaces another function.
     """
 
-    def __init__(self, weights: dict[int, Key], running: list[Any], any_use: bool = False) -> None:
+    def __init__(
+        self, weights: dict[int, Key], running: list[Any], any_use: bool = False, own: Callable[[], set[int]] = set
+    ) -> None:
         super().__init__()
         self.weights = {place: key for place, key in weights.items() if place}
         self.running = running
         self.any_use = any_use
+        self.own = own
         self.found: dict[Key, str] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,5 +63,6 @@ class BypassDetector(TorchFunctionMode, Generic[Key]):
         for value in operands:
             for t in value if isinstance(value, (tuple, list)) else [value]:
                 key = self.weights.get(address(t)) if isinstance(t, Tensor) else None
-                if key is not None and (is_product or key not in self.found):
-                    self.found[key] = name
+                if key is None or not (is_product or key not in self.found) or address(t) in self.own():
+                    continue
+                self.found[key] = name
