@@ -31,7 +31,7 @@ class _Observer:
         self.elements = 0  # N, from the first batch
 
     def of_layer(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
-        """The function that takes in an input of this layer, one of those that have the quantizer."""
+        """Return the function that takes in an input of this layer, one of those that have the quantizer."""
         return lambda x: self.observe(x, input_elements(layer, x))
 
     def observe(self, x: Tensor, elements: int = 0) -> None:

@@ -232,7 +232,7 @@ def _own(running: list[nn.Module]) -> set[int]:
 
 
 def _positions(order: list[nn.Module]) -> dict[nn.Module, list[str]]:
-    """Layer -> "first" and/or "last"."""
+    """Return layer -> "first" and/or "last"."""
     positions: dict[nn.Module, list[str]] = {}
     if order:
         positions.setdefault(order[0], []).append("first")
@@ -285,7 +285,7 @@ def _require_one_layout(sharing: list[nn.Module], layers: Names) -> None:
 def _shared_specification(
     sharing: list[nn.Module], wanted: dict[nn.Module, tuple[QuantSpec | None, Any, int]], layers: Names
 ) -> QuantSpec | None:
-    """The specification of a weight: of the layers that share it, the most explicit rule decides."""
+    """Return the specification of a weight: of the layers that share it, the most explicit rule decides."""
     decides = sharing[0]
     for layer in sharing[1:]:
         spec, _, strength = wanted[layer]
@@ -412,13 +412,9 @@ def _convert_others(model: nn.Module, integer_layers: bool) -> None:
 
 
 def _rows(
-    model: nn.Module,
-    layers: Names,
-    plan: Plan,
-    reasons: dict[nn.Module, str],
-    counter: ProductCounter | None,
+    model: nn.Module, layers: Names, plan: Plan, reasons: dict[nn.Module, str], counter: ProductCounter | None
 ) -> list[Change]:
-    """The rows of ``Changes``: layers of a known type, then other modules with weights or products, all float."""
+    """Return the rows of ``Changes``: layers of a known type, then other modules that compute, all float."""
 
     def products(module: nn.Module) -> int | None:
         return None if counter is None else counter.counts.get(module, 0)

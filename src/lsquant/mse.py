@@ -178,7 +178,7 @@ def best_step(summary: ValueSummary, q_min: int, q_max: int) -> float:
 
 
 def _is_exact(values: np.ndarray, step: float, q_min: int, q_max: int) -> bool:
-    """Whether a step represents float32 values as they are."""
+    """Tell whether a step represents float32 values as they are."""
     codes = np.clip(np.rint(values / np.float32(step)), q_min, q_max)
     return bool((codes * np.float32(step) == values).all())
 

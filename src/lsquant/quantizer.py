@@ -43,7 +43,7 @@ def _bounds(spec: QuantSpec) -> tuple[int, int]:
 
 
 def _range(bounds: tuple[int, ...]) -> str:
-    """Bounds in words, with the bits they take.
+    """Return bounds in words, with the bits they take.
 
     >>> _range((-2, 1))
     '-2 to 1 (2 bit)'
@@ -127,7 +127,7 @@ class Quantizer(nn.Module):
     # ---- what Python has to know of the buffers ----
 
     def _state(self) -> _Mirror:
-        """What the buffers say now; in compiled code, what they said when they were last read."""
+        """Return what the buffers say now; in compiled code, what they said when they were last read."""
         if not torch.compiler.is_compiling():
             self._follow()
         return self._mirror
@@ -222,19 +222,19 @@ class Quantizer(nn.Module):
     # ---- the forward pass ----
 
     def effective_step(self) -> Tensor:
-        """The guarded step ``s_min where s < s_min, else s``, differentiable with slope 1; raises while none is set."""
+        """Compute the guarded step ``s_min where s < s_min, else s``, of slope 1; raises while none is set."""
         self.require_initialized()
         return reference.guard(self.step, self.initial_step)
 
     def zero_point(self) -> Tensor | None:
-        """LSQ+'s integer zero points, int32 like step; None without an offset."""
+        """Return LSQ+'s integer zero points, int32 like step; None without an offset."""
         if self.offset is None:
             return None
         step = self.effective_step().detach()
         return reference.zero_point(step, self.offset.detach(), self.q_min, self.q_max).to(torch.int32)
 
     def grid(self) -> ops.Grid:
-        """The record that the ops take; raises while no step, sign or N is set."""
+        """Return the record that the ops take; raises while no step, sign or N is set."""
         state = self._state()
         if not state.initialized:
             self.require_initialized()
@@ -261,7 +261,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """The integers ``clip(round(x/s) + z, q_min, q_max)``, int8 (q_min < 0) or uint8, in the shape of x.
+        """Return the integers ``clip(round(x/s) + z, q_min, q_max)``, int8 (q_min < 0) or uint8, in the shape of x.
 
         Raises: UsageError before initialisation and for NaN or infinite values, which no integer can say.
         """
@@ -273,7 +273,7 @@ class Quantizer(nn.Module):
         return found.to(torch.int8 if q_min < 0 else torch.uint8)
 
     def require_initialized(self) -> Quantizer:
-        """Itself; raises UsageError naming the remedy while no step is set."""
+        """Return the quantizer itself; raises UsageError naming the remedy while no step is set."""
         if not self.is_initialized:
             raise UsageError(
                 f"{self._who()} has no step yet. Call lsquant.calibrate(model, batches), load a checkpoint with "
@@ -333,7 +333,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def initialize_from(self, summaries: list[mse.ValueSummary], method: Method = "mse") -> None:
-        """As ``initialize``, from one summary of a stream of values per step."""
+        """Initialize as ``initialize`` does, from one summary of a stream of values per step."""
         spec = self.requested.decide(any(s.low < 0 for s in summaries))
         bounds = (spec.q_min, spec.q_max)
         if spec.offset:
@@ -392,7 +392,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def respecify(self, spec: QuantSpec, rescale: bool) -> None:
-        """Another number of bits for the same step shape: ``s * q_max_old / q_max_new``, or unset.
+        """Change the bits, with the same step shape: the step becomes ``s * q_max_old / q_max_new``, or unset.
 
         Raises: UsageError where the new spec needs a step of another shape or an offset more or less.
         """
@@ -434,7 +434,7 @@ class Quantizer(nn.Module):
             destination[prefix + "bounds"] = torch.tensor(differ[1], dtype=torch.int32, device=self.bounds.device)
 
     def _other_bounds(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """(in the buffer, of the codes in use) where these differ; None where they do not, or have no values."""
+        """Return (in the buffer, of the codes in use) where these differ; None where they do not, or have no values."""
         if type(self.bounds) is not Tensor or self.bounds.is_meta:
             return None
         wanted = _bounds(self.spec)
@@ -480,7 +480,7 @@ class Quantizer(nn.Module):
         self._refresh()
 
     def _misfit(self, state: dict[str, Any]) -> str:
-        """Why a state cannot be that of this quantizer; "" where it can."""
+        """Say why a state cannot be that of this quantizer; "" where it can."""
         remedy = "prepare the model by the recipe that the state was made with"
         step = state.get("step")
         if isinstance(step, Tensor) and step.shape != self.step.shape:

@@ -28,7 +28,9 @@ SUM_BLOCK = 256
 
 
 def bounds(bits: int, signed: bool, narrow: bool = False) -> tuple[int, int]:
-    """(M1) Lowest and highest code: signed ``-2^(b-1) .. 2^(b-1)-1``, unsigned ``0 .. 2^b-1``; narrow drops the lowest.
+    """(M1) Return the lowest and the highest code.
+
+    Signed ``-2^(b-1) .. 2^(b-1)-1``, unsigned ``0 .. 2^b-1``; narrow drops the lowest.
 
     Raises: UsageError for bits outside 2..8 or narrow with unsigned.
     """
@@ -84,7 +86,7 @@ def step_view(x: Tensor, step: Tensor, axis: int | None, group_size: int | None)
 
 
 def require_bounds(q_min: int, q_max: int) -> None:
-    """Raises UsageError where bounds are not in order, or codes so large that sums of them round in float32."""
+    """Raise UsageError where bounds are not in order, or codes so large that sums of them round in float32."""
     if not -LARGEST_CODE <= q_min <= q_max <= LARGEST_CODE:
         raise UsageError(f"q_min={q_min}, q_max={q_max}; bounds must be in order and within 2^22")
 
@@ -144,7 +146,7 @@ def _view(
     fixed: int | Tensor | None,
     offset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | int]:
-    """x, step and zero point, checked and in shapes that broadcast."""
+    """Return x, step and zero point, checked and in shapes that broadcast."""
     require_bounds(q_min, q_max)
     require_layout(x, step, axis, group_size, fixed, offset)
     v, s = step_view(x, step, axis, group_size)
@@ -159,12 +161,12 @@ def _view(
 
 
 def quotient(v: Tensor, s: Tensor) -> Tensor:
-    """(M2) ``v / s``, a true IEEE float32 division."""
+    """(M2) Compute ``v / s``, a true IEEE float32 division."""
     return v.to(torch.float32) / s
 
 
 def code_of_quotient(v: Tensor, vs: Tensor, z: Tensor | int, q_min: int, q_max: int) -> Tensor:
-    """(M2) ``clip(round(v/s) + z, q_min, q_max)``, half to even; NaN where v is not finite."""
+    """(M2) Compute ``clip(round(v/s) + z, q_min, q_max)``, half to even; NaN where v is not finite."""
     code = torch.clamp(torch.round(vs) + z, q_min, q_max)
     return torch.where(torch.isfinite(v), code, torch.nan)
 
@@ -180,7 +182,7 @@ def codes(
     zero_point: int | Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """(M2) ``clip(round(v / s) + z, q_min, q_max)`` as float32 in the shape of x; NaN where x is not finite."""
+    """(M2) Compute ``clip(round(v / s) + z, q_min, q_max)`` as float32 in the shape of x; NaN where x is not finite."""
     v, s, z = _view(x, step, q_min, q_max, axis, group_size, zero_point, offset)
     return code_of_quotient(v, quotient(v, s), z, q_min, q_max).reshape(x.shape)
 
@@ -196,7 +198,7 @@ def quantize(
     zero_point: int | Tensor | None = None,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """(M3) ``v_hat = (codes - z) * s``, in the dtype of x."""
+    """(M3) Compute ``v_hat = (codes - z) * s``, in the dtype of x."""
     v, s, z = _view(x, step, q_min, q_max, axis, group_size, zero_point, offset)
     return ((code_of_quotient(v, quotient(v, s), z, q_min, q_max) - z) * s).reshape(x.shape).to(x.dtype)
 
@@ -205,12 +207,14 @@ def quantize(
 
 
 def inside(vs: Tensor, z: Tensor | int, q_min: int, q_max: int) -> Tensor:
-    """(M4) ``q_min - z < v/s < q_max - z`` on the raw quotient; equality is outside."""
+    """(M4) Compute ``q_min - z < v/s < q_max - z`` on the raw quotient; equality is outside."""
     return (vs > q_min - z) & (vs < q_max - z)
 
 
 def step_terms(vs: Tensor, z: Tensor | int, q_min: int, q_max: int, *, learned_offset: bool = False) -> Tensor:
-    """(M4) ``d v_hat / d s`` per element: ``round(v/s) - v/s`` inside, ``q_min - z`` below, ``q_max - z`` above.
+    """(M4) Compute ``d v_hat / d s`` per element.
+
+    ``round(v/s) - v/s`` inside, ``q_min - z`` below, ``q_max - z`` above.
 
     With LSQ+'s learned offset (M10) the outer values are ``q_min`` and ``q_max``.  NaN where v/s is NaN.
     """
@@ -274,7 +278,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, bounds: tuple[int, int], scale: float, kind: Any
     ) -> Tensor:
-        """kind: axis, group_size and zero_point by name."""
+        """Quantize; kind: axis, group_size and zero_point by name."""
         ctx.save_for_backward(x, step, offset)
         ctx.bounds, ctx.scale, ctx.kind = bounds, scale, kind
         q_min, q_max = bounds
@@ -312,7 +316,9 @@ def fake_quantize(
 
 
 def guard(step: Tensor, initial_step: Tensor) -> Tensor:
-    """(M7) ``s_eff = s_min where s < s_min else s``, ``s_min = 2^-10 * s0``; ``d s_eff / d s = 1``.  NaN stays NaN.
+    """(M7) Compute the guarded step.
+
+    ``s_eff = s_min where s < s_min else s``, ``s_min = 2^-10 * s0``; ``d s_eff / d s = 1``.  NaN stays NaN.
 
     Raises: UsageError under the transforms of torch.func.
     """

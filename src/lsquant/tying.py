@@ -56,7 +56,7 @@ def weights_with_several_quantizers(model: nn.Module) -> Iterator[tuple[str, str
 
 
 def weight_quantizers(model: nn.Module) -> dict[Quantizer, tuple[str, QuantizedLayer]]:
-    """Each weight quantizer once, in order of definition -> name and layer of the first layer that uses it."""
+    """Return each weight quantizer once, in order of definition -> name and layer of the first layer that uses it."""
     owners: dict[Quantizer, tuple[str, QuantizedLayer]] = {}
     for name, layer in quantized_layers(model):
         if layer.weight_quantizer is not None:
@@ -65,7 +65,7 @@ def weight_quantizers(model: nn.Module) -> dict[Quantizer, tuple[str, QuantizedL
 
 
 def quantizer_owners(model: nn.Module) -> dict[Quantizer, tuple[str, QuantizedLayer]]:
-    """Each quantizer of a weight or an input once -> name and layer of the first layer that uses it."""
+    """Return each quantizer of a weight or an input once -> name and layer of the first layer that uses it."""
     owners: dict[Quantizer, tuple[str, QuantizedLayer]] = {}
     for name, layer in quantized_layers(model):
         for quantizer in layer.own_quantizers():

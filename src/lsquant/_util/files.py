@@ -34,7 +34,7 @@ def cannot_write(path: str | os.PathLike[str], error: BaseException) -> LsquantE
 
 
 def _is_of_the_system(error: BaseException) -> bool:
-    """Whether an error comes from the operating system; safetensors quotes its number."""
+    """Tell whether an error comes from the operating system; safetensors quotes its number."""
     if isinstance(error, LsquantError):
         return False
     return isinstance(error, OSError) or re.search(r"\(os error \d+\)", str(error)) is not None

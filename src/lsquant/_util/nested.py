@@ -41,7 +41,7 @@ def named_tensors(value: Any) -> list[tuple[Path, Tensor]]:
 
 
 def _walk(value: Any, path: Path, outside: tuple[int, ...]) -> Iterator[tuple[Path, Tensor]]:
-    """outside: the ids of the containers around the value, which may hold itself."""
+    """Yield (path, tensor); outside: the ids of the containers around the value, which may hold itself."""
     if isinstance(value, Tensor):
         yield path, value
     elif id(value) not in outside:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 WHOLE = (nn.MultiheadAttention, nn.RNNBase)
 """Modules that stand for all products inside them."""
 
+
 class ProductCounter(TorchDispatchMode):
     """Count the multiplications of matrix products and convolutions inside the ``with`` block, module by module.
 
@@ -74,7 +75,7 @@ def recurrent_products(layer: nn.RNNBase, x: Any) -> int:
 
 
 def _product(first: int) -> Callable[[Any, Any], int]:
-    """Of matrices, or vectors, that begin at this argument: the first's elements times the second's columns."""
+    """Count for two matrices or vectors from this argument on: the first's elements times the second's columns."""
 
     def formula(args: Any, _: Any) -> int:
         a, b = args[first], args[first + 1]

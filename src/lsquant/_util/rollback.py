@@ -71,7 +71,7 @@ def _contents(module: nn.Module) -> dict[str, Any]:
 
 
 def _has_values(t: Tensor) -> bool:
-    """Whether a tensor has values, and can be written to: not where elements share memory."""
+    """Tell whether a tensor has values, and can be written to: not where elements share memory."""
     if t.is_meta or is_lazy(t):
         return False
     return t.layout != torch.strided or all(n < 2 or stride for n, stride in zip(t.shape, t.stride(), strict=True))

@@ -144,7 +144,7 @@ def verify_(a: Namespace) -> Outcome:
 
 
 def _check_verifiable(a: Namespace, subject: Subject, path: Path, row: FileFormat) -> None:
-    """Raises: MissingFile; UsageError for options that do not fit the file."""
+    """Raise MissingFile; UsageError for options that do not fit the file."""
     if not path.is_file():
         how = f"lsquant export {a.path} --profile {row.name}{subject.more_options}"
         raise MissingFile(f"{path} does not exist: {how} writes it")

@@ -243,7 +243,7 @@ def _fail(text: str, code: int) -> int:
 
 
 def _hint(arguments: argparse.Namespace | None) -> str:
-    """How an interrupted training goes on, if it has begun."""
+    """Say how an interrupted training goes on, if it has begun."""
     if arguments is None or arguments.run is not train or not is_run(arguments.out):
         return ""
     return f"; go on with: lsquant train --resume --out {arguments.out}"

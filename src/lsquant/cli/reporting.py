@@ -77,7 +77,7 @@ def _report_of_runs(a: Namespace) -> Outcome:
 
 
 def is_folder(data: str) -> bool:
-    """Whether --data says where the data of a run has moved, not which function gives batches."""
+    """Tell whether --data says where the data of a run has moved, not which function gives batches."""
     return ":" not in data or Path(data).is_dir()
 
 

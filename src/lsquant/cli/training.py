@@ -57,13 +57,13 @@ def _settings(a: Namespace, task: Task) -> Settings:
 
 
 def _refuse_idle(a: Namespace, names: tuple[str, ...], why: str) -> None:
-    """Raises: UsageError naming the first of these options that was given."""
+    """Raise UsageError naming the first of these options that was given."""
     for name in given(a, *names):
         raise UsageError(f"--{name.replace('_', '-')} has no effect {why}")
 
 
 def _refuse_changes(a: Namespace, run: Run) -> None:
-    """Raises: UsageError where options beside --resume say something else than the run, which has them all."""
+    """Raise UsageError where options beside --resume say something else than the run, which has them all."""
     asked = given(a, *_SETTINGS, "init", "teacher", "start", "model")
     has = {
         **run.task.options,

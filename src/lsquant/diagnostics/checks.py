@@ -107,7 +107,7 @@ def _is_sound(quantizer: Quantizer) -> bool:
 
 
 def _check_state(model: nn.Module, compiled: bool) -> Iterator[Finding]:
-    """Buffers that Python, compiled code or the recipe know otherwise."""
+    """Yield buffers that Python, compiled code or the recipe know otherwise."""
     for name, q in quantizers(model):
         if differs := q._stale_state(compiled):
             text = f"it computes with what its buffers said before ({differs}): a write that nothing shows changed them"
@@ -161,7 +161,7 @@ def _check_ties(model: nn.Module) -> Iterator[Finding]:
 
 
 def _check_float_modules(model: nn.Module) -> Iterator[Finding]:
-    """Modules that stay float; layers that the recipe leaves in floating point are no part of these."""
+    """Yield modules that stay float; layers that the recipe leaves in floating point are no part of these."""
     total = sum(p.numel() for p in model.parameters() if p.dim() > 1)
     known_types = {m: reason_for_layer(m, {}) for m in model.modules() if quantized_type(m) is not None}
     known_types |= {m: "" for _, m in quantized_layers(model)}
@@ -182,7 +182,7 @@ def _check_float_modules(model: nn.Module) -> Iterator[Finding]:
 
 
 def _check_what_ships(model: nn.Module) -> Iterator[Finding]:
-    """Quantized layers that no writer takes as they are, and layers that came after ``prepare``."""
+    """Yield quantized layers that no writer takes as they are, and layers that came after ``prepare``."""
     for name, layer in quantized_layers(model):
         if reason := unfit(layer):
             yield finding("unfit", name, reason)
@@ -197,7 +197,7 @@ _Block = nn.TransformerEncoderLayer
 
 
 def _check_fast_paths(model: nn.Module) -> Iterator[Finding]:
-    """Subclasses of torch's encoder layer: ``prepare`` takes the fast path from torch's own, a subclass keeps it."""
+    """Yield subclasses of torch's encoder layer, which keep the fast path that ``prepare`` takes from torch's own."""
     for name, module in model.named_modules():
         if isinstance(module, _Block) and type(module).forward is _Block.forward:
             inner = [n for n, _ in quantized_layers(module)]

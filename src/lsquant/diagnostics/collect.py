@@ -179,7 +179,7 @@ def value_statistics(
     max_batches: int | None = 32,
     forward: Forward | None = None,
 ) -> dict[tuple[str, str], tuple[Statistics, QuantizedLayer | None]]:
-    """As ``collect``, but return the statistics themselves, made by ``make(quantizer)``.
+    """Collect as ``collect`` does, but return the statistics themselves, made by ``make(quantizer)``.
 
     Returns: (layer, kind) -> statistics, and the layer, None for a quantizer that stands alone.
     """

@@ -71,7 +71,7 @@ class _Values(ValueStatistics):
             self.are_on_levels = self.are_on_levels and self._on_levels(x.detach())
 
     def _on_levels(self, x: Tensor) -> bool:
-        """Whether the step gets no gradient from these values: each is a level, but none an outermost, beside 0."""
+        """Tell whether the step gets no gradient from these values: all levels, and none an outermost beside 0."""
         q = self.quantizer
         if q.offset is not None:
             return False
@@ -164,7 +164,7 @@ class _Run:
         return hook
 
     def layers_not_called(self) -> Iterator[Finding]:
-        """Layers that are bypassed, or not reached by any batch."""
+        """Yield layers that are bypassed, or not reached by any batch."""
         called = [name for name, count in self.calls.items() if count and name in self.layers]
         reached = {q for name in called for q in self.layers[name].own_quantizers()}
         for name, count in self.calls.items():
@@ -179,7 +179,7 @@ class _Run:
 
 
 def _check_quantizer(name: str, q: Quantizer, values: _Values, owner: QuantizedLayer | None) -> Iterator[Finding]:
-    """Clipped values and unused levels of one quantizer.  owner: the layer, for a weight."""
+    """Yield clipped values and unused levels of one quantizer.  owner: the layer, for a weight."""
     bits, step = q.spec.bits, float(q.step.detach().median())
     levels = len(values.codes)
     if not math.isfinite(values.signal + values.noise):

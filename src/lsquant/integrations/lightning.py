@@ -101,7 +101,7 @@ class TransitionCallback(pytorch.Callback):
             )
 
     def _length(self, trainer: Any, pl_module: Any) -> int:
-        """Optimizer steps of the whole training."""
+        """Return the number of optimizer steps of the whole training."""
         if self.steps is not None:
             return self.steps
         if not pl_module.automatic_optimization:

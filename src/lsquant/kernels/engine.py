@@ -69,7 +69,7 @@ class Conv(NamedTuple):
     groups: int = 1
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The convolution of this geometry; weight: the layer's own layout.
+        """Return the convolution of this geometry; weight: the layer's own layout.
 
         By the functions that autocast knows: ``torch.convolution`` it does not, on a CPU.
         """
@@ -83,7 +83,7 @@ class Conv(NamedTuple):
     def gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The wanted gradients of x and weight; x gives only its shape where the weight's is not wanted."""
+        """Return the wanted gradients of x and weight; x gives only its shape where the weight's is not wanted."""
         found = torch.ops.aten.convolution_backward(
             grad, x, weight, None, self.stride, self.padding, self.dilation, self.transposed, self._extra,
             self.groups, [of_x, of_weight, False],
@@ -95,16 +95,16 @@ class Conv(NamedTuple):
         return self.output_padding or [0] * len(self.stride)
 
     def weight_of(self, rows: Tensor) -> Tensor:
-        """The weight in the layer's own layout from rows (out, in / groups, *kernel)."""
+        """Return the weight in the layer's own layout from rows (out, in / groups, *kernel)."""
         return swap_channels(rows, self.groups) if self.transposed else rows
 
     def rows_of(self, weight: Tensor) -> Tensor:
-        """Rows (out, in / groups, *kernel) from a weight in the layer's own layout."""
+        """Return rows (out, in / groups, *kernel) from a weight in the layer's own layout."""
         return swap_channels(weight, self.groups) if self.transposed else weight
 
 
 def swap_channels(t: Tensor, groups: int) -> Tensor:
-    """(out, in / groups, ...) from (in, out / groups, ...), group by group.  Its own inverse."""
+    """Turn (in, out / groups, ...) into (out, in / groups, ...), group by group.  Its own inverse."""
     return t.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
@@ -142,7 +142,7 @@ class Engine(ABC):
         """
 
     def fake_quantize(self, x: Tensor, grid: Grid) -> Tensor | None:
-        """As ``quantize``, with a derivative that is not written in Python; None where there is none."""
+        """Compute as ``quantize``, with a derivative that is not written in Python; None where there is none."""
         return None
 
     def scale_shift(self, x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class Engine(ABC):
     def convolution(
         self, x: Tensor, x_grid: Grid, rows: Tensor, w_grid: Grid, bias: Tensor | None, conv: Conv
     ) -> Tensor | None:
-        """As ``linear`` for an N-d convolution; None where it does not fit.
+        """Compute as ``linear``, for an N-d convolution; None where it does not fit.
 
         x: (batch, in, *spatial), float.
         rows: (out, in / groups, *kernel), float, also when transposed.
@@ -214,7 +214,7 @@ class Engine(ABC):
         return F.linear(codes_x.double(), codes_w.double()).to(torch.float32).add_(0.0)
 
     def convolution_sums(self, codes_x: Tensor, codes_w: Tensor, bound: int, conv: Conv) -> Tensor:
-        """As ``linear_sums`` for an N-d convolution.
+        """Compute as ``linear_sums``, for an N-d convolution.
 
         A convolution may be computed by Winograd or FFT (NNPACK, cuDNN), which divide and multiply on the way.
 
@@ -228,5 +228,5 @@ class Engine(ABC):
 
 
 def per_channel(t: Tensor, x: Tensor) -> Tensor:
-    """(C,) so that it broadcasts over (batch, C, ...)."""
+    """Reshape (C,) so that it broadcasts over (batch, C, ...)."""
     return t.reshape([-1 if d == 1 else 1 for d in range(x.dim())])

@@ -69,7 +69,7 @@ FOREIGN_TYPES = {
 
 
 def quantized_type(layer: _nn.Module) -> type[QuantizedLayer] | None:
-    """The quantized type of a layer, float or quantized; None for a layer that cannot be quantized."""
+    """Return the quantized type of a layer, float or quantized; None for a layer that cannot be quantized."""
     if isinstance(layer, QuantizedLayer):
         return type(layer)
     kind = type(layer)
@@ -80,40 +80,40 @@ def quantized_type(layer: _nn.Module) -> type[QuantizedLayer] | None:
 
 
 def row_shape(layer: Any) -> torch.Size:
-    """The shape of a layer's weight with output channels first; the layer is a float one or a quantized one."""
+    """Return the shape of a layer's weight with output channels first; the layer is a float one or a quantized one."""
     kind = quantized_type(layer)
     assert kind is not None
     return kind.weight_layout.row_shape(layer.weight.shape, _layout.conv_groups(layer))
 
 
 def stored_layout(layer: Any) -> int:
-    """How a layer's weight is laid out: 0 with output channels first, else the groups within which they come second."""
+    """Return 0 for a weight with output channels first, else the groups within which these come second."""
     kind = quantized_type(layer)
     assert kind is not None
     return 0 if kind.weight_layout is WeightLayout.OUTPUT_FIRST else _layout.conv_groups(layer)
 
 
 def float_type(module: _nn.Module) -> type[_nn.Module] | None:
-    """The float type that ``revert`` gives a converted module back; None for a module that was not converted."""
+    """Return the float type that ``revert`` gives a converted module back; None for a module that was not converted."""
     return getattr(module, "float_type", None) if type(module).__module__.startswith("lsquant.") else None
 
 
 def quantized_layers(model: _nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    """(name, layer) of every quantized layer, each once, in order of definition."""
+    """Yield (name, layer) of every quantized layer, each once, in order of definition."""
     for name, module in _unwrapped(model).named_modules():
         if isinstance(module, QuantizedLayer):
             yield name, module
 
 
 def quantizers(model: _nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """(name, quantizer), each once, in order of definition; stand-alone ones included."""
+    """Yield (name, quantizer), each once, in order of definition; stand-alone ones included."""
     for name, module in _unwrapped(model).named_modules():
         if isinstance(module, Quantizer):
             yield name, module
 
 
 def lone_quantizers(model: _nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """(name, quantizer) of those that belong to no layer, each once: a custom layer's own."""
+    """Return (name, quantizer) of those that belong to no layer, each once: a custom layer's own."""
     owned = {q for _, layer in quantized_layers(model) for q in layer.own_quantizers()}
     return ((name, q) for name, q in quantizers(model) if q not in owned)
 

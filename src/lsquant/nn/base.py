@@ -33,15 +33,15 @@ class QuantizedLayer(nn.Module):
     takes_groups = True
 
     def to_rows(self, weight: Tensor) -> Tensor:
-        """Rows, output channels first, from a tensor that lies as the layer's weight does; differentiable."""
+        """Return rows, output channels first, from a tensor that lies as the layer's weight does; differentiable."""
         return self.weight_layout.rows(weight, conv_groups(self))
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """A tensor that lies as the layer's weight does, from rows; differentiable."""
+        """Return a tensor that lies as the layer's weight does, from rows; differentiable."""
         return self.weight_layout.weight(rows, conv_groups(self))
 
     def rows(self) -> Tensor:
-        """The weight with output channels first, as steps per channel and groups see it."""
+        """Return the weight with output channels first, as steps per channel and groups see it."""
         return self.to_rows(self.weight)
 
     def attach(self, weight_quantizer: Quantizer | None, input_quantizer: Quantizer | None) -> None:
@@ -76,7 +76,7 @@ class QuantizedLayer(nn.Module):
             quantizer._prefer_exact(self.rows())
 
     def own_quantizers(self) -> tuple[Quantizer, ...]:
-        """The weight's and the input's, those that are there."""
+        """Return the weight's and the input's quantizer, those that are there."""
         return tuple(q for q in (self.weight_quantizer, self.input_quantizer) if q is not None)
 
     def detach_quantizers(self) -> None:
@@ -84,7 +84,7 @@ class QuantizedLayer(nn.Module):
         del self.weight_quantizer, self.input_quantizer
 
     def grids(self) -> tuple[ops.Grid, ops.Grid] | None:
-        """(input's, weight's) when both are quantized and switched on, else None."""
+        """Return (input's, weight's) grid when both are quantized and switched on, else None."""
         x, w = self.input_quantizer, self.weight_quantizer
         return (x.grid(), w.grid()) if x is not None and w is not None and x.enabled and w.enabled else None
 
@@ -105,7 +105,7 @@ class QuantizedLayer(nn.Module):
             raise type(error)(f"layer {self._layer_name()!r}: {error}") from error
 
     def require_steps(self) -> None:
-        """Raises UsageError naming the layer where the weight is not the one that its steps were made for."""
+        """Raise UsageError naming the layer where the weight is not the one that its steps were made for."""
         quantizer = self.weight_quantizer
         if quantizer is not None and quantizer.enabled:
             shape = self.weight_layout.row_shape(self.weight.shape, conv_groups(self))
@@ -116,7 +116,7 @@ class QuantizedLayer(nn.Module):
         return quantizer.name.rpartition(".")[0] if quantizer is not None else ""
 
     def float_operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and weight, each fake-quantized where it has a quantizer: for layers quantized in one of the two."""
+        """Fake-quantize input and weight, where they have a quantizer: for layers quantized in one of the two."""
         xq, wq = self.input_quantizer, self.weight_quantizer
         self.require_steps()
         weight = self.weight if wq is None else self.from_rows(self.computed(wq, self.rows()))
@@ -124,7 +124,7 @@ class QuantizedLayer(nn.Module):
 
     @torch.no_grad()
     def integer_weight(self) -> tuple[Tensor, Tensor, None]:
-        """(codes, step, zero_point): int8 codes in the weight's shape, the guarded step (steps,) float32, None.
+        """Return (codes, step, zero_point): int8 codes in the weight's shape, the guarded step (steps,) float32, None.
 
         The steps are in the order of output channels, or of groups along the rows of output channels;
         ``dequantized_weight`` multiplies them.  Raises: UsageError when the weight is not quantized.
@@ -138,7 +138,7 @@ class QuantizedLayer(nn.Module):
 
     @torch.no_grad()
     def dequantized_weight(self) -> Tensor:
-        """``codes * step`` in the weight's own shape, float32: what the layer multiplies with."""
+        """Compute ``codes * step`` in the weight's own shape, float32: what the layer multiplies with."""
         codes, step, _ = self.integer_weight()
         quantizer = self.weight_quantizer
         assert quantizer is not None
@@ -147,7 +147,7 @@ class QuantizedLayer(nn.Module):
         return self.from_rows((values * steps).reshape(rows.shape))
 
     def require_size(self, found: int, wanted: int) -> None:
-        """Raises UsageError naming the layer where the input has another number of features or channels."""
+        """Raise UsageError naming the layer where the input has another number of features or channels."""
         if found != wanted:
             raise UsageError(
                 f"layer {self._layer_name()!r}: the input has {found} features or channels, the layer takes {wanted}"
@@ -155,7 +155,7 @@ class QuantizedLayer(nn.Module):
 
     @staticmethod
     def unsupported(layer: nn.Module) -> str:
-        """Why a float layer of this type cannot be quantized; empty when it can."""
+        """Say why a float layer of this type cannot be quantized; empty when it can."""
         return ""
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -18,7 +18,7 @@ class WeightLayout(Enum):
     INPUT_FIRST = "(in, out / groups, ...)"
 
     def rows(self, weight: Tensor, groups: int = 1) -> Tensor:
-        """(out, in / groups, ...) from a weight of this layout, differentiable.
+        """Return (out, in / groups, ...) from a weight of this layout, differentiable.
 
         groups: of a convolution; 1 for other layers.
         """
@@ -27,11 +27,11 @@ class WeightLayout(Enum):
         return weight.t() if weight.dim() == 2 else ops.swap_channels(weight, groups)
 
     def weight(self, rows: Tensor, groups: int = 1) -> Tensor:
-        """A weight of this layout from rows: the inverse of ``rows``, the same exchange of two dimensions."""
+        """Return a weight of this layout from rows: the inverse of ``rows``, the same exchange of two dimensions."""
         return self.rows(rows, groups)
 
     def row_shape(self, shape: torch.Size, groups: int = 1) -> torch.Size:
-        """The shape of ``rows`` of a weight of this shape."""
+        """Return the shape of ``rows`` of a weight of this shape."""
         if self is WeightLayout.OUTPUT_FIRST:
             return shape
         inputs, outputs, *others = shape
@@ -39,5 +39,5 @@ class WeightLayout(Enum):
 
 
 def conv_groups(layer: Any) -> int:
-    """The groups of a convolution; 1 for other layers."""
+    """Return the groups of a convolution; 1 for other layers."""
     return getattr(layer, "groups", 1)

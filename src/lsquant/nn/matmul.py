@@ -51,7 +51,7 @@ class _QuantConv(QuantizedLayer):
     groups: int
 
     def padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
-        """The input, padded where the op cannot do it, and the zero padding that is left to the op."""
+        """Return the input, padded where the op cannot do it, and the zero padding that is left to the op."""
         if isinstance(self.padding, str):
             total = [d * (k - 1) if self.padding == "same" else 0
                      for d, k in zip(self.dilation, self.kernel_size, strict=True)]  # fmt: skip
@@ -72,7 +72,7 @@ class _QuantConv(QuantizedLayer):
         return y if batched else y.squeeze(0)
 
     def convolve(self, x: Tensor, padding: Sequence[int], transposed: bool, output_padding: Sequence[int]) -> Tensor:
-        """Over exact integer sums, or in floating point where only one side is quantized."""
+        """Convolve over exact integer sums, or in floating point where only one side is quantized."""
         self.require_size(x.shape[1], self.in_channels)
         grids = self.grids()
         conv = ops.Conv(self.stride, padding, self.dilation, transposed, output_padding, self.groups)

@@ -18,7 +18,7 @@ class ExactBatchNorm(ExactLayer, nn.modules.batchnorm._BatchNorm):
     """
 
     def affine_constants(self) -> tuple[Tensor, Tensor]:
-        """``alpha = gamma / sqrt(var + eps)``, ``beta - mean * alpha``, both (C,) float32; differentiable.
+        """Compute ``alpha = gamma / sqrt(var + eps)``, ``beta - mean * alpha``, both (C,) float32; differentiable.
 
         Every operation is rounded correctly, on every machine: PyTorch's float32 square root is not on all processors.
         """

@@ -22,7 +22,7 @@ Windows = list[tuple[int, int]]
 
 
 def window_sums(x: Tensor, dim: int, windows: Windows) -> Tensor:
-    """Sums of x over the half-open windows of one dimension, each from left to right."""
+    """Return sums of x over the half-open windows of one dimension, each from left to right."""
     lengths = {end - start for start, end in windows}
     strides = {b[0] - a[0] for a, b in pairwise(windows)} or {1}
     if len(lengths) == len(strides) == 1 and 0 not in strides:  # 0: more windows than elements
@@ -47,7 +47,7 @@ def _add_up(parts: list[Tensor]) -> Tensor:
 
 
 def exact_average(x: Tensor, windows: Sequence[Windows], counts: Tensor | int) -> Tensor:
-    """``fl(sum / count)`` over boxes, one list of windows per trailing dimension.  Returns the dtype of x.
+    """Compute ``fl(sum / count)`` over boxes, one list of windows per trailing dimension.  Returns the dtype of x.
 
     Computed in float32, and in float64 for a float64 x.
     """
@@ -64,7 +64,7 @@ def sizes_of(value: Any, n: int) -> tuple[Any, ...] | None:
 
 
 def _box_counts(per_dim: list[list[int]], device: torch.device) -> Tensor | int:
-    """The number of elements of each box: an int where it is the same for all."""
+    """Return the number of elements of each box: an int where it is the same for all."""
     counts = torch.ones((), dtype=torch.float32, device=device)
     for sizes in per_dim:
         counts = counts.unsqueeze(-1) * torch.tensor(sizes, dtype=torch.float32, device=device)
@@ -104,7 +104,7 @@ class _AvgPool(ExactLayer):
         return exact_average(x, windows, _box_counts(counts, x.device) if divisor is None else divisor)
 
     def _fits(self, x: Tensor, kernel: tuple[Any, ...], padding: tuple[Any, ...], stride: tuple[Any, ...]) -> bool:
-        """Whether torch's own layer takes such an input: one with a box at least, padded by half a kernel at most."""
+        """Tell whether torch's own layer takes such an input: one box at least, padded by half a kernel at most."""
         if x.dim() not in (self.dims + 1, self.dims + 2) or not x.is_floating_point() or self.divisor_override == 0:
             return False
         sides = zip(x.shape[-self.dims :], kernel, padding, stride, strict=True)
@@ -135,7 +135,7 @@ class _AdaptiveAvgPool(ExactLayer):
         return exact_average(input, windows, counts)
 
     def _fits(self, x: Tensor, wanted: tuple[Any, ...]) -> bool:
-        """Whether torch's own layer takes such an input."""
+        """Tell whether torch's own layer takes such an input."""
         if self.output_size is None or len(wanted) != self.dims or 0 in wanted:
             return False
         return x.dim() in (self.dims + 1, self.dims + 2) and 0 not in x.shape[1:] and x.is_floating_point()

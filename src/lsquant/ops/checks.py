@@ -67,13 +67,13 @@ def require_product(
 
 
 def require_grid(x: Tensor, grid: Grid) -> None:
-    """Raises UsageError where a quantizer does not fit an input.  Engines check the same: this is for shapes alone."""
+    """Raise UsageError where a quantizer does not fit an input.  Engines check the same: this is for shapes alone."""
     reference.require_bounds(grid.q_min, grid.q_max)
     reference.require_layout(x, grid.step, grid.axis, grid.group_size, grid.zero_point, grid.offset)
 
 
 def require_gradient(grad: Tensor, size: Sequence[int], x: Tensor) -> None:
-    """Raises UsageError where a gradient has not the size of what it is the gradient of, or not the device of x."""
+    """Raise UsageError where a gradient has not the size of what it is the gradient of, or not the device of x."""
     if grad.device != x.device or grad.layout != torch.strided:
         raise UsageError(f"the gradient is {grad.layout} on {grad.device}, it must be dense, on {x.device}")
     if list(grad.shape) != list(size) or not grad.is_floating_point():
@@ -129,7 +129,7 @@ def require_steps(rows: Sequence[int], step: Tensor, group: int | None) -> None:
 
 
 def _convolved(shape: list[int], rows: list[int], conv: Conv) -> list[int]:
-    """The shape of a convolution's output."""
+    """Return the shape of a convolution's output."""
     dims, groups, extra = len(rows) - 2, conv.groups, conv.output_padding or [0] * (len(rows) - 2)
     lists = (conv.stride, conv.padding, conv.dilation, extra)
     if dims not in (1, 2, 3) or len(shape) != len(rows) or any(len(numbers) != dims for numbers in lists):
@@ -156,7 +156,7 @@ def _convolved(shape: list[int], rows: list[int], conv: Conv) -> list[int]:
 
 
 def _as_pytorch_says(shape: list[int], rows: list[int], conv: Conv) -> list[int]:
-    """The shape of the output where something is empty.  Raises: ShapeError in PyTorch's words where it refuses."""
+    """Return the shape of the output where something is empty.  Raises: ShapeError in PyTorch's words."""
     try:
         one = torch.empty(1, dtype=torch.float32)
         return list(conv.convolve(one.expand(shape), conv.weight_of(one.expand(rows))).shape)

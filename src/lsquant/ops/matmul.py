@@ -55,7 +55,7 @@ class Gradients(NamedTuple):
 
 
 def _forward(p: Product, bias: Tensor | None, autocast_dtype: torch.dtype | None) -> Tensor:
-    """autocast_dtype: of the output instead of x's."""
+    """Compute the output; autocast_dtype: its type instead of x's."""
     dtype = autocast_dtype or p.x.dtype
     if p.conv is None:
         fused = p.engine.linear(p.x, p.x_grid, p.weight, p.w_grid, bias)
@@ -65,7 +65,7 @@ def _forward(p: Product, bias: Tensor | None, autocast_dtype: torch.dtype | None
 
 
 def _over_codes(p: Product, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The output by floating point over codes."""
+    """Return the output by floating point over codes."""
     codes_x, codes_w = _centred_codes(p.x, p.x_grid), _centred_codes(p.weight, p.w_grid)
     group_size = p.w_grid.group_size
     terms = group_size or p.weight.shape[1:].numel()
@@ -80,7 +80,7 @@ def _over_codes(p: Product, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 
 def _centred_codes(v: Tensor, grid: Grid) -> Tensor:
-    """``q - z`` as float32 integers."""
+    """Compute ``q - z`` as float32 integers."""
     step, offset = grid.step, grid.offset
     codes = reference.codes(
         v, step, grid.q_min, grid.q_max, axis=grid.axis, group_size=grid.group_size, offset=offset
@@ -96,7 +96,10 @@ def _centred_codes(v: Tensor, grid: Grid) -> Tensor:
 def _backward(
     grad: Tensor, p: Product, need_x: bool, has_bias: bool, autocast_dtype: torch.dtype | None
 ) -> Gradients:
-    """autocast_dtype: of the two products instead of float32; steps, codes and sums over codes stay float32."""
+    """Compute the gradients.
+
+    autocast_dtype: of the two products instead of float32; steps, codes and sums over codes stay float32.
+    """
     up = grad.to(autocast_dtype or torch.float32)
     of_x: Tensor | None = None
     if p.conv is None:
@@ -117,7 +120,7 @@ def _backward(
 
 
 def _rows(t: Tensor) -> Tensor:
-    """(rows, n) from (..., n), also where n is 0."""
+    """Return (rows, n) from (..., n), also where n is 0."""
     return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
@@ -128,20 +131,23 @@ def _bias_gradient(up: Tensor, p: Product) -> Tensor:
 
 
 def _linear_weight_gradient(up: Tensor, p: Product) -> Tensor:
-    """Of the dequantized weight.  The dequantized input ends here: it and the input's gradient are equally large, and
-    as they never exist together, the peak of memory is the float layer's."""
+    """Compute the gradient of the dequantized weight.
+
+    The dequantized input ends here.  It and the input's gradient are equally large and never exist together, so the
+    peak of memory is the float layer's.
+    """
     x_hat = p.engine.quantize(p.x.float(), p.x_grid).to(up.dtype)
     return _rows(up).t() @ _rows(x_hat)
 
 
 def _linear_input_gradient(up: Tensor, p: Product) -> Tensor:
-    """Of the dequantized input."""
+    """Compute the gradient of the dequantized input."""
     w_hat = p.engine.quantize(p.weight.float(), p.w_grid).to(up.dtype)
     return (_rows(up) @ w_hat).reshape(p.x.shape)
 
 
 def _convolution_gradients(up: Tensor, p: Product, conv: Conv, need_x: bool) -> tuple[Tensor | None, Tensor]:
-    """Of the dequantized input (None where it is not needed) and weight.
+    """Compute the gradients of the dequantized input (None where it is not needed) and weight.
 
     By the engine's own products where it has them and autocast does not ask for another type.
     """

@@ -103,7 +103,7 @@ def _quantized(x: Tensor, grid: Grid) -> Tensor:
 
 
 def _gradients(grad: Tensor, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
-    """Those of x, step and offset; the last is empty without an offset."""
+    """Return the gradients of x, step and offset; the last is empty without an offset."""
     of_x, of_step, of_offset = engine_for(x.device.type, x.dtype).quantize_backward(grad, x, grid)
     return laid_out_like(of_x, x), of_step, grid.step.new_empty(0) if of_offset is None else of_offset
 
@@ -129,7 +129,7 @@ def fake_quantize_with(x: Tensor, grid: Grid) -> Tensor:
 def _require_numbers(
     x: Any, step: Any, q_min: Any, q_max: Any, scale: Any, axis: Any, group_size: Any, zero_point: Any, offset: Any
 ) -> None:  # fmt: skip
-    """Raises UsageError naming an argument of another type, of which torch would only say that it does not fit."""
+    """Raise UsageError naming an argument of another type, of which torch would only say that it does not fit."""
     none = type(None)
     wanted = (
         ("x", x, Tensor, "a tensor"),

@@ -34,7 +34,7 @@ class Op:
         return ordered
 
     def needs_gradient(self, ctx: Any, *names: str) -> bool:
-        """Whether any of the named arguments wants a gradient."""
+        """Tell whether any of the named arguments wants a gradient."""
         wanted = zip(self._arguments, ctx.needs_input_grad, strict=True)
         return any(needed for name, needed in wanted if name in names)
 
@@ -46,7 +46,7 @@ class Op:
         torch.library.register_autograd(f"lsquant::{self.name}", backward, setup_context=setup, lib=_LIBRARY)
 
     def refuse_derivative(self) -> None:
-        """For a backward op: make differentiating it an error that says what to do."""
+        """Make differentiating a backward op an error that says what to do."""
 
         def backward(ctx: Any, *grads: Any) -> Any:
             raise RuntimeError(
@@ -76,14 +76,14 @@ def keep(ctx: Any, arguments: Sequence[Any]) -> None:
 
 
 def kept(ctx: Any) -> tuple[Any, ...]:
-    """The arguments that ``keep`` saved, in their order."""
+    """Return the arguments that ``keep`` saved, in their order."""
     tensors = iter(ctx.saved_tensors)
     pairs = zip(ctx.others, ctx.are_tensors, strict=True)
     return tuple(next(tensors) if is_tensor else value for value, is_tensor in pairs)
 
 
 def _no_view(result: Any) -> Any:
-    """A result that autograd does not take for a view, which must not be modified in place; nothing is copied."""
+    """Return the result as no view, which autograd would forbid to modify in place; nothing is copied."""
     return (
         torch.ops.aten._unsafe_view(result, result.shape)
         if isinstance(result, Tensor) and result._is_view()
@@ -92,7 +92,7 @@ def _no_view(result: Any) -> Any:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format a convolution's output takes from its input."""
+    """Return the memory format a convolution's output takes from its input."""
     for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if x.dim() == dims and x.is_contiguous(memory_format=layout) and not x.is_contiguous():
             return layout
@@ -100,7 +100,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def laid_out_like(result: Tensor, like: Tensor) -> Tensor:
-    """``result`` in the strides that ``torch.empty_like(like)`` has; copies only when they differ."""
+    """Compute ``result`` in the strides that ``torch.empty_like(like)`` has; copies only when they differ."""
     wanted = torch.empty_like(like, device="meta", dtype=result.dtype)
     if result.stride() == wanted.stride():
         return result

@@ -159,7 +159,7 @@ class StoredRun:
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a directory whose config.toml says that it is a run."""
+    """Tell whether `path` is a directory whose config.toml says that it is a run."""
     try:
         return read_toml(Path(path) / "config.toml").value.get("kind") == KIND
     except LsquantError:
@@ -304,7 +304,7 @@ def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> Run
 
 
 def _check_replaceable(run: Run, overwrite: bool) -> None:
-    """Raises: UsageError unless --overwrite is given, for a run directory that holds nothing the run needs."""
+    """Raise UsageError unless --overwrite is given, for a run directory that holds nothing the run needs."""
     if not overwrite:
         raise UsageError(f"{run.path} exists: --resume goes on with it, --overwrite starts anew")
     if not is_run(run.path):
@@ -338,7 +338,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def check_teacher(run: Run, path: Path) -> None:
-    """Raises: MissingFile; DamagedFile if the file at `path` is not the teacher that config.toml names."""
+    """Raise MissingFile; DamagedFile if the file at `path` is not the teacher that config.toml names."""
     if (found := sha256(path)) != run.teacher_sha256:
         raise DamagedFile(
             f"{path} is not the teacher of {run.path}: its SHA-256 is {found}, the run was started with "
@@ -357,7 +357,7 @@ def _clear(path: Path) -> None:
 
 
 def _check_same(run: Run, stored: StoredRun) -> None:
-    """Raises: UsageError naming what differs between `run` and the one in its directory."""
+    """Raise UsageError naming what differs between `run` and the one in its directory."""
     new, old = _compared(run, run.task_name), _compared(stored, stored.task_name)
     new["recipe"], old["recipe"] = (_by_name(one.recipe, run.task) for one in (run, stored))
     different = [f"{key} was {old[key]!r}, not {value!r}" for key, value in new.items() if old[key] != value]

@@ -71,7 +71,7 @@ class RunLock:
 
 
 def _holder(folder: Path) -> str:
-    """Who holds the lock, in words."""
+    """Say who holds the lock, in words."""
     try:
         found: Any = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
         host, process = found["host"], found["process"]

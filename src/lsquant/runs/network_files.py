@@ -81,7 +81,7 @@ def load_teacher(task: Task, path: str | os.PathLike[str]) -> nn.Module:
 
 
 def _fits(build: Callable[[], nn.Module], shapes: Mapping[str, torch.Size]) -> bool:
-    """Whether the network has tensors of these names and shapes."""
+    """Tell whether the network has tensors of these names and shapes."""
     with torch.device("meta"):
         state = build().state_dict()
     # checkpoints of old PyTorch do not count batches

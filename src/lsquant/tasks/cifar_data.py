@@ -79,7 +79,7 @@ def _joined(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]
 
 
 def _labelled(path: Path, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """images: (N, 3072) uint8; labels: (N,) integers, which are checked."""
+    """Check and reshape images, (N, 3072) uint8, and labels, (N,) integers."""
     if not len(images) == len(labels) > 0:
         raise DamagedFile(f"{path} has {len(images)} images and {len(labels)} labels")
     wrong = (labels < 0) | (labels > 9)

@@ -41,7 +41,7 @@ def open_run(path: str | os.PathLike[str], task: str | None = None, **options: A
 
 
 def _same_place(one: str, other: str) -> bool:
-    """Whether two FILE.py:task are the same, from wherever they are seen."""
+    """Tell whether two FILE.py:task are the same, from wherever they are seen."""
     (file, _, member), (other_file, _, other_member) = one.rpartition(":"), other.rpartition(":")
     return member == other_member and os.path.realpath(file) == os.path.realpath(other_file)
 

@@ -73,7 +73,7 @@ def _renamed(source: str, name: str) -> str:
 
 
 def _argument(node: fx.Node) -> str:
-    """How an argument is given on; by position, or by name where that is the only way."""
+    """Say how an argument is given on; by position, or by name where that is the only way."""
     target = str(node.target)
     return f"{target}={target}" if node.meta.get("keyword_only") else target
 
@@ -82,7 +82,7 @@ def _argument(node: fx.Node) -> str:
 
 
 def traced_class(base: type, code: Code) -> type:
-    """The subclass of a block's class with the traced forward; one for equal code."""
+    """Return the subclass of a block's class with the traced forward; one for equal code."""
     if (found := _CLASSES.get((base, code))) is None:
         body: dict[str, Any] = {
             "__module__": base.__module__,
@@ -111,13 +111,13 @@ def _compiled(base: type, code: Code) -> dict[str, Any]:
 
 
 def _blank(base: type, code: Code) -> nn.Module:
-    """An object of a traced class that has no attributes yet: copies and pickles begin so."""
+    """Return an object of a traced class that has no attributes yet: copies and pickles begin so."""
     kind: Any = traced_class(base, code)
     return kind.__new__(kind)
 
 
 def _moved_parameter(module: str, name: str) -> property:
-    """The attribute of a block that gives a parameter which lies in one of its modules now."""
+    """Return the attribute of a block that gives a parameter which lies in one of its modules now."""
     return property(lambda self: getattr(getattr(self, module), name))
 
 

@@ -111,7 +111,7 @@ def _untraced(name: str, call: Call, error: Untraceable) -> TracedBlock:
 
 
 def _failure(name: str, call: Call, error: Untraceable) -> str:
-    """What an error says about one block."""
+    """Return what an error says about one block."""
     by_hand: dict[str, list[str]] = {}
     for function, module, place in call.functions:
         where = f"{function} ({spoken(place)})"

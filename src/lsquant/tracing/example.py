@@ -40,7 +40,7 @@ class Call:
 
 
 def is_block(module: nn.Module) -> bool:
-    """Whether a module has a forward in Python, not torch's or lsquant's, and is no layer that can be quantized."""
+    """Tell whether a module has a forward in Python that is not torch's or lsquant's, and is no known layer."""
     if isinstance(module, torch.jit.ScriptModule) or quantized_type(module) is not None:
         return False
     forward = type(module).forward
@@ -95,7 +95,7 @@ class Run(TorchFunctionMode):
 
 
 def _may_become_module(name: str, args: tuple[Any, ...], result: Any) -> bool:
-    """Whether a function is one that tracing may replace, as far as one call shows."""
+    """Tell whether a function is one that tracing may replace, as far as one call shows."""
     given = [t for t in tensors_in(list(args)) if t.is_floating_point() and not isinstance(t, nn.Parameter)]
     if not given:
         return False
@@ -111,7 +111,7 @@ def _may_become_module(name: str, args: tuple[Any, ...], result: Any) -> bool:
 
 @contextmanager
 def steady(model: nn.Module) -> Iterator[None]:
-    """Eval mode and the same random numbers each time; modes, attributes, buffers and generators are put back."""
+    """Hold eval mode and the same random numbers; modes, attributes, buffers and generators are put back."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:
         with state_kept(model), evaluating(model), torch.random.fork_rng(range(torch.cuda.device_count())):
@@ -125,13 +125,13 @@ def steady(model: nn.Module) -> Iterator[None]:
 
 
 def output(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What the model gives; nothing of it or of its inputs changes."""
+    """Return what the model gives; nothing of it or of its inputs changes."""
     with steady(model):
         return model(*copied(args, fresh), **copied(kwargs, fresh))
 
 
 def output_or_none(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What the model gives; None where it raises."""
+    """Return what the model gives; None where it raises."""
     try:
         return output(model, args, kwargs)
     except Exception:  # noqa: BLE001  (a model that takes one batch size only)
@@ -139,7 +139,7 @@ def output_or_none(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
 
 
 def doubled(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """The example twice along the batch; None where there is no batch."""
+    """Return the example twice along the batch; None where there is no batch."""
     tensors = [t for t in tensors_in([args, dict(kwargs)]) if t.ndim]
     if not tensors or not len(tensors[0]):
         return None
@@ -152,7 +152,7 @@ def doubled(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict
 
 
 def fresh(value: Any) -> Any:
-    """A copy of a tensor; anything else itself."""
+    """Return a copy of a tensor; anything else itself."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
@@ -161,7 +161,7 @@ def _same(value: Any) -> Any:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two outputs have the same tensors, bit for bit; NaN equals NaN."""
+    """Tell whether two outputs have the same tensors, bit for bit; NaN equals NaN."""
     one, two = _flat(a), _flat(b)
     return len(one) == len(two) and all(
         x.shape == y.shape and x.dtype == y.dtype and bool(((x == y) | (x != x) & (y != y)).all())
@@ -170,7 +170,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def _flat(value: Any) -> list[Tensor]:
-    """The tensors in an output, those in the fields of dataclasses too."""
+    """Return the tensors in an output, those in the fields of dataclasses too."""
     if dataclasses.is_dataclass(value) and not isinstance(value, (type, Mapping)):
         value = vars(value)
     if isinstance(value, Mapping):

@@ -67,7 +67,7 @@ class At:
     training: bool
 
     def is_activation(self, *nodes: Any) -> bool:
-        """Whether all are floating-point tensors that depend on the inputs."""
+        """Tell whether all are floating-point tensors that depend on the inputs."""
         return all(
             isinstance(n, Node)
             and n in self.activations
@@ -115,7 +115,7 @@ def replacement(node: Node, at: At) -> Replacement | None:
 
 
 def _static(value: Any) -> bool:
-    """Whether a value holds no node."""
+    """Tell whether a value holds no node."""
     if isinstance(value, Node):
         return False
     if isinstance(value, slice):
@@ -124,7 +124,7 @@ def _static(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Lists of torch.fx as tuples."""
+    """Return lists of torch.fx as tuples."""
     return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
 
 
@@ -323,7 +323,7 @@ def _mean(at: At, input: Any, dim: Any = None, keepdim: Any = False, *, axis: An
 
 
 def _is_batch_size(at: At, size: Any) -> bool:
-    """Whether a node is the size of an activation's first dimension."""
+    """Tell whether a node is the size of an activation's first dimension."""
     if not isinstance(size, Node):
         return False
     if size.op == "call_method" and size.target == "size" and size.args[1:] == (0,):
@@ -434,7 +434,7 @@ def _interpolate(
 
 
 def _own_parameters(at: At, weight: Any, bias: Any) -> dict[str, str] | None:
-    """The block's own parameters that a function uses as weight and bias, and nothing else uses; None where not so."""
+    """Return the block's own parameters that only this function uses, as weight and bias; None where not so."""
     found = {}
     for name, node in (("weight", weight), ("bias", bias)):
         if node is None and name == "bias":

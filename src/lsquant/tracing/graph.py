@@ -236,7 +236,7 @@ class BlockTracer(fx.Tracer):
         return call, []
 
     def given(self, node: Node, value: Any, what: str) -> Any:
-        """What the forward gets for an argument, or for a part of one."""
+        """Return what the forward gets for an argument, or for a part of one."""
         if value is None or isinstance(value, (bool, str)):
             self.check(node, value, what)
             return value
@@ -244,7 +244,7 @@ class BlockTracer(fx.Tracer):
         return self.unpacked(self.proxy(node), what, is_argument=True)
 
     def unpacked(self, proxy: Any, what: str, is_argument: bool = False) -> Any:
-        """Proxies for the parts of tuples, lists and mappings, in real ones; the proxy itself for everything else."""
+        """Return proxies for the parts of tuples, lists and mappings, in real ones; else the proxy itself."""
         value: Any = proxy.value
         if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
             if is_argument:
@@ -277,11 +277,11 @@ class BlockTracer(fx.Tracer):
                 self.call(operator.setitem, (node, place, self.create_arg(now[place])))
 
     def here(self) -> Place | None:
-        """What is being executed in the block."""
+        """Return what is being executed in the block."""
         return self.definition or current_place()
 
     def call(self, function: Any, args: tuple[Any, ...]) -> Node:
-        """A node that calls a function; its value is not computed."""
+        """Return a node that calls a function; its value is not computed."""
         return self.create_node("call_function", function, args, {})
 
     # ---- what is recorded ----
@@ -316,7 +316,7 @@ class BlockTracer(fx.Tracer):
         return super().create_arg(a)
 
     def _made(self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
-        """A node that makes an object."""
+        """Return a node that makes an object."""
         node = self.create_node("call_function", kind, args, kwargs)
         self.values[node] = kind(*self._concrete(args), **self._concrete(kwargs))
         return node
@@ -390,7 +390,7 @@ class BlockTracer(fx.Tracer):
         return target(*args, **kwargs)
 
     def _concrete(self, arguments: Any) -> Any:
-        """The values of a node's arguments; lists and dictionaries are fresh ones."""
+        """Return the values of a node's arguments; lists and dictionaries are fresh ones."""
 
         def value(a: Any) -> Any:
             if isinstance(a, slice):
@@ -402,7 +402,7 @@ class BlockTracer(fx.Tracer):
     # ---- what Python wants to know ----
 
     def decided(self, proxy: ValueProxy, method: str, function: Any = None) -> Any:
-        """A plain value for Python; the traced code checks that it is still the same.  Never one of a tensor."""
+        """Return a plain value for Python; the traced code checks that it is still the same.  Never one of a tensor."""
         self.require_readable(method, proxy)
         node = proxy.node
         value = proxy.value
@@ -426,7 +426,7 @@ class BlockTracer(fx.Tracer):
             self.checks[node] = self.call(expect, (node, value, self.name, self.describe(what)))
 
     def describe(self, what: str) -> str:
-        """What a check is about, for its message."""
+        """Return what a check is about, for its message."""
         return f"block {self.name!r} ({spoken(self.here())}), {what}"
 
     def asked_by_index(self, node: Node) -> None:
@@ -442,7 +442,7 @@ class BlockTracer(fx.Tracer):
 
 
 def copied(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Tuples, lists and dictionaries anew, with everything else in them changed."""
+    """Return tuples, lists and dictionaries anew, with everything else in them changed."""
     if isinstance(value, tuple) and not isinstance(value, torch.Size):
         parts = [copied(v, change) for v in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)

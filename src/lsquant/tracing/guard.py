@@ -49,5 +49,5 @@ def expect_some(found: Any, block: str, what: str) -> None:
 
 
 def keys(mapping: Mapping[Any, Any]) -> str:
-    """The keys of a mapping as one string, for ``expect``."""
+    """Return the keys of a mapping as one string, for ``expect``."""
     return ",".join(sorted(map(str, mapping)))

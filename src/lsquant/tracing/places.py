@@ -23,13 +23,13 @@ class Untraceable(Exception):
 
 
 def in_library(frame: FrameType) -> bool:
-    """Whether a frame runs torch's code or that of this package."""
+    """Tell whether a frame runs torch's code or that of this package."""
     file = frame.f_code.co_filename
     return file.startswith(_LIBRARY) or file.startswith("<frozen")
 
 
 def current_place() -> Place | None:
-    """The innermost place outside torch and this package that is being executed."""
+    """Return the innermost place outside torch and this package that is being executed."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and in_library(frame):
         frame = frame.f_back
@@ -37,7 +37,7 @@ def current_place() -> Place | None:
 
 
 def raised_at(traceback: TracebackType | None) -> Place | None:
-    """The innermost place outside torch and this package through which an error passed."""
+    """Return the innermost place outside torch and this package through which an error passed."""
     found = None
     while traceback is not None:
         if not in_library(traceback.tb_frame):
@@ -47,5 +47,5 @@ def raised_at(traceback: TracebackType | None) -> Place | None:
 
 
 def spoken(place: Place | None) -> str:
-    """A place as ``file:line``."""
+    """Return a place as ``file:line``."""
     return "an unknown place" if place is None else f"{place[0]}:{place[1]}"

@@ -104,7 +104,7 @@ class _Graph:
                 raise Untraceable(_in_words(error, training), raised_at(error.__traceback__)) from error
 
     def _activations(self) -> set[Node]:
-        """The nodes whose value depends on the inputs, not by their sizes alone."""
+        """Return the nodes whose value depends on the inputs, not by their sizes alone."""
         found: set[Node] = set()
         for node in self.graph.nodes:
             depends = node.op in ("placeholder", "call_module") or any(n in found for n in node.all_input_nodes)
@@ -163,7 +163,7 @@ class _Graph:
         self.graph.erase_node(node)
 
     def _later_readers(self, node: Node, found: Replacement) -> list[tuple[Node, Node]]:
-        """Who reads the changed tensor after an in-place function, and by which name: they are to read the result.
+        """Say who reads the changed tensor after an in-place function, and by which name: they are to read the result.
 
         Raises: Untraceable where a module that gives a new tensor is not the same.
         """
@@ -203,7 +203,7 @@ class _Graph:
 
 
 def _in_words(error: Exception, training: bool) -> str:
-    """An error that a forward raised while it was traced."""
+    """Return an error that a forward raised while it was traced."""
     if isinstance(error, TypeError) and re.search(r"ValueProxy|^\w+\(\) takes \d+ positional", str(error)):
         return "a size is given to a function that takes numbers only; give sizes in a tuple: torch.rand((n, 1))"
     mode = "in training mode " if training else ""
@@ -211,7 +211,7 @@ def _in_words(error: Exception, training: bool) -> str:
 
 
 def _around(node: Node) -> tuple[list[Node], set[Node]]:
-    """The nodes of a graph before a node, in order, and those after it."""
+    """Return the nodes of a graph before a node, in order, and those after it."""
     nodes = list(node.graph.nodes)
     place = nodes.index(node)
     return nodes[:place], set(nodes[place + 1 :])

@@ -29,12 +29,12 @@ def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module; dictionaries, lists and sets as copies."""
+    """Return the attributes of a module; dictionaries, lists and sets as copies."""
     return {k: v.copy() if type(v) in _CONTAINERS else v for k, v in vars(module).items() if k != "training"}
 
 
 def _drawn() -> tuple[Any, ...]:
-    """How far the generators of Python and NumPy are."""
+    """Say how far the generators of Python and NumPy are."""
     _, keys, position, *_ = np.random.get_state()  # noqa: NPY002  (the one that all share)
     return random.getstate(), position, keys.tobytes() if isinstance(keys, np.ndarray) else keys
 

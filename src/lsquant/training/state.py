@@ -226,7 +226,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _alike(value: Any, here: Any) -> bool:
-    """Whether a hyperparameter may take the place of another: a number of a number, true, false or None of None."""
+    """Tell whether one hyperparameter may replace another: a number a number, true, false or None the same kind."""
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and not value.is_complex() and (isinstance(here, torch.Tensor) or _is_number(here))
     if here is None or isinstance(here, bool):

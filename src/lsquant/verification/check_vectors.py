@@ -7,7 +7,7 @@ import onnxruntime
 
 
 def main(file: str, vectors: str) -> int:
-    """0 where every output has the bits of the trained model, else 1."""
+    """Return 0 where every output has the bits of the trained model, else 1."""
     try:  # a file may say anything: no pickles, no more memory than it has bytes
         with open(vectors, "rb") as raw, np.load(raw, allow_pickle=False) as found:
             parts = found.zip.infolist()

@@ -32,7 +32,7 @@ class CppEngine(Engine):
         return self._reason
 
     def fake_quantize(self, x: Tensor, grid: Grid) -> Tensor:
-        """The quantizer with its derivative registered in C++."""
+        """Return the quantizer with its derivative registered in C++."""
         step, zero, offset = grid.step, grid.zero_point, grid.offset
         reference.require_bounds(grid.q_min, grid.q_max)
         reference.require_layout(x, step, grid.axis, grid.group_size, zero, offset)
@@ -71,7 +71,7 @@ class CppEngine(Engine):
     def convolution(
         self, x: Tensor, x_grid: Grid, rows: Tensor, w_grid: Grid, bias: Tensor | None, conv: Conv
     ) -> Tensor | None:
-        """2-d, neither transposed nor grouped."""
+        """Convolve in two dimensions, neither transposed nor grouped."""
         if not (_is_plain(x, conv) and _fits(x, x_grid, rows, w_grid)):
             return None
         return torch.ops.lsquant_cpp.convolution(
@@ -82,7 +82,7 @@ class CppEngine(Engine):
     def weight_gradient(
         self, grad: Tensor, x: Tensor, x_grid: Grid, kernel: Sequence[int], conv: Conv
     ) -> Tensor | None:
-        """2-d, neither transposed nor grouped, at most 2^17 weights."""
+        """Compute it in two dimensions, neither transposed nor grouped, at most 2^17 weights."""
         weights = grad.shape[1] * x.shape[1] * torch.Size(kernel).numel()
         if not (_is_plain(x, conv) and x.numel() and 0 < weights <= 2**17):
             return None
@@ -92,7 +92,7 @@ class CppEngine(Engine):
         )  # fmt: skip
 
     def input_gradient(self, grad: Tensor, x: Tensor, w_hat: Tensor, conv: Conv) -> Tensor | None:
-        """3x3, stride 1, at least 32 channels, channels last, by minimal filtering; the result is channels last."""
+        """Compute it by minimal filtering: 3x3, stride 1, at least 32 channels, channels last as the result."""
         out, channels = w_hat.shape[:2]
         fits = _is_plain(x, conv) and w_hat.shape[2:] == (3, 3) and min(out, channels) >= 32 and out % 8 == 0
         if not fits or w_hat.numel() > 2**18 or not x.numel():  # minima above: the weight is not empty
@@ -131,7 +131,7 @@ def _fake_backward(grad: Tensor, x: Tensor, step: Tensor, *rest: Any) -> tuple[T
 
 
 def _fits(x: Tensor, x_grid: Grid, weight: Tensor, w_grid: Grid) -> bool:
-    """Whether no groups share steps, there is something to sum, codes fit 8 bits, the weight's int8, and sums int32."""
+    """Tell whether there are no groups, something to sum, codes of 8 bits (the weight's int8) and int32 sums."""
     levels = x_grid.q_max - x_grid.q_min
     if levels >= 256 or w_grid.group_size is not None or not x.numel() or not weight.numel():
         return False
@@ -141,7 +141,7 @@ def _fits(x: Tensor, x_grid: Grid, weight: Tensor, w_grid: Grid) -> bool:
 
 
 def _is_plain(x: Tensor, conv: Conv) -> bool:
-    """Whether a convolution is 2-d and neither transposed nor grouped."""
+    """Tell whether a convolution is 2-d and neither transposed nor grouped."""
     return x.dim() == 4 and not conv.transposed and conv.groups == 1
 
 

@@ -41,14 +41,14 @@ class CannotBuild(LsquantError):
 
 
 def cache_folder() -> Path:
-    """Where built engines are kept."""
+    """Return where built engines are kept."""
     if own := os.environ.get("LSQUANT_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lsquant"
 
 
 def compiler() -> str:
-    """The C++ compiler: ``$CXX``, g++ or clang++.  Raises: CannotBuild."""
+    """Return the C++ compiler: ``$CXX``, g++ or clang++.  Raises: CannotBuild."""
     for name in (os.environ.get("CXX"), "g++", "clang++"):
         if name and (path := shutil.which(name)):
             return path
@@ -56,7 +56,7 @@ def compiler() -> str:
 
 
 def target_flags() -> tuple[str, ...]:
-    """Instruction sets: torch's capability, and the dot-product instruction where the processor has it."""
+    """Return instruction sets: torch's capability, and the dot-product instruction where the processor has it."""
     flags = LEVELS.get(torch.backends.cpu.get_cpu_capability(), ())
     if "-mavx512vl" in flags and "avx512_vnni" in _processor_flags() and _instructions_allowed():
         flags += ("-mavx512vnni",)
@@ -64,12 +64,12 @@ def target_flags() -> tuple[str, ...]:
 
 
 def sanitizer_flags() -> tuple[str, ...]:
-    """The sanitizers where ``LSQUANT_SANITIZE`` is 1, else nothing."""
+    """Return the sanitizers where ``LSQUANT_SANITIZE`` is 1, else nothing."""
     return SANITIZERS if os.environ.get(SANITIZE) == "1" else ()
 
 
 def _instructions_allowed() -> bool:
-    """Whether ONEDNN_MAX_CPU_ISA, which lowers torch's integer kernels, leaves the dot-product instruction on."""
+    """Tell whether ONEDNN_MAX_CPU_ISA, which lowers torch's integer kernels, leaves the dot-product instruction on."""
     return not os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper().startswith(("SSE41", "AVX"))
 
 
@@ -82,7 +82,7 @@ def _processor_flags() -> str:
 
 
 def library() -> Path:
-    """The built engine, built now if it is not there.  Raises: CannotBuild."""
+    """Return the built engine, built now if it is not there.  Raises: CannotBuild."""
     command = compiler()
     folder = Path(__file__).parent
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout.split("\n")[0]
@@ -105,7 +105,7 @@ def library() -> Path:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held by one process; given up by the system when that one dies."""
+    """Hold a lock in one process; the system gives it up when that one dies."""
     import fcntl
 
     with open(path, "w") as file:

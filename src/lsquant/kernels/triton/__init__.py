@@ -47,7 +47,7 @@ class _Matrix(NamedTuple):
 
 
 def _power(n: int, most: int) -> int:
-    """The least power of two that is not below n, at most ``most``."""
+    """Return the least power of two that is not below n, at most ``most``."""
     p = 1
     while p < n and p < most:  # also for the symbolic sizes of a trace
         p *= 2
@@ -55,7 +55,7 @@ def _power(n: int, most: int) -> int:
 
 
 def _matrix(x: Tensor, grid: Grid) -> _Matrix:
-    """Where the elements of a dense tensor have their step; groups lie along its row-major order."""
+    """Return where the elements of a dense tensor have their step; groups lie along its row-major order."""
     steps, axis, group_size = grid.step.numel(), grid.axis, grid.group_size
     count, outer, inner = x.numel(), 1, group_size or 1
     if steps == 1:
@@ -82,7 +82,7 @@ def _run(kernel: str, m: _Matrix, *args: Any, **constants: Any) -> None:
 
 
 def _numbers(grid: Grid) -> tuple[Any, ...]:
-    """A quantizer as the kernels take it: steps; zero points, or the one number for all; bounds."""
+    """Return a quantizer as the kernels take it: steps; zero points, or the one number for all; bounds."""
     zero = grid.zero_point
     if grid.offset is not None:
         zero = reference.zero_point(grid.step, grid.offset, grid.q_min, grid.q_max)
@@ -92,7 +92,7 @@ def _numbers(grid: Grid) -> tuple[Any, ...]:
 
 
 def _dense(x: Tensor, grid: Grid) -> Tensor:
-    """x without gaps, row-major for groups.  Raises: UsageError where the shapes do not fit."""
+    """Return x without gaps, row-major for groups.  Raises: UsageError where the shapes do not fit."""
     x = x if grid.group_size is None else x.contiguous()
     reference.require_bounds(grid.q_min, grid.q_max)
     reference.require_layout(x, grid.step, grid.axis, grid.group_size, grid.zero_point, grid.offset)
@@ -140,7 +140,7 @@ class TritonEngine(Engine):
         return to, by_step, by_offset[0] if by_offset else None
 
     def linear(self, x: Tensor, x_grid: Grid, weight: Tensor, w_grid: Grid, bias: Tensor | None) -> Tensor | None:
-        """``acc = sum (q_x - shift) q_w + (shift - z) sum q_w``, int32."""
+        """Compute ``acc = sum (q_x - shift) q_w + (shift - z) sum q_w``, int32."""
         if not _fits(x, x_grid, weight, w_grid):
             return None
         shift, z = 128 if x_grid.q_max > 127 else 0, 0
@@ -158,7 +158,7 @@ class TritonEngine(Engine):
 
 
 def _fits(x: Tensor, x_grid: Grid, weight: Tensor, w_grid: Grid) -> bool:
-    """Whether ``torch._int_mm`` takes the shapes (on CPU it may saturate), codes fit int8 and sums int32."""
+    """Tell whether ``torch._int_mm`` takes the shapes (on CPU it may saturate), codes fit int8 and sums int32."""
     if w_grid.group_size is not None:
         return False
     out, inputs = weight.shape
@@ -169,7 +169,7 @@ def _fits(x: Tensor, x_grid: Grid, weight: Tensor, w_grid: Grid) -> bool:
 
 
 def _codes(x: Tensor, shift: int, grid: Grid) -> tuple[Tensor, Tensor]:
-    """``q - shift`` of x: (rows, columns), int8; and per row 0, or NaN where a part of it is not finite."""
+    """Compute ``q - shift`` of x: (rows, columns), int8; and per row 0, or NaN where a part of it is not finite."""
     steps = grid.step.numel()
     m = _Matrix(x.shape[0], x.shape[1], x.numel(), steps, 1, "tensor" if steps == 1 else "row")
     q = torch.empty_like(x, dtype=torch.int8)

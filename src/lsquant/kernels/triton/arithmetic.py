@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def _tile(rows, columns, count, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row (ROWS, 1), column (1, COLUMNS) and place of this program's elements, and which of them exist."""
+    """Return row (ROWS, 1), column (1, COLUMNS) and place of this program's elements, and which of them exist."""
     program, across = tl.program_id(0).to(tl.int64), (columns + COLUMNS - 1) // COLUMNS
     r = program // across * ROWS + tl.arange(0, ROWS)[:, None]
     c = program % across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -23,7 +23,7 @@ def _tile(rows, columns, count, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _grid(step, zero, fixed, r, c, rows, columns, steps, inner, BY: tl.constexpr):
-    """Step and zero point: of the tensor, of every row or of every column."""
+    """Return step and zero point: of the tensor, of every row or of every column."""
     index = r % steps if BY == "row" else c // inner if BY == "column" else 0
     there = r < rows if BY == "row" else c < columns if BY == "column" else True
     s = tl.load(step + index, mask=there, other=1.0)
@@ -32,13 +32,13 @@ def _grid(step, zero, fixed, r, c, rows, columns, steps, inner, BY: tl.constexpr
 
 @triton.jit
 def _rounded(v):
-    """Half to even for |v| <= 2^22: the addition of 1.5 * 2^23 rounds at the units.  Larger values stay large."""
+    """Round half to even, |v| <= 2^22: adding 1.5 * 2^23 rounds at the units.  Larger values stay large."""
     return (v + 12582912.0) - 12582912.0
 
 
 @triton.jit
 def _store(to, v, there):
-    """In the type of the output, rounded half to even; bfloat16 by hand, as the interpreter truncates."""
+    """Store in the type of the output, rounded half to even; bfloat16 by hand, as the interpreter truncates."""
     if to.dtype.element_ty == tl.bfloat16:
         bits = v.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -48,7 +48,7 @@ def _store(to, v, there):
 
 @triton.jit
 def _sum(to, v, r, c, rows, columns, BY: tl.constexpr, COLUMNS: tl.constexpr):
-    """The tile's float32 sums; to: (rows, tiles across), where steps go by column (tiles down, columns)."""
+    """Return the tile's float32 sums; to: (rows, tiles across), where steps go by column (tiles down, columns)."""
     program, across = tl.program_id(0).to(tl.int64), (columns + COLUMNS - 1) // COLUMNS
     if BY == "column":
         tl.store(to + program // across * columns + c, tl.sum(v, axis=0, keep_dims=True), mask=c < columns)
@@ -59,7 +59,7 @@ def _sum(to, v, r, c, rows, columns, BY: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def forward(x, y, bad, shift, step, zero, fixed, q_min, q_max, rows, columns, count, steps, inner,
             BY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """(M3) ``y = (code - z) s``, NaN where x is not finite.  With bad, int8 codes: ``y = code - shift``.
+    """(M3) Compute ``y = (code - z) s``, NaN where x is not finite.  With bad, int8 codes: ``y = code - shift``.
 
     bad: (rows, tiles across), NaN where the tile's part of a row is not finite, else 0.
     """
@@ -81,7 +81,7 @@ def forward(x, y, bad, shift, step, zero, fixed, q_min, q_max, rows, columns, co
 def backward(up, x, grad, sums, kind, step, zero, fixed, q_min, q_max, rows, columns, count, steps, inner,
              BY: tl.constexpr, LEARNED: tl.constexpr, IN_PLACE: tl.constexpr, ROWS: tl.constexpr,
              COLUMNS: tl.constexpr):  # fmt: skip
-    """(M4), (M10) The gradient of x, and the tiles' sums of the terms of step and, ``kind`` further, LEARNED offset."""
+    """(M4), (M10) Compute the gradient of x, and the tiles' sums for step and, ``kind`` further, LEARNED offset."""
     r, c, at, there = _tile(rows, columns, count, ROWS, COLUMNS)
     s, z = _grid(step, zero, fixed, r, c, rows, columns, steps, inner, BY)
     v = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
@@ -102,7 +102,7 @@ def backward(up, x, grad, sums, kind, step, zero, fixed, q_min, q_max, rows, col
 @triton.jit
 def finish(sums, more, bad, scale, bias, y, rows, columns, count, steps, inner,
            ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """``y = fl(fl(float32(sums + more) * scale) + bias)``; bad: 0 or NaN, by row; more, scale, bias: by column."""
+    """Compute ``fl(fl(float32(sums + more) * scale) + bias)``; bad: 0 or NaN, by row; the others by column."""
     r, c, at, there = _tile(rows, columns, count, ROWS, COLUMNS)
     acc = tl.load(sums + at, mask=there, other=0)
     if more is not None:
