@@ -27,9 +27,9 @@ from lsquant._util.rollback import unchanged_on_error
 from lsquant._util.tensors import on_meta, read_tensors, write_tensors
 from lsquant._version import __version__ as VERSION
 from lsquant.convert import prepare, resolved_recipe
-from lsquant.nn import quantized_layers, quantizers
+from lsquant.nn import QuantizedLayer, quantized_layers, quantizers
 from lsquant.recipe import Recipe, recipe_of_file
-from lsquant.tying import stored_once
+from lsquant.tying import require_one_quantizer_each, stored_once
 from lsquant.unsupported import require_fit, warn_of_added
 
 FORMAT = "1"
@@ -54,8 +54,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     model: prepared.
     path: of the file, usually ``.safetensors``.
     metadata: more strings to keep in the file; keys beginning with "lsquant." are lsquant's own.
-    Raises: UsageError for a model without quantized layers, for a layer whose weight is made by a hook or does not fit
-        its steps, and for a value in the state dict that is no tensor; MissingFile, DiskFull (the old file is then
+    Raises: UsageError for a model without quantized layers, for a layer whose weight is made by a hook, does not fit
+        its steps, is not finite or was tied to another after ``prepare``, and for a value in the state dict that is no
+        tensor; MissingFile, DiskFull (the old file is then
         unchanged).
     Warns: UserWarning naming layers that came into the model after ``prepare``.
     """
@@ -64,8 +65,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
         raise UsageError("save: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
     if empty := [name for name, t in model.state_dict().items() if isinstance(t, Tensor) and t.is_meta]:
         raise UsageError(f"save: {empty[0]!r} is on the meta device and holds no values; load a state first")
+    require_one_quantizer_each(model)
     for name, layer in quantized_layers(model):
         require_fit(name, layer)
+        _require_finite(name, layer)
     warn_of_added(model)
     stored, aliases = stored_once(model)
     ours = {
@@ -77,12 +80,28 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     write_tensors(path, stored, {**(metadata or {}), **ours})
 
 
+def _require_finite(name: str, layer: QuantizedLayer) -> None:
+    """Raise UsageError for weights that are NaN or infinite: they have no codes."""
+    if layer.weight_quantizer is None or bool(torch.isfinite(layer.weight.detach()).all()):
+        return
+    bad = int((~torch.isfinite(layer.weight.detach())).sum())
+    raise UsageError(
+        f"save: {bad} of the weights of layer {name!r} are NaN or infinite; go back to the last good checkpoint, lower "
+        "the learning rate or clip gradients"
+    )
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """Read the metadata of a file written by ``save``.
 
     Raises: MissingFile, DamagedFile; UsageError for a file of another kind.
     """
     return _read(path, with_tensors=False)[0]
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Raise what ``load`` raises for the content of a file: MissingFile, DamagedFile, UsageError for another kind."""
+    _read(path, with_tensors=True)
 
 
 def _read(path: str | os.PathLike[str], with_tensors: bool) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -92,8 +111,9 @@ def _read(path: str | os.PathLike[str], with_tensors: bool) -> tuple[dict[str, s
         if "lsquant.packed" in metadata:
             raise UsageError(f"{path} is a packed file: use lsquant.load_packed(model, path)")
         raise UsageError(
-            f"{path} was not written by lsquant.save: it has no recipe. For a float checkpoint use "
-            "model.load_state_dict(safetensors.torch.load_file(path)), before or after prepare"
+            f"{path} was not written by lsquant.save: it has no recipe. Use "
+            "model.load_state_dict(safetensors.torch.load_file(path)): before or after prepare for a float checkpoint, "
+            "after prepare by the recipe that it was made with for one with quantizers"
         )
     if not re.fullmatch("[0-9]{1,6}", version, re.ASCII):
         raise DamagedFile(f"{path} is damaged: lsquant.format is {shown(version)}; needed is a number")
@@ -152,6 +172,7 @@ def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: 
             "model.to_empty(device='cpu') first"
         )
     _check_architecture(model, tensors, path)
+    _check_ties(model, tensors, path)
     try:
         with unchanged_on_error(model.modules()):
             prepare(model, recipe)
@@ -184,6 +205,22 @@ def _check_architecture(model: nn.Module, tensors: dict[str, Tensor], path: str 
         kind = type(model).__name__
         found = "; ".join(problems[:3]) + more
         raise UsageError(f"{path} is of another architecture than {kind}: {found}. Build the model that was saved")
+
+
+def _check_ties(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Raise UsageError where the model has one tensor and the file two different ones, of which one would be lost."""
+    for second, first in stored_once(model)[1].items():
+        mine, other = tensors.get(first), tensors.get(second)
+        if mine is None or other is None or mine is other or _same_bits(mine, other):
+            continue
+        raise UsageError(
+            f"{path} does not fit {type(model).__name__}: {first!r} and {second!r} are one tensor in the model and two "
+            "different ones in the file; load it into a model that is not tied, as the saved one was"
+        )
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _kind(tensor: Tensor) -> tuple[bool, bool]:

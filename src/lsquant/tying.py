@@ -52,6 +52,15 @@ def weights_with_several_quantizers(model: nn.Module) -> Iterator[tuple[str, str
                 yield names[layer], names[sharing[0]]
 
 
+def require_one_quantizer_each(model: nn.Module) -> None:
+    """Raise UsageError naming layers whose weights were tied after ``prepare``: one weight cannot have two codes."""
+    for name, first in weights_with_several_quantizers(model):
+        raise UsageError(
+            f"layers {first!r} and {name!r} share one weight, but not its quantizer: it was tied after prepare; call "
+            "lsquant.prepare(model, recipe) again"
+        )
+
+
 # ---- quantizers ----
 
 

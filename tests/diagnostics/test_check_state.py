@@ -238,3 +238,31 @@ def test_a_step_whose_values_reach_the_outermost_level_has_a_gradient():
     model[0].input_quantizer.step.grad = None  # as if something cut it off
     optimizer.step()
     assert ("step_unmoved", "0.input_quantizer") in codes(check(model, optimizer, pixels))
+
+
+def test_weights_that_are_not_finite_are_found():
+    model = calibrated(Recipe(4, 4), torch.randn(64, 8))
+    with torch.no_grad():
+        model[0].weight[1, 2] = torch.nan
+    assert [(f.severity, f.where, f.evidence["bad"]) for f in check(model) if f.code == "weights_not_finite"] == [
+        ("error", "0", 1)
+    ]
+
+
+def test_a_guessed_order_is_found_where_nothing_is_calibrated():
+    class Reversed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.body, self.stem = nn.Linear(8, 2), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(self.stem(x)))
+
+    model, x = Reversed(), torch.randn(64, 8)
+    lsquant.prepare(model, Recipe.preset("w4"))
+    found = [
+        (f.severity, f.where, f.evidence["really"]) for f in check(model, batches=[x]) if f.code == "order_assumed"
+    ]
+    assert found == [("error", "head", "stem"), ("error", "stem", "head")]
+    lsquant.prepare(model, Recipe.preset("w4"), example_inputs=x)
+    assert "order_assumed" not in {f.code for f in check(model, batches=[x])}

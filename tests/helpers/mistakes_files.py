@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import lsquant
 from helpers.mistakes import W4A4, Net, Reversed, command, images, mistake, prepared, ready, torchs_error, warned
@@ -274,3 +275,71 @@ def resumed_and_overwritten(tmp: Path) -> Any:
 @mistake("'nonsense'", "package.module:name")
 def a_model_named_without_a_function(tmp: Path) -> Any:
     return command("calibrate", "--model", "nonsense", "--data", "nonsense", "--bits", "4", "--out", tmp / "m")
+
+
+# ---- ties, and weights that are not finite ----
+
+
+class Table(nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.table, self.body, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+        if tied:
+            self.head.weight = self.table.weight
+
+    def forward(self, index: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.table(index)))
+
+
+def untied() -> nn.Module:
+    model = Table(tied=False)
+    lsquant.prepare(model, Recipe(4, 8))
+    lsquant.calibrate(model, [torch.arange(7).reshape(1, 7)])
+    return model
+
+
+@mistake("'table.weight' and 'head.weight' are one tensor in the model", "load it into a model that is not tied")
+def an_untied_file_for_a_tied_model(folder: Path) -> Any:
+    lsquant.save(untied(), folder / "untied")
+    lsquant.load(Table(tied=True), folder / "untied")
+
+
+@mistake("'table.weight' and 'head.weight' are one tensor in the model", "load it into a model that is not tied")
+def an_untied_packed_file_for_a_tied_model(folder: Path) -> Any:
+    lsquant.export_packed(untied(), folder / "untied")
+    lsquant.load_packed(Table(tied=True), folder / "untied")
+
+
+@mistake("layers 'table' and 'head' share one weight, but not its", "call lsquant.prepare(model, recipe) again")
+def weights_tied_after_prepare_and_saved(folder: Path) -> Any:
+    model = untied()
+    model.head.weight = model.table.weight
+    lsquant.save(model, folder / "tied")
+
+
+@mistake("layers 'table' and 'head' share one weight, but not its", "call lsquant.prepare(model, recipe) again")
+def weights_tied_after_prepare_and_packed(folder: Path) -> Any:
+    model = untied()
+    model.head.weight = model.table.weight
+    lsquant.export_packed(model, folder / "tied")
+
+
+@mistake("save: 1 of the weights of layer 'stem' are NaN or infinite", "go back to the last good checkpoint")
+def a_diverged_model_saved(folder: Path) -> Any:
+    model = ready()
+    model.stem.weight.data[0, 0, 0, 0] = float("nan")
+    lsquant.save(model, folder / "nan")
+
+
+@mistake("1 of its weights are NaN or infinite", "lower the learning rate")
+def a_diverged_model_checked(_: Path) -> Any:
+    model = ready()
+    model.stem.weight.data[0, 0, 0, 0] = float("nan")
+    return lsquant.check(model)
+
+
+@mistake("by order of definition, but 'stem' runs first", "prepare(model, recipe, example_inputs=batch)")
+def a_guessed_order_that_nothing_calibrates(_: Path) -> Any:
+    model = Reversed()
+    lsquant.prepare(model, Recipe.preset("w4"))
+    return lsquant.check(model, batches=[torch.randn(3, 4)])

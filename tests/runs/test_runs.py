@@ -185,3 +185,18 @@ def test_a_run_of_an_earlier_version_goes_on_to_the_same_bits(ema, tmp_path, mon
     )
     again = lsquant.load(cut.task.model(), tmp_path / "old.safetensors")
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in again.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut"])
+def test_a_finished_run_that_lost_its_model_makes_it_again(damage, tmp_path, capsys):
+    run = run_of(tmp_path / "a")
+    metrics = run_training(run, quiet=True)
+    path = run.file("model.safetensors")
+    whole = path.read_bytes()
+    path.unlink() if damage == "deleted" else path.write_bytes(whole[: len(whole) // 2])
+    again = run_training(run_of(run.path), resume=True)
+    assert path.read_bytes() == whole
+    assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
+    assert "it is made again from the checkpoints in" in capsys.readouterr().err
+    run_training(run_of(run.path), resume=True)
+    assert "is complete: nothing is left to train" in capsys.readouterr().err

@@ -72,8 +72,8 @@ def check(
         return [finding("on_meta", "", text, tensors=empty)]
     stale = list(_check_state(model, compiled))  # before anything else reads the buffers
     sound = {name: q for name, q in quantizers(model) if _is_sound(q)}
-    found = [*stale, *_check_steps(model), *_check_few_values(sound, model), *_check_ties(model)]
-    found += [*_check_float_modules(model), *_check_fast_paths(model), *_check_what_ships(model)]
+    found = [*stale, *_check_steps(model), *_check_weights(model), *_check_few_values(sound, model)]
+    found += [*_check_ties(model), *_check_float_modules(model), *_check_fast_paths(model), *_check_what_ships(model)]
     if optimizer is not None:
         found += check_optimizer(model, optimizer, sound)
     started = None if optimizer is None else has_started(optimizer)
@@ -122,6 +122,14 @@ def _check_state(model: nn.Module, compiled: bool) -> Iterator[Finding]:
 
 def _is_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
+def _check_weights(model: nn.Module) -> Iterator[Finding]:
+    """Yield quantized weights that are not finite: they have no codes."""
+    for name, layer in quantized_layers(model):
+        bad = int((~torch.isfinite(layer.weight.detach())).sum()) if layer.weight_quantizer is not None else 0
+        if bad:
+            yield finding("weights_not_finite", name, f"{bad} of its weights are NaN or infinite", bad=bad)
 
 
 def _check_few_values(sound: dict[str, Quantizer], model: nn.Module) -> Iterator[Finding]:

@@ -33,6 +33,8 @@ CODES: dict[str, tuple[Severity, str]] = {
     "step_decayed": ("warning", "use lsquant.param_groups(model, lr, weight_decay), which never decays steps"),
     "step_frozen": ("warning", "let it learn: requires_grad_(True) and a learning rate above 0"),
     "values_not_finite": ("error", "look at the data, and at the first layer that has this finding"),
+    "weights_not_finite": ("error", "go back to the last good checkpoint; lower the learning rate or clip gradients"),
+    "order_assumed": ("error", "call prepare(model, recipe, example_inputs=batch), so that the order is known"),
     "clipped": (
         "warning",
         "calibrate again on data like these (again=True); give the layer more bits, or see lsquant.sensitivity",
@@ -53,8 +55,15 @@ CODES: dict[str, tuple[Severity, str]] = {
     "calibration_poor": ("warning", "calibrate again (again=True) on more data, and on data like these"),
     "step_collapsed": ("warning", "lower the learning rate of the steps: lsquant.param_groups(..., step_lr=...)"),
     "step_exploded": ("warning", "lower the learning rate of the steps: lsquant.param_groups(..., step_lr=...)"),
-    "step_unmoved": ("warning", "let its layer take part in the loss; look for .detach(), no_grad and unused outputs"),
-    "adam_step_lr": ("warning", "give steps a learning rate of their own: param_groups(..., step_lr=0.003 * step)"),
+    "step_unmoved": (
+        "warning",
+        "let its layer take part in the loss (.detach(), no_grad, unused outputs); where its gradient is not 0 but too "
+        "small to move a float32 number, train longer, or raise step_lr",
+    ),
+    "adam_step_lr": (
+        "warning",
+        "give each step a learning rate of its own: lsquant.param_groups(..., relative_step_lr=0.003)",
+    ),
     "dead_channels": (
         "warning",
         "a step per channel, a smaller step, or a smaller layer: these channels give a constant",
@@ -68,13 +77,16 @@ CODES: dict[str, tuple[Severity, str]] = {
     "bypassed": ("error", "call the layer instead of using its weight, or leave it in floating point (skip=)"),
     "unfit": ("error", "do as it says, then call lsquant.prepare(model, recipe) again; no file can be written so"),
     "added_later": ("warning", "call lsquant.prepare(model, recipe) again; the steps of the other layers are kept"),
-    "stays_float": ("warning", "replace it by layers that lsquant knows, or accept that it stays in floating point"),
+    "stays_float": (
+        "warning",
+        "do what the message names, replace it by layers that lsquant knows, or accept that it stays in floating point",
+    ),
 }
 """Code -> severity and remedy."""
 
 WEIGHT_REMEDY = (
-    "lower the learning rate of the steps; lsquant.calibrate(model, batches, weights='mse', again=True) sets this one "
-    "anew"
+    "lower the learning rate of the steps; layer.weight_quantizer.initialize(layer.weight) sets this one anew, and "
+    "lsquant.calibrate(model, batches, weights='mse', again=True) all of the model"
 )
 """The remedy for weights that do not fit their step: `calibrate` leaves weights as they are unless asked."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lsquant._util.batches import Forward, evaluating, first_input, run_batch, take
 from lsquant._util.bypass import BypassDetector, address
-from lsquant.convert import disabled
+from lsquant.convert import disabled, multiplies
 from lsquant.diagnostics import symptoms
 from lsquant.diagnostics.collect import ValueStatistics
 from lsquant.diagnostics.findings import Finding, finding, findings
@@ -42,6 +42,7 @@ def check_values(
     observed = _Run(model, sound)
     observed.run(batches, max_batches, forward)
     yield from observed.layers_not_called()
+    yield from observed.assumed_otherwise()
     owners = weight_quantizers(model)
     for name, q in sound.items():
         values = observed.values[q]
@@ -98,6 +99,7 @@ class _Run:
             if (statistics := symptoms.batchnorm_statistics(module)) is not None
         }
         self.calls: dict[str, int] = {}
+        self.order: dict[str, None] = {}  # layers as they were called first
         self.running: list[str] = []  # names of the layers that are being computed
         self.in_float = False
         weights = {address(m.weight): name for name, m in self.layers.items() if m.weight_quantizer is not None}
@@ -146,6 +148,7 @@ class _Run:
             self.running.append(name)
             if not self.in_float:
                 self.calls[name] += 1
+                self.order.setdefault(name)
             if values is not None:
                 observe = values.float_values.add if self.in_float else values.add
                 observe(first_input(args, kwargs))
@@ -162,6 +165,19 @@ class _Run:
                 statistics.add(args[0])
 
         return hook
+
+    def assumed_otherwise(self) -> Iterator[Finding]:
+        """Yield layers that got their bits as the first or last one, which another one is in execution order.
+
+        ``calibrate`` refuses this; a recipe for weights alone needs no ``calibrate``.
+        """
+        order = [name for name in self.order if name in self.layers and multiplies(self.layers[name])]
+        for index, which in ((0, "first"), (-1, "last")):
+            for name, layer in self.layers.items():
+                if order and which in getattr(layer, "assumed_position", ()) and name != order[index]:
+                    really = order[index]
+                    text = f"it got its bits as the {which} layer, by order of definition, but {really!r} runs {which}"
+                    yield finding("order_assumed", name, text, really=really)
 
     def layers_not_called(self) -> Iterator[Finding]:
         """Yield layers that are bypassed, or not reached by any batch."""

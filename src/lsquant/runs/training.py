@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lsquant import checkpoint
-from lsquant._util.errors import UsageError
+from lsquant._util.errors import DamagedFile, MissingFile, UsageError
 from lsquant._util.files import write_json
 from lsquant.calibration import calibrate
 from lsquant.convert import prepare
@@ -80,7 +80,7 @@ def run_training(
         _check_inputs(run)
     before = torch.get_num_threads()
     with start_run(run, resume=resume, overwrite=overwrite):
-        if run.file("metrics.json").is_file():
+        if run.file("metrics.json").is_file() and _has_model(run, quiet):
             message(f"{run.path} is complete: nothing is left to train", quiet)
             return read_metrics(run.file("metrics.json"))
         torch.set_num_threads(run.settings.threads or before)
@@ -88,6 +88,17 @@ def run_training(
             return _Training(run, log, checkpoint_every, quiet).train()
         finally:
             torch.set_num_threads(before)
+
+
+def _has_model(run: Run, quiet: bool) -> bool:
+    """Tell whether the run's model.safetensors is there and sound; else it is made again from the last checkpoints."""
+    path = run.file("model.safetensors")
+    try:
+        checkpoint.check_file(path)
+    except (MissingFile, DamagedFile) as error:
+        message(f"{error}; it is made again from the checkpoints in {run.path / 'last'}", quiet)
+        return False
+    return True
 
 
 def _with_teacher_hash(run: Run, resume: bool) -> Run:

@@ -18,6 +18,7 @@ from lsquant._util.batches import unwrapped
 from lsquant._util.errors import UsageError
 from lsquant.quantizer import Quantizer
 from lsquant.spec import QuantSpec
+from lsquant.tying import require_one_quantizer_each
 from lsquant.unsupported import require_fit, require_no_global_hooks, warn_of_added
 
 
@@ -145,6 +146,7 @@ def ship(model: nn.Module) -> Shipped:
     require_no_global_hooks()
     layers = list(lsq_nn.quantized_layers(model))
     warn_of_added(model)
+    require_one_quantizer_each(model)
     labels = {q: name for name, q in lsq_nn.quantizers(model)}
     weights: dict[Quantizer, ShippedWeight] = {}
     for name, layer in layers:
