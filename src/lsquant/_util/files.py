@@ -69,6 +69,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+def require_no_link(path: str | os.PathLike[str]) -> None:
+    """Raise UsageError where a file that nobody named would be written through a symbolic link, which leads anywhere."""
+    if os.path.islink(path):
+        raise UsageError(
+            f"{path} is a symbolic link, and what it leads to would be overwritten: remove it, or name another file"
+        )
+
+
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Replace the file at ``path`` by ``data``, or leave it as it is and raise."""
     with atomic_write(path) as temporary:

@@ -13,7 +13,7 @@ import torch
 from lsquant import calibration, checkpoint
 from lsquant._util.batches import take
 from lsquant._util.errors import MissingFile, UsageError
-from lsquant._util.files import write_json
+from lsquant._util.files import require_no_link, write_json
 from lsquant._version import __version__
 from lsquant.cli import user_model
 from lsquant.cli.outcome import Outcome
@@ -105,6 +105,7 @@ def export(a: Namespace) -> Outcome:
     model = subject.model()
     path = Path(a.out) if a.out else subject.exported(row)
     if not a.out:
+        require_no_link(path)
         path.parent.mkdir(exist_ok=True)
     example = subject.example_input
     options = given(a, "opset")
@@ -131,13 +132,16 @@ def verify_(a: Namespace) -> Outcome:
     model = subject.model()
     path = Path(a.file) if a.file else subject.exported(row)
     _check_verifiable(a, subject, path, row)
+    kind = "" if a.runtime in (None, *row.runtimes[:1]) else f".{a.runtime}"
+    kept = None if a.file else path.with_suffix(f"{kind}.verdict.json")
+    if kept is not None:
+        require_no_link(kept)
     batches = subject.test_batches()
     where = {"runtime": a.runtime, "node_modules": a.node_modules}
     verdict = verify(model, path, batches, max_batches=a.max_batches, **where)
     result = {"required": a.require, **verdict.to_dict(), "text": str(verdict)}
-    if not a.file:
-        kind = "" if a.runtime in (None, *row.runtimes[:1]) else f".{a.runtime}"
-        write_json(path.with_suffix(f"{kind}.verdict.json"), result)
+    if kept is not None:
+        write_json(kept, result)
     if verdict.reaches(a.require):
         return Outcome(result, str(verdict))
     return Outcome(result, f"{verdict}\nrequired: {a.require}{_promised(verdict)}", good=False)
