@@ -18,8 +18,8 @@ from lsquant._util.errors import DamagedFile, LsquantError, UsageError
 from lsquant.cli import main as command
 from lsquant.report.run_files import read_verdict, run_files
 from lsquant.runs.directory import Run, is_run, read_run, start_run
-from lsquant.runs.log_reader import latest, log_rows, read_metrics
 from lsquant.runs.lock import HOLDER, RunLock
+from lsquant.runs.log_reader import latest, log_rows, read_metrics
 from lsquant.tasks import Settings, get_task, open_run, run_training
 from lsquant.tasks.digits import Digits
 from lsquant.training import Log, TransitionRate, fit, load_state, param_groups, save_state
@@ -44,6 +44,7 @@ def run(tmp_path: Path) -> Path:
         ("lr = 0.01", "lr = nan", "settings: lr=nan: it must be a number from 0"),
         ('optimizer = "sgd"', "optimizer = ['sgd']", r"settings: optimizer=\['sgd'\]: it must be a word"),
         ("seed = 0", "sede = 0", "settings: unknown setting sede"),
+        ("seed = 0", "seed = 0\nthreads = 200000", "settings: threads=200000: it must be at most 1024"),  # crashes torch
         ("seed = 0", "seed = 0x" + "f" * 40, "seed=an integer of 160 bits"),
         ('task = "digits"', "task = 3", "task is 3; needed is a text"),
         ("width = 2", "width = [[2]]", r"options\.width\[0\]: \[2\] is no option"),

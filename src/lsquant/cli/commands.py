@@ -12,6 +12,7 @@ import torch
 
 from lsquant import calibration, checkpoint
 from lsquant._util.batches import take
+from lsquant._util.entry import shown
 from lsquant._util.errors import MissingFile, UsageError
 from lsquant._util.files import require_no_link, write_json
 from lsquant._version import __version__
@@ -28,6 +29,7 @@ from lsquant.nn import quantized_layers
 from lsquant.report.figure import draw_figures
 from lsquant.runs import is_run, load_float
 from lsquant.runs.network_files import loader_of
+from lsquant.runs.settings import MOST_THREADS
 from lsquant.tasks import get_task
 from lsquant.training.progress import message
 from lsquant.tying import weight_quantizers
@@ -41,8 +43,8 @@ MANY_STEPS = 1000  # weight steps that take so long by least squared error that 
 def set_threads(a: Namespace) -> None:
     """Set torch's threads as --threads says."""
     if a.threads is not None:
-        if a.threads < 1:
-            raise UsageError(f"--threads {a.threads}: at least 1")
+        if not 1 <= a.threads <= MOST_THREADS:
+            raise UsageError(f"--threads {shown(a.threads)}: 1 to {MOST_THREADS}")
         torch.set_num_threads(a.threads)
 
 

@@ -26,6 +26,8 @@ _LEAST = {
     "bn_batches": 0,
     "progressive_epochs": 1,
 }
+MOST_THREADS = 1024
+"""With many more the process may crash: each needs a stack, and the operating system has a limit."""
 _FROM_ZERO = ("lr", "float_lr", "step_lr", "momentum", "weight_decay", "float_weight_decay", "distill_weight")
 _ABOVE_ZERO = ("clip_norm", "distill_temperature")
 
@@ -130,6 +132,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{name}={value}: it must be at least {least}")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise UsageError(f"threads={self.threads}: it must be at most {MOST_THREADS}")
         for name in _FROM_ZERO:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value < inf:
