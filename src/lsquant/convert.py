@@ -487,7 +487,7 @@ def disabled(model: nn.Module, *patterns: str) -> Iterator[None]:
     known = list(quantizers(model))
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise UsageError(f"disabled: {shown(pattern)} is no pattern; give a glob on the name of a layer or quantizer")
+            raise UsageError(f"disabled: {shown(pattern)} is no pattern; give a glob on names of layers or quantizers")
         if not any(_matches(name, pattern) for name, _ in known):
             near = difflib.get_close_matches(pattern, [name for name, _ in known], 3, 0.3)
             raise UsageError(f"disabled: {pattern!r} matches no quantizer; near names: {', '.join(near) or 'none'}")

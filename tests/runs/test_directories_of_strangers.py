@@ -41,10 +41,12 @@ def run(tmp_path: Path) -> Path:
         ("distill = false", "distill = 0", "settings: distill=0: it must be true or false"),
         ("progressive = [8]", "progressive = 8", "settings: progressive=8: it must be a list of bits"),
         ("progressive = [8]", "progressive = [8.0]", "progressive"),
+        ("weight_decay = 0.0001", "weight_decay = 1e300", "weight_decay=1e\\+300: it must be a number from 0 to 1e"),
+        ("epochs = 30\nlr = 0.01", "epochs = 30\nlr = 1e300", "settings: lr=1e\\+300: it must be a number from 0 to 1e"),
         ("lr = 0.01", "lr = nan", "settings: lr=nan: it must be a number from 0"),
         ('optimizer = "sgd"', "optimizer = ['sgd']", r"settings: optimizer=\['sgd'\]: it must be a word"),
         ("seed = 0", "sede = 0", "settings: unknown setting sede"),
-        ("seed = 0", "seed = 0\nthreads = 200000", "settings: threads=200000: it must be at most 1024"),  # crashes torch
+        ("seed = 0", "seed = 0\nthreads = 200000", "settings: threads=200000: it must be at most 1024"),  # a crash
         ("seed = 0", "seed = 0x" + "f" * 40, "seed=an integer of 160 bits"),
         ('task = "digits"', "task = 3", "task is 3; needed is a text"),
         ("width = 2", "width = [[2]]", r"options\.width\[0\]: \[2\] is no option"),

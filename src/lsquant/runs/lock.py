@@ -48,7 +48,8 @@ class RunLock:
         except OSError as error:
             raise cannot_write(folder / LOCK, error) from error
         try:
-            (folder / HOLDER).unlink(missing_ok=True)  # a dead process's, or a link that leads out of the folder
+            with suppress(OSError):
+                (folder / HOLDER).unlink()  # a dead process's, or a link that leads out of the folder
             write_json(folder / HOLDER, {"host": socket.gethostname(), "process": os.getpid()})
         except BaseException:
             self.release()
