@@ -102,7 +102,7 @@ def calibrate(
         last layer, and when a quantizer would be left without a step.  Whatever is raised, a KeyboardInterrupt too,
         the model is then unchanged.
     """
-    model = _check_arguments(model, method, weights)
+    model = _check_arguments(model, method, weights, again)
     # everything is computed before anything is changed: (quantizer, a copy of it that is set)
     with unchanged_on_error(model.modules(), values=False):
         wanted = _weights_to_set(model, weights, again)
@@ -142,13 +142,15 @@ def _activation_quantizers(model: nn.Module) -> list[Quantizer]:
     return of_layers + [quantizer for _, quantizer in lone_quantizers(model)]
 
 
-def _check_arguments(model: nn.Module, method: Any, weights: Any) -> nn.Module:
+def _check_arguments(model: nn.Module, method: Any, weights: Any, again: Any) -> nn.Module:
     model = require_one_process(
         model,
         "calibrate",
         "with the same batches in every process; or calibrate .module and call lsquant.integrations.distributed."
         "synchronize on it",
     )
+    if type(again) is not bool:
+        raise UsageError(f"calibrate: again={again!r}; it must be True or False")
     if not any(True for _ in quantizers(model)):
         raise UsageError("calibrate: the model has no quantizers; call lsquant.prepare(model, recipe) first")
     if empty := on_meta(model):

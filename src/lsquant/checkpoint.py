@@ -16,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
         require_fit(name, layer)
         _require_finite(name, layer)
     warn_of_added(model)
+    more = dict(metadata) if isinstance(metadata, Mapping) else {}
+    if metadata is not None and (more != metadata or not all(_is_text(t) for item in more.items() for t in item)):
+        raise UsageError("save: metadata has to be a mapping of texts to texts; write other values as JSON")
     stored, aliases = stored_once(model)
     ours = {
         "lsquant.format": FORMAT,
@@ -77,7 +81,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
         "lsquant.aliases": json.dumps(aliases),
         "lsquant.versions": json.dumps({"lsquant": VERSION, "torch": torch.__version__}),
     }
-    write_tensors(path, stored, {**(metadata or {}), **ours})
+    write_tensors(path, stored, {**more, **ours})
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text that UTF-8 can hold."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _require_finite(name: str, layer: QuantizedLayer) -> None:
@@ -176,6 +185,9 @@ def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: 
     try:
         with unchanged_on_error(model.modules()):
             prepare(model, recipe)
+            for name, _ in quantizers(model):
+                if f"{name}.step" not in tensors:
+                    raise UsageError(f"the file lacks {name}.step, which its recipe needs")
             model.load_state_dict(tensors)
     except (UsageError, RuntimeError) as error:
         raise UsageError(f"{path} does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error

@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lsquant._util.batches import evaluating, first_input, require_one_process, run_batch, uncompiled
 from lsquant._util.bypass import BypassDetector, address
+from lsquant._util.entry import shown
 from lsquant._util.errors import UsageError
 from lsquant._util.products import ProductCounter, recurrent_products
 from lsquant._util.rollback import unchanged_on_error
@@ -64,7 +65,7 @@ def prepare(model: nn.Module, recipe: Recipe, example_inputs: Any = None, *, ste
     Raises: UsageError naming the rule or layer.  The model is then unchanged, as it is after any other exception.
     """
     model = _check_arguments(model, recipe, steps)
-    with _all_or_nothing(model):
+    with _all_or_nothing(model), torch.inference_mode(False):  # in which steps could never be trained
         return _prepare(model, recipe, example_inputs, steps)
 
 
@@ -486,11 +487,13 @@ def disabled(model: nn.Module, *patterns: str) -> Iterator[None]:
     Raises: UsageError for a pattern that matches no quantizer.
     """
     known = list(quantizers(model))
-    chosen = [q for name, q in known if not patterns or any(_matches(name, pattern) for pattern in patterns)]
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise UsageError(f"disabled: {shown(pattern)} is no pattern; give a glob on names of layers or quantizers")
         if not any(_matches(name, pattern) for name, _ in known):
             near = difflib.get_close_matches(pattern, [name for name, _ in known], 3, 0.3)
             raise UsageError(f"disabled: {pattern!r} matches no quantizer; near names: {', '.join(near) or 'none'}")
+    chosen = [q for name, q in known if not patterns or any(_matches(name, pattern) for pattern in patterns)]
     before = [q.enabled for q in chosen]
     try:
         for quantizer in chosen:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lsquant import mse, ops, reference
+from lsquant._util.entry import shown
 from lsquant._util.errors import UsageError
 from lsquant._util.leaf import leaf
 from lsquant.spec import QuantSpec
@@ -102,8 +103,11 @@ class Quantizer(nn.Module):
         self, spec: QuantSpec, shape: Sequence[int] = (1,), *, axis: int | None = None, count: int | None = None
     ) -> None:
         super().__init__()
-        if len(shape) != 1 or shape[0] < 1:
-            raise UsageError(f"Quantizer: shape={tuple(shape)}; a step is 1-D, (1,) or one per channel or group")
+        if not isinstance(spec, QuantSpec):
+            raise UsageError(f"Quantizer: spec={shown(spec)}; give a QuantSpec, e.g. QuantSpec(4)")
+        is_list = isinstance(shape, Sequence) and not isinstance(shape, str)
+        if not is_list or len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
+            raise UsageError(f"Quantizer: shape={shown(shape)}; a step is 1-D, (1,) or one per channel or group")
         if count is not None and (type(count) is not int or count < 1):
             raise UsageError(f"Quantizer: count={count}; N is the number of elements of one sample that share a step")
         if spec.granularity == "channel" and axis is None:
@@ -295,6 +299,8 @@ class Quantizer(nn.Module):
         """
         if method not in ("mse", "paper"):
             raise UsageError(f"{self._who()}: method={method!r}; use 'mse' or 'paper'")
+        if not isinstance(x, Tensor):
+            raise UsageError(f"{self._who()}: cannot set a step from {shown(x)}; give a tensor")
         if not x.numel():
             raise UsageError(f"{self._who()}: cannot set a step from an empty tensor of shape {tuple(x.shape)}")
         if bad := int((~torch.isfinite(x)).sum()):
@@ -322,11 +328,14 @@ class Quantizer(nn.Module):
 
     def summarize(self, x: Tensor, summaries: list[mse.ValueSummary]) -> None:
         """Add the values of x to one summary per step.  Raises: UsageError where x has not as many steps."""
-        rows = mse.rows_per_step(x.detach(), self.axis, self.spec.group_size)
+        shape, axis, size = tuple(x.shape), self.axis, self.spec.group_size
+        if (axis is not None and not -x.dim() <= axis < x.dim()) or (size is not None and x.numel() % size):
+            what = f"axis {axis}" if size is None else f"groups of {size}"
+            raise UsageError(f"{self._who()}: it has {what}, which values of shape {shape} do not have")
+        rows = mse.rows_per_step(x.detach(), axis, size)
         if len(rows) != len(summaries):
             raise UsageError(
-                f"{self._who()}: its step has shape {tuple(self.step.shape)}, values of shape {tuple(x.shape)} "
-                f"need {len(rows)}"
+                f"{self._who()}: its step has shape {tuple(self.step.shape)}, values of shape {shape} need {len(rows)}"
             )
         for summary, row in zip(summaries, rows, strict=True):
             summary.add(row)
@@ -488,6 +497,9 @@ class Quantizer(nn.Module):
                 f"size mismatch: the state has a step of shape {tuple(step.shape)}, the model one of shape "
                 f"{tuple(self.step.shape)} ({self.requested}); {remedy}"
             )
+        if isinstance(step, Tensor) and ("offset" in state) != (self.offset is not None):
+            has, lacks = ("the state", "the model") if self.offset is None else ("the model", "the state")
+            return f"{has} has an offset, {lacks} has none; {remedy}"
         sign, bounds = state.get("signed"), state.get("bounds")
         if not isinstance(sign, Tensor) or not isinstance(bounds, Tensor) or sign.is_meta or bounds.is_meta:
             return ""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from lsquant._util.batches import unwrapped
 from lsquant._util.entry import Entry, parse_toml, shown
 from lsquant._util.errors import DamagedFile, LsquantError, MissingExtra, UsageError
 from lsquant._util.optional import require
@@ -106,6 +107,13 @@ def _specification(value: Setting, what: str) -> QuantSpec | str | None:
     return replace(value, signed=True) if value.signed is None else value
 
 
+def _listed(value: Any, what: str) -> tuple[Any, ...]:
+    """Return what was given as a list.  Raises: UsageError naming ``what``."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise UsageError(f"{what}={shown(value)}; give a list")
+    return tuple(value)
+
+
 @dataclass(frozen=True)
 class Rule:
     """Give some layers their bits.
@@ -191,7 +199,7 @@ class Recipe:
                 raise UsageError(f"Recipe: {what}='inherit' has nothing to inherit from")
             object.__setattr__(self, what, _specification(getattr(self, what), what))
         for name in ("rules", "preset_rules"):
-            rules = tuple(getattr(self, name))
+            rules = _listed(getattr(self, name), f"Recipe: {name}")
             for rule in rules:
                 if not isinstance(rule, Rule):
                     raise UsageError(f"Recipe: {name} holds {rule!r}, which is not a Rule")
@@ -229,9 +237,9 @@ class Recipe:
         if first_last is not None:
             input_setting = None if activation is None else first_last
             first_and_last = tuple(Rule(position, first_last, input_setting) for position in POSITIONS)
-        skipped = [skip] if isinstance(skip, (str, type)) else skip
+        skipped = _listed([skip] if isinstance(skip, (str, type)) else skip, "Recipe.preset: skip")
         skip_rules = tuple(Rule(which, None, None) for which in skipped)
-        return cls(weight, activation, (*rules, *skip_rules), first_and_last)
+        return cls(weight, activation, (*_listed(rules, "Recipe.preset: rules"), *skip_rules), first_and_last)
 
     def all_rules(self) -> tuple[Rule, ...]:
         """Return the user's rules, then the preset's."""
@@ -252,7 +260,7 @@ class Recipe:
         ['0', '2']
         """
         layers: dict[nn.Module, list[str]] = {}
-        for name, module in model.named_modules(remove_duplicate=False):
+        for name, module in unwrapped(model).named_modules(remove_duplicate=False):
             if quantized_type(module) is not None:
                 layers.setdefault(module, []).append(name)
 
@@ -354,6 +362,8 @@ class _Table:
 
 def recipe_of_file(text: str, file: str, error: type[LsquantError] = DamagedFile) -> Recipe:
     """Return the recipe in a text, as ``Recipe.from_toml``; errors are of that type and name the file."""
+    if not isinstance(text, str):
+        raise UsageError(f"{file} is {shown(text)}; needed is a text in TOML")
     document = parse_toml(text, file, error)
     version = document.value.pop("format", FORMAT)
     if type(version) is not int or version != FORMAT:

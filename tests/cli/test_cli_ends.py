@@ -156,3 +156,23 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
 
 def test_the_entry_point_is_what_the_script_calls() -> None:
     assert SCRIPT.split("from ")[1].startswith(f"{cli.__name__} import main")
+
+
+def test_a_name_that_the_terminal_does_not_take(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8, and characters that an ASCII stdout has not: they are written as escapes."""
+    command = [sys.executable, "-m", "lsquant", "figure", "--out"]
+    for name, says in ((b"\xff", rb"\udcff"), ("ü".encode(), rb"\xfc")):
+        folder = os.fsencode(tmp_path) + b"/" + name
+        done = subprocess.run(
+            [*command, folder], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert says in done.stdout
+
+
+def test_what_a_file_says_does_not_steer_the_terminal(capsys) -> None:
+    cli.main(["eval", "\x1b]0;title\x07\x1b[2J"])
+    said = capsys.readouterr().err
+    assert "\x1b" not in said
+    assert "\x07" not in said
+    assert r"\x1b]0;title\x07" in said

@@ -29,6 +29,7 @@ USAGE: dict[str, tuple[str, ...]] = {
     "batch_size=0": ("train", "digits", "--bits", "2", "--batch-size", "0", "--out", "OUT"),
     "invalid int value: 'two'": ("train", "digits", "--bits", "two", "--out", "OUT"),
     "--threads 0": ("env", "--threads", "0"),
+    "--threads 99999999999": ("env", "--threads", "99999999999"),
     "invalid choice: 'nonsense'": ("nonsense",),
     "COMMAND": (),
     "unrecognized arguments: --fast": ("env", "--fast"),

@@ -127,6 +127,11 @@ def no_count(tensors: dict[str, torch.Tensor]) -> None:
     del tensors["5.weight_quantizer.count"]
 
 
+def no_weight_quantizer(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if name.startswith("5.weight_quantizer.")]:
+        del tensors[name]
+
+
 def too_many_counts(tensors: dict[str, torch.Tensor]) -> None:
     tensors["5.weight_quantizer.count"] = torch.ones(3, dtype=torch.int64)
 
@@ -138,6 +143,7 @@ def too_many_counts(tensors: dict[str, torch.Tensor]) -> None:
         (one_more_step, r"quantizer '5\.input_quantizer': size mismatch"),
         (other_bits, r"quantizer '5\.input_quantizer': the state has the codes -8 to 7 \(4 bit\), the model 0 to 31"),
         (no_count, r"5\.weight_quantizer\.count"),
+        (no_weight_quantizer, r"the file lacks 5\.weight_quantizer\.step"),
         (too_many_counts, r"5\.weight_quantizer\.count"),
     ],
 )
@@ -182,4 +188,31 @@ def test_a_float_file_is_refused_as_before(tmp_path: Path) -> None:
     before = anatomy(model)
     with pytest.raises(UsageError, match=r"not written by lsquant\.save"):
         lsquant.load(model, tmp_path / "f")
+    assert_as_before(model, before)
+
+
+@pytest.mark.parametrize("call", ["calibrate", "prepare"])
+def test_buffers_that_a_forward_pass_writes_to(call: str) -> None:
+    """A counter, which goes on in eval mode: after an error it is what it was."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            x = self.layer(x)
+            if x.shape[0] > 2:
+                raise RuntimeError("too many")
+            return x
+
+    model = Counting()
+    few, many = torch.rand(2, 4), torch.rand(3, 4)
+    if call == "calibrate":
+        lsquant.prepare(model, Recipe(4, 4))
+    before = anatomy(model)
+    with pytest.raises(UsageError, match="too many"):
+        lsquant.calibrate(model, [few, many]) if call == "calibrate" else lsquant.prepare(model, Recipe(4, 4), many)
     assert_as_before(model, before)

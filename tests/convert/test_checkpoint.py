@@ -167,7 +167,7 @@ def assert_refused(path: Path, error: type[LsquantError], says: str | None = Non
 
 def test_a_missing_file(tmp_path):
     assert_refused(tmp_path / "none.safetensors", MissingFile, "does not exist")
-    assert_refused(tmp_path, MissingFile)
+    assert_refused(tmp_path, UsageError, "is a folder")
 
 
 def test_a_file_cut_at_any_length(saved, tmp_path):

@@ -214,3 +214,21 @@ def test_load_save_and_calibrate_of_a_model_without_values_are_refused(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     lsquant.load(model.to_empty(device="cpu"), tmp_path / "m")
     assert torch.isfinite(model(torch.randn(2, 8))).all()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("theirs", [True, False])
+def test_a_state_with_an_offset_is_that_of_another_recipe(theirs: bool, strict: bool) -> None:
+    """Both have the codes 0 to 15; with strict=False PyTorch alone would drop the offset, or keep the model's own."""
+
+    def ready(offset: bool) -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 4))
+        lsquant.prepare(model, lsquant.Recipe(4, QuantSpec(4, offset=offset)))
+        lsquant.calibrate(model, [torch.rand(8, 4) + 1.0])
+        return model
+
+    model, other = ready(not theirs), ready(theirs)
+    before = {name: t.clone() for name, t in model.state_dict().items() if "input_quantizer" in name}
+    with pytest.raises(RuntimeError, match=r"'0\.input_quantizer': the (state|model) has an offset, the"):
+        model.load_state_dict(other.state_dict(), strict=strict)
+    assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ import lsquant
 from helpers.edited_files import read_safetensors, write_safetensors
 from lsquant import Recipe, Rule
 from lsquant._util.errors import DamagedFile, LsquantError, UsageError
+from lsquant.cli import main as command
 from lsquant.report.run_files import read_verdict, run_files
 from lsquant.runs.directory import Run, is_run, read_run, start_run
+from lsquant.runs.lock import HOLDER, RunLock
 from lsquant.runs.log_reader import latest, log_rows, read_metrics
-from lsquant.tasks import Settings, open_run
+from lsquant.tasks import Settings, get_task, open_run, run_training
 from lsquant.tasks.digits import Digits
 from lsquant.training import Log, TransitionRate, fit, load_state, param_groups, save_state
 from lsquant.training.seeds import rng_state, set_rng_state
@@ -37,9 +41,12 @@ def run(tmp_path: Path) -> Path:
         ("distill = false", "distill = 0", "settings: distill=0: it must be true or false"),
         ("progressive = [8]", "progressive = 8", "settings: progressive=8: it must be a list of bits"),
         ("progressive = [8]", "progressive = [8.0]", "progressive"),
+        ("weight_decay = 0.0001", "weight_decay = 1e300", "weight_decay=1e\\+300: it must be a number from 0 to 1e"),
+        ("epochs = 30\nlr = 0.01", "epochs = 30\nlr = 1e300", r"settings: lr=1e\+300: it must be a number from 0"),
         ("lr = 0.01", "lr = nan", "settings: lr=nan: it must be a number from 0"),
         ('optimizer = "sgd"', "optimizer = ['sgd']", r"settings: optimizer=\['sgd'\]: it must be a word"),
         ("seed = 0", "sede = 0", "settings: unknown setting sede"),
+        ("seed = 0", "seed = 0\nthreads = 200000", "settings: threads=200000: it must be at most 1024"),  # a crash
         ("seed = 0", "seed = 0x" + "f" * 40, "seed=an integer of 160 bits"),
         ('task = "digits"', "task = 3", "task is 3; needed is a text"),
         ("width = 2", "width = [[2]]", r"options\.width\[0\]: \[2\] is no option"),
@@ -248,3 +255,67 @@ def test_structures(structure, says, tmp_path):
     write_safetensors(tmp_path / "c", tensors, metadata | {"structure": structure}, True)
     with pytest.raises(DamagedFile, match=f"c is damaged: .*{says}"):
         load_state(tmp_path / "c")
+
+
+LINKS = {
+    "export/exact.onnx": ["export", "RUN"],
+    "export": ["export", "RUN"],
+    "export/exact.verdict.json": ["verify", "RUN"],
+    "report.html": ["report", "RUN"],
+    "log.jsonl": ["train", "--resume", "--out", "RUN"],
+    "metrics.json": ["train", "--resume", "--out", "RUN"],
+    "last": ["train", "--resume", "--out", "RUN"],
+    "last/float.safetensors": ["train", "--resume", "--out", "RUN"],
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("onnxruntime")
+    path = tmp_path_factory.mktemp("links") / "run"
+    settings = Settings(epochs=0, float_epochs=0, batch_size=80, threads=1)
+    run_training(Run(path, get_task("digits"), Recipe.preset("w2a2"), settings), quiet=True)
+    assert command(["export", str(path), "--quiet"]) == 0
+    return path
+
+
+@pytest.mark.parametrize("place", LINKS)
+def test_nothing_is_written_through_a_link_in_a_run(place, finished, tmp_path, capsys):
+    """A directory out of an archive may have links to any file of the user's; the user named none of them."""
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    shutil.copytree(finished, run)
+    entry = run / place
+    if entry.is_dir():
+        entry.rename(mine)
+    else:
+        mine.write_text("precious")
+        entry.unlink(missing_ok=True)
+    entry.symlink_to(mine)
+    before = {file.name: file.read_bytes() for file in ([mine] if mine.is_file() else mine.iterdir())}
+    assert command([word.replace("RUN", str(run)) for word in LINKS[place]]) == 2
+    assert f"{place} is a symbolic link" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in ([mine] if mine.is_file() else mine.iterdir())} == before
+    assert command(["check", str(run), "--quiet"]) in (0, 1)  # it can be read
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / HOLDER).symlink_to(tmp_path / "mine")
+    with RunLock(run):
+        assert json.loads((run / HOLDER).read_text())["process"] == os.getpid()
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize("phase", ["../out", "/tmp/lsquant-out", "a/../../out", "C:\\out", "\\\\host\\out"])
+def test_the_phase_of_a_log_is_no_path(phase, tmp_path):
+    pytest.importorskip("tensorboard")
+    log = Log(tmp_path / "run" / "log.jsonl", tmp_path / "run" / "board")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text(json.dumps({"phase": phase, "iteration": 1, "loss": 2.0}) + "\n")
+    with pytest.raises(DamagedFile, match="leads out of"):
+        log.append({"phase": "lsq", "iteration": 2, "loss": 1.0})
+    assert not list(tmp_path.rglob("events*"))
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run"]

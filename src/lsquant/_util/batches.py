@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lsquant._util.entry import shown
 from lsquant._util.errors import ForwardError, LsquantError, UsageError
 from lsquant._util.nested import tensors_in
 
@@ -85,9 +86,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
     Any other model is returned itself.
     """
+    _require_module(model)
     while (inner := _inside(model)) is not None:
         model = inner
     return model
+
+
+def _require_module(model: Any, head: str = "") -> None:
+    if not isinstance(model, nn.Module):
+        getattr(model, "named_modules", None)  # what prepare returned says itself what it is
+        raise UsageError(f"{head}the model is {shown(model)}, which is no nn.Module")
 
 
 def _inside(model: Any) -> nn.Module | None:
@@ -110,6 +118,7 @@ def require_one_process(model: nn.Module, caller: str, remedy: str = "or give .m
 
     Raises: UsageError for a model in DataParallel or DistributedDataParallel.
     """
+    _require_module(model, f"{caller}: ")
     inner: Any = model
     while inner is not None:
         if isinstance(inner, PARALLEL):
@@ -124,6 +133,8 @@ def run_batch(model: nn.Module, batch: Any, forward: Forward | None = None) -> A
     Raises: UsageError for a batch that the model's forward does not take; ForwardError where that fails.
     """
     if forward is not None:
+        if not callable(forward):
+            raise UsageError(f"forward={shown(forward)}: give a function of model and batch")
         return forward(model, batch)
     args, kwargs = model_inputs(batch)
     try:
@@ -166,12 +177,14 @@ def require_arguments(model: nn.Module, batch: Any) -> None:
 def take(batches: Iterable[T], max_batches: int | None) -> Iterator[T]:
     """Yield the first ``max_batches`` batches (None: all), without asking for one more than that.
 
-    Raises: UsageError if ``batches`` is a bare tensor or mapping, or has no batch at all.
+    Raises: UsageError if ``batches`` is a bare tensor or mapping, nothing to iterate over, or has no batch at all.
     """
     if isinstance(batches, (torch.Tensor, Mapping)):
         raise UsageError(f"batches is a {type(batches).__name__}, not an iterable of batches: pass [batch]")
-    if max_batches is not None and max_batches < 1:
-        raise UsageError(f"max_batches must be at least 1, not {max_batches}")
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise UsageError(f"batches={shown(batches)}: give a DataLoader, or a list of batches")
+    if max_batches is not None and (not hasattr(max_batches, "__index__") or max_batches < 1):
+        raise UsageError(f"max_batches={shown(max_batches)}: it must be a whole number, at least 1, or None for all")
     empty = True
     for batch in islice(batches, max_batches):
         empty = False

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lsquant._util import entry
-from lsquant._util.errors import CannotWrite, DiskFull, LsquantError, MissingFile, UsageError
+from lsquant._util.errors import CannotWrite, DamagedFile, DiskFull, LsquantError, MissingFile, UsageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -40,6 +40,30 @@ def _is_of_the_system(error: BaseException) -> bool:
     return isinstance(error, OSError) or re.search(r"\(os error \d+\)", str(error)) is not None
 
 
+def as_path(path: Any) -> Path:
+    """Return a path that was given.  Raises: UsageError for what is none."""
+    if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str) or "\0" in os.fspath(path):
+        raise UsageError(f"{entry.shown(path)} is no path: give the name of a file, a text or a pathlib.Path")
+    return Path(path)
+
+
+def require_file(path: Any) -> Path:
+    """Return the path of a file that is there.
+
+    Raises: MissingFile; UsageError for a folder, or what is no path; DamagedFile where it may not be looked at.
+    """
+    found = as_path(path)
+    try:
+        if found.is_file():
+            return found
+        if found.is_dir():
+            raise UsageError(f"{path} is a folder: give the name of a file")
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise DamagedFile(f"{path} cannot be read: {error.strerror}") from error
+    raise MissingFile(f"{path} does not exist")
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the folder of ``path``; on success it is flushed to disk and renamed to ``path``.
@@ -48,11 +72,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises: UsageError for a folder; MissingFile if the folder of ``path`` does not exist; DiskFull; CannotWrite.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise UsageError(f"{path} is a folder: give the name of a file to write")
-    if not target.parent.is_dir():
-        raise MissingFile(f"the folder {target.parent} of {path} does not exist: create it first")
+    target = Path(os.path.realpath(as_path(path)))
+    try:
+        if target.is_dir():
+            raise UsageError(f"{path} is a folder: give the name of a file to write")
+        if not target.parent.is_dir():
+            raise MissingFile(f"the folder {target.parent} of {path} does not exist: create it first")
+    except LsquantError:
+        raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -67,6 +96,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         if _is_of_the_system(error):
             raise cannot_write(path, error) from error
         raise
+
+
+def require_no_link(path: str | os.PathLike[str]) -> None:
+    """Raise UsageError for a symbolic link where a file would be written that nobody named: it leads anywhere."""
+    if os.path.islink(path):
+        raise UsageError(
+            f"{path} is a symbolic link, and what it leads to would be overwritten: remove it, or name another file"
+        )
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -22,7 +22,8 @@ def unchanged_on_error(modules: Iterable[nn.Module], *, values: bool = True) -> 
     Values are kept in main memory meanwhile.  What a tensor on the meta device has is not kept, for it has no values.
 
     modules: those that the block may change; those that it adds go with the attribute that holds them.
-    values: False where the block does not change the values of their tensors: these are then not kept.
+    values: False where the block does not change the values of their parameters: these are then not kept.  Buffers are,
+        for a forward pass may write to them, in eval mode too (counters, caches).
     """
     memory = _Memory(list(modules), values)
     try:
@@ -43,8 +44,9 @@ class _Memory:
     def __init__(self, modules: list[nn.Module], values: bool) -> None:
         self.modules = [(m, type(m), dict(vars(m)), _contents(m)) for m in modules]
         tensors: dict[int, Tensor] = {}
-        for module in modules if values else ():
-            for t in (*module._parameters.values(), *module._buffers.values()):
+        for module in modules:
+            parameters = module._parameters.values() if values else ()
+            for t in (*parameters, *module._buffers.values()):
                 if t is not None and _has_values(t):
                     tensors[id(t)] = t
         self.values = [(t, _copy(t)) for t in tensors.values()]

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lsquant._util.entry import reason
-from lsquant._util.errors import DamagedFile, MissingFile
-from lsquant._util.files import atomic_write
+from lsquant._util.errors import DamagedFile
+from lsquant._util.files import atomic_write, require_file
 
 CHECKSUM = "lsquant.checksum"
 
@@ -41,8 +41,7 @@ def read_tensors(
     Returns: (metadata, tensors, whether there is a checksum that fits).
     Raises: MissingFile; DamagedFile naming the file where it is truncated or no safetensors file.
     """
-    if not Path(path).is_file():
-        raise MissingFile(f"{path} does not exist")
+    require_file(path)
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}

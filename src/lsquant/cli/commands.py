@@ -12,8 +12,9 @@ import torch
 
 from lsquant import calibration, checkpoint
 from lsquant._util.batches import take
+from lsquant._util.entry import shown
 from lsquant._util.errors import MissingFile, UsageError
-from lsquant._util.files import write_json
+from lsquant._util.files import require_no_link, write_json
 from lsquant._version import __version__
 from lsquant.cli import user_model
 from lsquant.cli.outcome import Outcome
@@ -28,6 +29,7 @@ from lsquant.nn import quantized_layers
 from lsquant.report.figure import draw_figures
 from lsquant.runs import is_run, load_float
 from lsquant.runs.network_files import loader_of
+from lsquant.runs.settings import MOST_THREADS
 from lsquant.tasks import get_task
 from lsquant.training.progress import message
 from lsquant.tying import weight_quantizers
@@ -41,8 +43,8 @@ MANY_STEPS = 1000  # weight steps that take so long by least squared error that 
 def set_threads(a: Namespace) -> None:
     """Set torch's threads as --threads says."""
     if a.threads is not None:
-        if a.threads < 1:
-            raise UsageError(f"--threads {a.threads}: at least 1")
+        if not 1 <= a.threads <= MOST_THREADS:
+            raise UsageError(f"--threads {shown(a.threads)}: 1 to {MOST_THREADS}")
         torch.set_num_threads(a.threads)
 
 
@@ -105,6 +107,7 @@ def export(a: Namespace) -> Outcome:
     model = subject.model()
     path = Path(a.out) if a.out else subject.exported(row)
     if not a.out:
+        require_no_link(path)
         path.parent.mkdir(exist_ok=True)
     example = subject.example_input
     options = given(a, "opset")
@@ -131,13 +134,16 @@ def verify_(a: Namespace) -> Outcome:
     model = subject.model()
     path = Path(a.file) if a.file else subject.exported(row)
     _check_verifiable(a, subject, path, row)
+    kind = "" if a.runtime in (None, *row.runtimes[:1]) else f".{a.runtime}"
+    kept = None if a.file else path.with_suffix(f"{kind}.verdict.json")
+    if kept is not None:
+        require_no_link(kept)
     batches = subject.test_batches()
     where = {"runtime": a.runtime, "node_modules": a.node_modules}
     verdict = verify(model, path, batches, max_batches=a.max_batches, **where)
     result = {"required": a.require, **verdict.to_dict(), "text": str(verdict)}
-    if not a.file:
-        kind = "" if a.runtime in (None, *row.runtimes[:1]) else f".{a.runtime}"
-        write_json(path.with_suffix(f"{kind}.verdict.json"), result)
+    if kept is not None:
+        write_json(kept, result)
     if verdict.reaches(a.require):
         return Outcome(result, str(verdict))
     return Outcome(result, f"{verdict}\nrequired: {a.require}{_promised(verdict)}", good=False)

@@ -238,8 +238,15 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 def _fail(text: str, code: int) -> int:
     """Say why on stderr, as far as it can be said, and return the exit code."""
     with suppress(OSError):
-        print(f"lsquant: {text}", file=sys.stderr, flush=True)
+        print(f"lsquant: {_printable(text, sys.stderr)}", file=sys.stderr, flush=True)
     return code
+
+
+def _printable(text: str, stream: Any) -> str:
+    """Return a text without what steers a terminal, for it may come from a file, and in characters the stream takes."""
+    plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return plain.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _hint(arguments: argparse.Namespace | None) -> str:
@@ -252,7 +259,7 @@ def _hint(arguments: argparse.Namespace | None) -> str:
 def _print(text: str) -> None:
     """Print a result, so that it has arrived.  Raises: CannotWrite where nobody reads stdout, or a disk is full."""
     try:
-        print(text, end="\n" if text else "", flush=True)
+        print(_printable(text, sys.stdout), end="\n" if text else "", flush=True)
     except LsquantError:
         raise
     except OSError as error:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lsquant._util.errors import LsquantError, UsageError
+from lsquant._util.files import require_no_link
 from lsquant.cli.outcome import Outcome
 from lsquant.cli.subject import BATCH, given
 from lsquant.cli.user_model import UserModel
@@ -46,6 +47,8 @@ def _report_of_file(a: Namespace) -> Outcome:
     subject, file = UserModel.of(a, name), Path(name)
     model = subject.model()
     path = Path(a.out) if a.out else file.with_suffix(".html")
+    if not a.out:
+        require_no_link(path)
     found = [read_verdict(one) for one in sorted(file.parent.glob(f"{escape(file.stem)}.*verdict.json"))]
     limit = a.max_batches or 32
     write_report(model, path, subject.check_batches(), max_batches=limit, title=file.name, verdicts=found)
@@ -60,6 +63,8 @@ def _report_of_runs(a: Namespace) -> Outcome:
     if len(a.path) > 1 and a.out is None:
         raise UsageError("report of several runs: say where to write it with --out FILE")
     path = Path(a.out) if a.out else Path(a.path[0]) / "report.html"
+    if not a.out:
+        require_no_link(path)
     runs = [run_facts(Path(folder), a) for folder in a.path]
     names = ", ".join(run["name"] for run in runs)
     task = runs[0]["config"].get("task")

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from lsquant._util.errors import UsageError
+from lsquant._util.files import require_no_link
 from lsquant.cli.user_model import UserModel
 from lsquant.cli.words import VECTORS
 from lsquant.formats import FileFormat
@@ -66,6 +67,7 @@ class RunModel:
         return self.run.model()
 
     def exported(self, row: FileFormat) -> Path:
+        require_no_link(self.run.file("export"))
         return self.run.file(f"export/{row.file_name}")
 
     def test_batches(self) -> Iterable[Any]:

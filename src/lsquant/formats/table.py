@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lsquant._util.errors import DamagedFile, MissingFile, UsageError
+from lsquant._util.errors import DamagedFile, UsageError
+from lsquant._util.files import require_file
 from lsquant.formats.base import FileFormat, Format
 from lsquant.formats.onnx.row import OnnxFormat
 from lsquant.formats.packed.row import PackedFormat
@@ -45,8 +46,7 @@ def format_of(path: str | os.PathLike[str]) -> FileFormat:
     Raises: MissingFile; DamagedFile for a file of no known format.
     """
     rows = file_formats().values()
-    if not Path(path).is_file():
-        raise MissingFile(f"{path} does not exist")
+    require_file(path)
     for row in rows:
         if row.recognizes(Path(path)):
             return row

@@ -31,7 +31,14 @@ from torch import nn
 from lsquant import checkpoint
 from lsquant._util.entry import LARGEST_TOML, Entry, read_text, read_toml, shown
 from lsquant._util.errors import DamagedFile, LsquantError, MissingFile, UsageError
-from lsquant._util.files import atomic_write, atomic_write_text, cannot_write, remove_leftovers, write_json
+from lsquant._util.files import (
+    atomic_write,
+    atomic_write_text,
+    cannot_write,
+    remove_leftovers,
+    require_no_link,
+    write_json,
+)
 from lsquant._util.toml import to_toml
 from lsquant._version import __version__
 from lsquant.diagnostics.environment import environment
@@ -265,6 +272,7 @@ def start_run(run: Run, *, resume: bool = False, overwrite: bool = False) -> Run
     exists = run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir()))
     if exists and resume and run.path.is_dir():
         stored = read_run(run.path)  # before anything is written into a folder that is no run
+        require_no_links(run.path)
         lock = RunLock(run.path)
         try:
             remove_leftovers(run.path)
@@ -354,6 +362,15 @@ def _clear(path: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink(missing_ok=True)
+
+
+def require_no_links(path: Path) -> None:
+    """Raise UsageError for a symbolic link among the files of a run: a stranger's directory may lead anywhere."""
+    for name in _CONTENT:
+        require_no_link(path / name)
+        for folder, folders, files in os.walk(path / name):
+            for entry in (*folders, *files):
+                require_no_link(os.path.join(folder, entry))
 
 
 def _check_same(run: Run, stored: StoredRun) -> None:

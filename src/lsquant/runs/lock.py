@@ -48,6 +48,8 @@ class RunLock:
         except OSError as error:
             raise cannot_write(folder / LOCK, error) from error
         try:
+            with suppress(OSError):
+                (folder / HOLDER).unlink()  # a dead process's, or a link that leads out of the folder
             write_json(folder / HOLDER, {"host": socket.gethostname(), "process": os.getpid()})
         except BaseException:
             self.release()

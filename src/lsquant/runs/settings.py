@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from math import inf
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -26,6 +25,10 @@ _LEAST = {
     "bn_batches": 0,
     "progressive_epochs": 1,
 }
+LARGEST = 1e30
+"""Of a rate or a factor: PyTorch's optimizers fail where it leaves float32."""
+MOST_THREADS = 1024
+"""With many more the process may crash: each needs a stack, and the operating system has a limit."""
 _FROM_ZERO = ("lr", "float_lr", "step_lr", "momentum", "weight_decay", "float_weight_decay", "distill_weight")
 _ABOVE_ZERO = ("clip_norm", "distill_temperature")
 
@@ -130,14 +133,16 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{name}={value}: it must be at least {least}")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise UsageError(f"threads={self.threads}: it must be at most {MOST_THREADS}")
         for name in _FROM_ZERO:
             value = getattr(self, name)
-            if value is not None and not 0.0 <= value < inf:
-                raise UsageError(f"{name}={value}: it must be a number from 0")
+            if value is not None and not 0.0 <= value <= LARGEST:
+                raise UsageError(f"{name}={value}: it must be a number from 0 to {LARGEST:g}")
         for name in _ABOVE_ZERO:
             value = getattr(self, name)
-            if value is not None and not 0.0 < value < inf:
-                raise UsageError(f"{name}={value}: it must be a number above 0")
+            if value is not None and not 0.0 < value <= LARGEST:
+                raise UsageError(f"{name}={value}: it must be a number above 0, at most {LARGEST:g}")
 
     def _check_shares(self) -> None:
         if self.ema is not None and not 0.0 < self.ema < 1.0:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from lsquant._util.entry import parse_json
+from lsquant._util.entry import parse_json, shown
 from lsquant._util.errors import CannotWrite, DamagedFile, DiskFull
 from lsquant._util.files import disk_is_full, json_text
 from lsquant._util.optional import require
@@ -87,6 +87,12 @@ def flat(row: Mapping[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in ({**row, **facts}).items() if isinstance(v, (int, float)) and k != "iteration"}
 
 
+def _is_inside(name: str) -> bool:
+    """Whether a name in a folder stays in that folder, on any system."""
+    path = PureWindowsPath(name)
+    return not path.anchor and ".." not in path.parts and "\0" not in name
+
+
 class Board:
     """Write the numbers of the log as TensorBoard's scalars over `iteration`, each phase in a folder of its name.
 
@@ -107,6 +113,8 @@ class Board:
                 old.unlink()
         for one in [row] if self.writers else rows():
             phase = str(one.get("phase", "train"))
+            if not _is_inside(phase):
+                raise DamagedFile(f"the log names the phase {shown(phase)}, which leads out of {self.folder}")
             if phase not in self.writers:
                 self.writers[phase] = SummaryWriter(str(self.folder / phase))
             for tag, value in flat(one).items():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lsquant._util.entry import Entry, parse_json, reason, shown
-from lsquant._util.errors import DamagedFile, MissingFile, UsageError
+from lsquant._util.errors import DamagedFile, UsageError
+from lsquant._util.files import require_file
 from lsquant._util.optional import require
 from lsquant.formats.onnx.graph import LayerTrace
 
@@ -66,8 +66,7 @@ def load_onnx(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
 def _parsed(path: str | os.PathLike[str]) -> Any:
     """Return the ModelProto of a file that keeps all its tensors in itself."""
     onnx = require("onnx", extra="onnx")
-    if not Path(path).is_file():
-        raise MissingFile(f"{path} does not exist")
+    require_file(path)
     if (size := os.path.getsize(path)) > MOST_BYTES:
         raise DamagedFile(f"{path} has {size:,} bytes, more than an ONNX file can have")
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lsquant._util.batches import evaluating
+from lsquant._util.batches import evaluating, unwrapped
 from lsquant._util.errors import UsageError
 from lsquant._util.files import atomic_write_bytes
 from lsquant._util.optional import require
@@ -67,6 +67,7 @@ def onnx_model(
 
     dynamic_batch: whether the batch dimension is free; otherwise the batch has the size of the example's.
     """
+    model = unwrapped(model)
     if profile not in SESSION:
         known = ", ".join(map(repr, SESSION))
         raise UsageError(f"export_onnx: profile={profile!r} is unknown; choose from {known}")
