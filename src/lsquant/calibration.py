@@ -93,9 +93,9 @@ def calibrate(
     max_batches: read at most so many; None: all.
     forward: ``forward(model, batch)`` runs the model on one batch.
     method: "mse", the step of least squared error (at most 1.001 times the best of 2,000 log-spaced steps), or "paper".
-    weights: a rule that sets those weight steps anew that are still the initial ones; None leaves them as ``prepare``
-        set them, by "paper".  That suits training, but spends 8 bits on a range that hardly any weight reaches; use
-        "mse" where nothing is trained afterwards.
+    weights: set weight steps by this rule, but only those that have not been trained; with ``again`` all.  None leaves
+        them as ``prepare`` set them, by "paper".  That suits training, but spends 8 bits on a range that hardly any
+        weight reaches; use "mse" where nothing is trained afterwards.
     again: set the steps of all inputs anew, with their signs, and with ``weights`` those of all weights: what was
         learned of them is lost.  Without it, a call that finds every step set warns.
     Raises: UsageError naming the layer for NaN, infinite, all-zero or missing values, for a wrong guess of the first or

@@ -80,9 +80,11 @@ def run_training(
         _check_inputs(run)
     before = torch.get_num_threads()
     with start_run(run, resume=resume, overwrite=overwrite):
-        if run.file("metrics.json").is_file() and _has_model(run, quiet):
-            message(f"{run.path} is complete: nothing is left to train", quiet)
-            return read_metrics(run.file("metrics.json"))
+        if run.file("metrics.json").is_file():
+            metrics = read_metrics(run.file("metrics.json"))
+            if _has_model(run, quiet):
+                message(f"{run.path} is complete: nothing is left to train", quiet)
+                return metrics
         torch.set_num_threads(run.settings.threads or before)
         try:
             return _Training(run, log, checkpoint_every, quiet).train()

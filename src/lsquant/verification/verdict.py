@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 LEVELS = ("none", "weights", "layers", "codes", "outputs")
-"""From weakest to strongest; a level holds only if all lower ones hold."""
+"""From lowest to highest; a level holds only if all lower ones hold."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Check:
     level: which level it belongs to.
     what: what was compared.
     compared, mismatches: elements; a mismatch is any difference in the bits of the value (two NaN are equal).
-    largest: largest absolute difference, infinite where shapes or finiteness differ.
+    largest: largest absolute difference, infinite where shapes, types or finiteness differ.
     worst: name of the layer (or output) with the most mismatches, "" where there are none.
     failing: number of layers (or outputs) with a mismatch, of ``parts``.
     """
@@ -94,7 +94,7 @@ def different(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 class Verdict:
     """At which level a file agrees with the trained model in one runtime.
 
-    level: the strongest level that holds.
+    level: the highest level that holds.
     exact: whether that is "outputs".
     path, profile: the file, and the format it has.
     runtime: with its version.
@@ -120,7 +120,7 @@ class Verdict:
 
     @property
     def level(self) -> str:
-        """The strongest level at which, and below which, elements were compared and nothing differs.
+        """The highest level for which elements were compared and it and all lower ones show no difference.
 
         A model without a quantized input has no codes: there the level ``codes`` is passed over.
         """
