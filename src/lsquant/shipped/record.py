@@ -18,7 +18,7 @@ from lsquant._util.batches import unwrapped
 from lsquant._util.errors import UsageError
 from lsquant.quantizer import Quantizer
 from lsquant.spec import QuantSpec
-from lsquant.unsupported import require_fit, require_no_global_hooks, warn_of_added
+from lsquant.unsupported import require_fit, require_no_global_hooks, require_no_hooks, warn_of_added
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,8 @@ def ship(model: nn.Module) -> Shipped:
 
     Raises: UsageError naming a quantizer that has no step, is switched off, or has a step or values that cannot be
         shipped; a layer whose weight or bias is made by a hook or a parametrization, whose steps do not fit its weight,
-        whose ``forward`` was replaced, an Embedding with ``max_norm``; and a global forward hook.
+        whose ``forward`` was replaced, an Embedding with ``max_norm``; a forward hook of a layer's quantizer, and a
+        global one.
     Warns: UserWarning naming layers that came into the model after ``prepare``, which ship in floating point.
     """
     model = unwrapped(model)
@@ -153,6 +154,7 @@ def ship(model: nn.Module) -> Shipped:
         for side, quantizer in (("weight", layer.weight_quantizer), ("input", layer.input_quantizer)):
             if quantizer is not None:
                 require_shippable(f"{label}.{side}_quantizer", quantizer)
+                require_no_hooks(f"{label}.{side}_quantizer", quantizer)
         if getattr(layer, "max_norm", None) is not None:
             raise UsageError(f"{label}: an Embedding with max_norm changes its weight in use, so it has no fixed codes")
         if layer.weight_quantizer is not None and layer.weight_quantizer not in weights:
