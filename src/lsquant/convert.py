@@ -41,7 +41,17 @@ from lsquant.quantizer import Quantizer
 from lsquant.recipe import Recipe, Rule, glob_of
 from lsquant.spec import QuantSpec
 from lsquant.tying import layers_by_weight, share_weight_quantizers
-from lsquant.unsupported import SEEN, not_its_own, note_seen, reason_for_layer, reason_for_module, writers_without_form
+from lsquant.unsupported import (
+    SEEN,
+    USED,
+    not_its_own,
+    note_seen,
+    note_used_in_float,
+    reason_for_layer,
+    reason_for_module,
+    used_in_float,
+    writers_without_form,
+)  # fmt: skip
 
 Steps = Literal["rescale", "recalibrate"]
 Names = dict[nn.Module, list[str]]
@@ -78,7 +88,7 @@ def _prepare(model: nn.Module, recipe: Recipe, example_inputs: Any, steps: Steps
             f"({', '.join(t.__name__ for t in QUANTIZED_TYPES)})"
         )
     if example_inputs is None:
-        executed = Executed({layer: None for layer in layers if multiplies(layer)}, {}, None)
+        executed = Executed({layer: None for layer in layers if multiplies(layer)}, {}, {}, None)
     else:
         executed = execution_order(model, example_inputs)
     positions = _positions(list(executed.order))
@@ -88,6 +98,8 @@ def _prepare(model: nn.Module, recipe: Recipe, example_inputs: Any, steps: Steps
     for layer, (weight, activation) in reversed(plan.items()):  # a shared quantizer bears the first layer's name
         _convert(layer, layers[layer][0], weight, activation, steps)
     share_weight_quantizers(layers)
+    if example_inputs is not None:
+        note_used_in_float(layers, executed.also_used)
     _note_assumed_positions(recipe if example_inputs is None else None, plan, positions)
     integer_layers = any(weight is not None and activation is not None for weight, activation in plan.values())
     _convert_others(model, integer_layers)
@@ -181,11 +193,13 @@ class Executed(NamedTuple):
 
     order: the layers that multiply and are called, in execution order.
     bypassed: each layer that is not called -> the function that uses its weight, "" where none does.
+    also_used: each layer that is called while a function uses its weight as well, unquantized -> that function.
     products: module -> multiplications and functions; None where no batch was run.
     """
 
     order: dict[nn.Module, None]
     bypassed: dict[nn.Module, str]
+    also_used: dict[nn.Module, str]
     products: ProductCounter | None
 
 
@@ -222,7 +236,14 @@ def execution_order(model: nn.Module, batch: Any) -> Executed:
         for hook in hooks:
             hook.remove()
     bypassed = {layer: detector.found.get(weights[layer], "") for layer in layers if layer not in called}
-    return Executed({layer: None for layer in called if multiplies(layer)}, bypassed, counter)
+    float_owners = {address(t) for m in model.modules() if m not in called for t in m.parameters(recurse=False)}
+    also_used = {}
+    for layer in called:
+        function = detector.found.get(weights[layer], "_")
+        if not function.endswith("_") and weights[layer] not in float_owners:  # "div_" makes the weight, and is no use
+            also_used[layer] = function
+    order: dict[nn.Module, None] = {layer: None for layer in called if multiplies(layer)}
+    return Executed(order, bypassed, also_used, counter)
 
 
 def _positions(order: list[nn.Module]) -> dict[nn.Module, list[str]]:
@@ -429,6 +450,8 @@ def _rows(
         shares = None if first == names[0] else first
         if shares is not None:
             note = "; ".join(filter(None, (note, f"shares its weight with {shares!r}")))
+        if weight is not None and (function := used_in_float(layer)):
+            note = "; ".join(filter(None, (note, f"{function} uses its weight as well, unquantized")))
         kind = (float_type(layer) or type(layer)).__name__
         spoken = str(weight or "float"), str(activation or "float")
         unwritten = writers_without_form(layer, weight, activation)
@@ -464,7 +487,8 @@ def revert(model: nn.Module) -> nn.Module:
     with _all_or_nothing(inside):
         for module in list(inside.modules()):
             _revert_layer(module)
-            vars(module).pop(SEEN, None)
+            for name in (SEEN, USED):
+                vars(module).pop(name, None)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from lsquant.spec import QuantSpec
 
 SEEN = "seen_by_prepare"
 """Attribute of a layer that ``prepare`` left in floating point, and of the model it was called with."""
+
+USED = "used_in_float_by"
+"""Attribute of a layer whose weight a function uses as well, unquantized: the name of that function."""
 
 TORCHAO_TYPES = (nn.Linear, nn.Conv2d, nn.Embedding)
 """The float types whose weight torchao's tensor can be."""
@@ -153,6 +156,28 @@ def require_fit(name: str, layer: QuantizedLayer) -> None:
         raise UsageError(f"{name or type(layer).__name__}: {reason}")
 
 
+def note_used_in_float(layers: Iterable[nn.Module], used: Mapping[nn.Module, str]) -> None:
+    """Keep at each layer which function uses its weight unquantized, beside the layer itself."""
+    for layer in layers:
+        vars(layer).pop(USED, None)
+        if layer in used:
+            vars(layer)[USED] = used[layer]
+
+
+def used_in_float(layer: nn.Module) -> str:
+    """Name the function that uses a layer's weight unquantized, as far as ``prepare`` has seen it; "" for none."""
+    return vars(layer).get(USED, "")
+
+
+def require_one_use(name: str, layer: QuantizedLayer) -> None:
+    """Raise a UsageError that names a layer whose quantized weight is used unquantized as well."""
+    if layer.weight_quantizer is not None and (function := used_in_float(layer)):
+        raise UsageError(
+            f"{name}: {function} uses its weight as well, without calling the layer and so unquantized; the written "
+            f"form would have codes for both. Call the layer there, or leave it in floating point: skip=[{name!r}]"
+        )
+
+
 def require_no_hooks(name: str, quantizer: Quantizer) -> None:
     """Raise a UsageError that names a forward hook of a layer's quantizer: what ships are codes, which it may change."""
     for hook in (*quantizer._forward_pre_hooks.values(), *quantizer._forward_hooks.values()):
@@ -189,7 +214,7 @@ def writers_without_form(layer: nn.Module, weight: QuantSpec | None, activation:
     kind = quantized_type(layer)
     if kind is None or (weight is None and activation is None):
         return ()
-    if getattr(layer, "max_norm", None) is not None:
+    if getattr(layer, "max_norm", None) is not None or (weight is not None and used_in_float(layer)):
         return ("to_integer", "export_packed", "export_onnx", "to_torchao")
     found = []
     group_size = None if weight is None else weight.group_size
