@@ -156,9 +156,21 @@ def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: 
         with unchanged_on_error(model.modules()):
             prepare(model, recipe)
             model.load_state_dict(tensors)
+            _require_own_values(model, tensors)
     except (UsageError, RuntimeError) as error:
         raise UsageError(f"{path} does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error
     return given
+
+
+def _require_own_values(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Raise UsageError for two names that are one tensor in the model and hold different values in the file."""
+    for name, first in stored_once(model)[1].items():
+        one, other = tensors.get(first), tensors.get(name)
+        if one is not None and other is not None and one is not other and not torch.equal(one, other):
+            raise UsageError(
+                f"{first!r} and {name!r} differ in the file, and are one tensor in the model. Build the model as the "
+                "saved one was, with weights tied before prepare in both or in neither"
+            )
 
 
 def _check_architecture(model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> None:

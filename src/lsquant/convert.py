@@ -164,6 +164,11 @@ def _give_shapes(model: nn.Module, example_inputs: Any) -> None:
 def _check_arguments(model: Any, recipe: Any, steps: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"prepare: the model is a {type(model).__name__}, not an nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError(
+            f"prepare: {type(model).__name__} is a TorchScript program, whose layers cannot be exchanged; give the model "
+            "that it was made from"
+        )
     if not isinstance(recipe, Recipe):
         raise UsageError(f"prepare: recipe is {recipe!r}; give lsquant.Recipe(...) or lsquant.Recipe.preset('w4a4')")
     if steps not in ("rescale", "recalibrate"):

@@ -128,3 +128,71 @@ def a_hook_that_no_graph_can_hold(tmp: Path) -> Any:
     model = ready()
     model.body.register_forward_hook(lambda module, args, y: torch.from_numpy(y.detach().numpy() * 2))
     lsquant.export_onnx(model, tmp / "m.onnx", images())
+
+
+@mistake("body.weight_quantizer: this quantizer has a forward hook", "register it on the layer")
+def a_hook_on_a_quantizer(_: Path) -> Any:
+    model = ready()
+    model.body.weight_quantizer.register_forward_hook(lambda module, args, y: y * 2)
+    lsquant.to_integer(model)
+
+
+class Tied(nn.Module):
+    """An embedding whose weight a function multiplies with as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.body = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.body(self.table(x)), self.table.weight)
+
+
+@mistake("table: linear uses its weight as well", "skip=['table']")
+def a_weight_used_by_a_function_too(_: Path) -> Any:
+    model, tokens = Tied(), torch.randint(9, (4, 5))
+    lsquant.prepare(model, W4A4, tokens)
+    lsquant.calibrate(model, [tokens])
+    lsquant.to_integer(model)
+
+
+@mistake("body: its weight_quantizer is that of 'stem'", "call lsquant.prepare(model, recipe) again")
+def one_quantizer_for_two_weights(_: Path) -> Any:
+    model = ready()
+    model.body.weight_quantizer = model.stem.weight_quantizer
+    lsquant.to_integer(model)
+
+
+@mistake("'0.weight_quantizer.step' and '1.weight_quantizer.step' differ in the file", "weights tied before prepare")
+def a_file_of_an_untied_model(tmp: Path) -> Any:
+    model, tied = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(2))
+    lsquant.prepare(model, Recipe(4, None))
+    model[1].weight = model[0].weight
+    tied[1].weight = tied[0].weight
+    lsquant.save(model, tmp / "m.safetensors")
+    lsquant.load(tied, tmp / "m.safetensors")
+
+
+@mistake("a TorchScript program", "give the model that it was made from")
+def a_scripted_model(_: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4)))
+    lsquant.prepare(scripted, W4A4)
+
+
+@mistake("torchao's tensor has no float64", "model.float()")
+def a_float64_model_for_torchao(_: Path) -> Any:
+    model = nn.Sequential(nn.Linear(4, 4)).double()
+    lsquant.prepare(model, Recipe(4, None))
+    lsquant.to_torchao(model)
+
+
+@mistake("None is no path of a file to write", "give a string or a pathlib.Path")
+def no_path(_: Path) -> Any:
+    lsquant.save(ready(), None)  # type: ignore[arg-type]
+
+
+@mistake("batches is a int, not an iterable of batches", "pass [batch]")
+def a_number_of_batches(_: Path) -> Any:
+    lsquant.calibrate(prepared(), 3)  # type: ignore[arg-type]

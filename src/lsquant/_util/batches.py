@@ -166,9 +166,9 @@ def require_arguments(model: nn.Module, batch: Any) -> None:
 def take(batches: Iterable[T], max_batches: int | None) -> Iterator[T]:
     """Yield the first ``max_batches`` batches (None: all), without asking for one more than that.
 
-    Raises: UsageError if ``batches`` is a bare tensor or mapping, or has no batch at all.
+    Raises: UsageError if ``batches`` is a bare tensor or mapping, cannot be iterated over, or has no batch at all.
     """
-    if isinstance(batches, (torch.Tensor, Mapping)):
+    if isinstance(batches, (torch.Tensor, Mapping)) or not hasattr(batches, "__iter__"):
         raise UsageError(f"batches is a {type(batches).__name__}, not an iterable of batches: pass [batch]")
     if max_batches is not None and max_batches < 1:
         raise UsageError(f"max_batches must be at least 1, not {max_batches}")
