@@ -166,8 +166,8 @@ def _check_arguments(model: Any, recipe: Any, steps: Any) -> nn.Module:
         raise UsageError(f"prepare: the model is a {type(model).__name__}, not an nn.Module")
     if isinstance(model, torch.jit.ScriptModule):
         raise UsageError(
-            f"prepare: {type(model).__name__} is a TorchScript program, whose layers cannot be exchanged; give the model "
-            "that it was made from"
+            f"prepare: {type(model).__name__} is a TorchScript program, whose layers cannot be exchanged; give the "
+            "model that it was made from"
         )
     if not isinstance(recipe, Recipe):
         raise UsageError(f"prepare: recipe is {recipe!r}; give lsquant.Recipe(...) or lsquant.Recipe.preset('w4a4')")

@@ -179,7 +179,7 @@ def require_one_use(name: str, layer: QuantizedLayer) -> None:
 
 
 def require_no_hooks(name: str, quantizer: Quantizer) -> None:
-    """Raise a UsageError that names a forward hook of a layer's quantizer: what ships are codes, which it may change."""
+    """Raise a UsageError that names a forward hook of a layer's quantizer: codes ship, which it may change."""
     for hook in (*quantizer._forward_pre_hooks.values(), *quantizer._forward_hooks.values()):
         raise UsageError(
             f"{name}: this quantizer has a forward hook, {spoken_hook(hook)}, and no written form holds it; remove it "

@@ -104,7 +104,7 @@ def test_a_hook_of_a_quantizer_is_refused(writer: str, side: str, tmp_path: Path
     before = model.eval()(x)
     handle = getattr(model.one, f"{side}_quantizer").register_forward_hook(lambda module, args, y: y * 2)
     assert not torch.equal(model(x), before)
-    with pytest.raises(UsageError, match=rf"one\.{side}_quantizer: this quantizer has a forward hook, .*handle\.remove"):
+    with pytest.raises(UsageError, match=rf"one\.{side}_quantizer: this quantizer has a forward hook, .*remove\("):
         WRITERS[writer](model, tmp_path, x)
     handle.remove()
     WRITERS[writer](model, tmp_path, x)

@@ -364,7 +364,8 @@ def test_what_is_refused() -> None:
 
 def test_a_batchnorm_without_statistics() -> None:
     """Taken off after ``prepare``: it normalizes by its batch, as before, in the integer model too."""
-    model, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3)), torch.randn(4, 2, 7, 7)
+    x = torch.randn(4, 2, 7, 7)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3))
     lsquant.prepare(model, Recipe(4, 4))
     lsquant.calibrate(model, [x])
     norm = model[1]
