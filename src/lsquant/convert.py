@@ -153,6 +153,11 @@ def _give_shapes(model: nn.Module, example_inputs: Any) -> None:
 def _check_arguments(model: Any, recipe: Any, steps: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"prepare: the model is a {type(model).__name__}, not an nn.Module")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError(
+            f"prepare: {type(model).__name__} is a TorchScript program, whose layers cannot be exchanged; give the "
+            "model that it was made from"
+        )
     if not isinstance(recipe, Recipe):
         raise UsageError(f"prepare: recipe is {recipe!r}; give lsquant.Recipe(...) or lsquant.Recipe.preset('w4a4')")
     if steps not in ("rescale", "recalibrate"):
@@ -223,7 +228,11 @@ def execution_order(model: nn.Module, batch: Any) -> Executed:
         for hook in hooks:
             hook.remove()
     found = {layer: detector.found.get(weights[layer], "") for layer in layers}
-    bypassed = {layer: function for layer, function in found.items() if function or layer not in called}
+    bypassed = {  # an in-place function ("div_") makes the weight of a layer that is called, and is no use of it
+        layer: function
+        for layer, function in found.items()
+        if layer not in called or (function and not function.endswith("_"))
+    }
     return Executed({layer: None for layer in called if multiplies(layer)}, bypassed, counter)
 
 

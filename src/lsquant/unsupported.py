@@ -155,6 +155,15 @@ def require_fit(name: str, layer: QuantizedLayer) -> None:
         raise UsageError(f"{name or type(layer).__name__}: {reason}")
 
 
+def require_no_hooks(name: str, quantizer: Quantizer) -> None:
+    """Raise a UsageError that names a forward hook of a layer's quantizer: codes ship, which it may change."""
+    for hook in (*quantizer._forward_pre_hooks.values(), *quantizer._forward_hooks.values()):
+        raise UsageError(
+            f"{name}: this quantizer has a forward hook, {spoken_hook(hook)}, and no written form holds it; remove it "
+            "(handle.remove()), or register it on the layer"
+        )
+
+
 def require_no_global_hooks() -> None:
     """Raise a UsageError that names a global forward hook, which acts on every layer of the process.
 

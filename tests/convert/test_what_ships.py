@@ -68,6 +68,58 @@ def test_a_float_layer_needs_no_form() -> None:
     assert "to_torchao has no form for 1; leave" in str(changes)
 
 
+# ---- a weight that is used twice ----
+
+
+class UsedTwice(nn.Module):
+    """A layer whose weight a function multiplies with as well, unquantized, as in many language models."""
+
+    def __init__(self, how: str = "product") -> None:
+        super().__init__()
+        self.one, self.two, self.how = nn.Linear(6, 6), nn.Linear(6, 6), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.two(self.one(x).relu())
+        if self.how == "product":
+            return nn.functional.linear(y, self.one.weight)
+        return y / self.one.weight.norm() if self.how == "norm" else y.to(self.one.weight.dtype)
+
+
+@pytest.mark.parametrize("how", ["product", "norm"])
+def test_a_weight_that_a_function_uses_as_well(how: str, tmp_path: Path) -> None:
+    """One place would see the rounded weight and the other the float one: the layer stays float, and all forms ship."""
+    model, x = UsedTwice(how).eval(), torch.randn(5, 6)
+    changes = lsquant.prepare(model, Recipe(3, 3), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    rows = {c.name: c for c in changes}
+    assert (rows["one"].weight, rows["two"].weight != "float") == ("float", True)
+    assert "without calling the layer" in rows["one"].reason
+    assert torch.equal(lsquant.to_integer(model)(x), model(x))
+    lsquant.export_packed(model, tmp_path / "packed")
+    assert torch.equal(lsquant.load_packed(UsedTwice(how).eval(), tmp_path / "packed")(x), model(x))
+
+
+def test_a_weight_whose_type_is_read() -> None:
+    model, x = UsedTwice("type"), torch.randn(5, 6)
+    assert not any(c.unwritten for c in lsquant.prepare(model, Recipe(3, 3), example_inputs=x))
+    lsquant.calibrate(model, [x])
+    assert torch.equal(lsquant.to_integer(model)(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("writer", [name for name in WRITERS if name != "save"])
+def test_one_weight_quantizer_for_two_weights(writer: str, tmp_path: Path) -> None:
+    """The same steps for both are trained, but a record has the codes of one weight."""
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)), torch.randn(5, 6)
+    lsquant.prepare(model, Recipe(3, 3))
+    lsquant.calibrate(model, [x])
+    model[2].weight_quantizer = model[0].weight_quantizer
+    with pytest.raises(UsageError, match="2: its weight_quantizer is that of '0', whose weight is another one"):
+        WRITERS[writer](model, tmp_path, x)
+    model[2].weight_quantizer = None
+    lsquant.prepare(model, Recipe(3, 3))
+    WRITERS[writer](model, tmp_path, x)
+
+
 # ---- layers that come after prepare ----
 
 

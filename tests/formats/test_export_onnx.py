@@ -361,3 +361,18 @@ def test_session_options(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no attribute"):
         lsquant.onnx_session(path, threads=1)
     assert json.loads({p.key: p.value for p in onnx.load(path).metadata_props}["lsquant.session"])
+
+
+@pytest.mark.parametrize("profile", ["exact", "small"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_of_another_type_with_float32_inputs(dtype: torch.dtype, profile: str, tmp_path: Path) -> None:
+    """Layers multiply codes and add their bias in float32, whatever the type of their parameters."""
+    x = torch.randn(6, 3, 5, 5)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 5))
+    lsquant.prepare(model, Recipe(4, 4))
+    lsquant.calibrate(model, [x])
+    model.to(dtype).eval()
+    path = lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile=profile)
+    session = ort.InferenceSession(str(path))
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert torch.equal(torch.from_numpy(got), model(x).detach())

@@ -128,3 +128,42 @@ def a_hook_that_no_graph_can_hold(tmp: Path) -> Any:
     model = ready()
     model.body.register_forward_hook(lambda module, args, y: torch.from_numpy(y.detach().numpy() * 2))
     lsquant.export_onnx(model, tmp / "m.onnx", images())
+
+
+@mistake("body.weight_quantizer: this quantizer has a forward hook", "register it on the layer")
+def a_hook_on_a_quantizer(_: Path) -> Any:
+    model = ready()
+    model.body.weight_quantizer.register_forward_hook(lambda module, args, y: y * 2)
+    lsquant.to_integer(model)
+
+
+@mistake("body: its weight_quantizer is that of 'stem'", "call lsquant.prepare(model, recipe) again")
+def one_quantizer_for_two_weights(_: Path) -> Any:
+    model = ready()
+    model.body.weight_quantizer = model.stem.weight_quantizer
+    lsquant.to_integer(model)
+
+
+@mistake("a TorchScript program", "give the model that it was made from")
+def a_scripted_model(_: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4)))
+    lsquant.prepare(scripted, W4A4)
+
+
+@mistake("torchao's tensor has no float64", "model.float()")
+def a_float64_model_for_torchao(_: Path) -> Any:
+    model = nn.Sequential(nn.Linear(4, 4)).double()
+    lsquant.prepare(model, Recipe(4, None))
+    lsquant.to_torchao(model)
+
+
+@mistake("None is no path of a file to write", "give a string or a pathlib.Path")
+def no_path(_: Path) -> Any:
+    lsquant.save(ready(), None)  # type: ignore[arg-type]
+
+
+@mistake("batches is a int, not an iterable of batches", "pass [batch]")
+def a_number_of_batches(_: Path) -> Any:
+    lsquant.calibrate(prepared(), 3)  # type: ignore[arg-type]

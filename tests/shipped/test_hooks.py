@@ -65,6 +65,51 @@ def test_hooks_that_change_values_act_in_every_form(kind: str, tmp_path: Path) -
     assert_every_form_is_equal(model, lambda: Net(CHANGING[kind]), x, tmp_path, torchao=not reads_input)
 
 
+def swapped(module: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
+    kwargs["input"] = kwargs["input"].clamp(max=0.25)
+
+
+QUIET: dict[str, Callable[[Any], Any]] = {
+    "in place": lambda m: m.one.register_forward_hook(in_place),
+    "in place and returned": lambda m: m.one.register_forward_hook(lambda module, args, y: y.clamp_(max=0.25)),
+    "exchanged in a container": lambda m: m.two.register_forward_pre_hook(swapped, with_kwargs=True),
+}
+
+
+@pytest.mark.parametrize("kind", QUIET)
+def test_hooks_that_changed_nothing_in_the_example(kind: str, tmp_path: Path) -> None:
+    """They write into a value all the same, so they are in the graph: other samples are changed."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, plain, x = Net(QUIET[kind]), Net(), torch.randn(64, 2, 5, 5) * 4
+    with torch.no_grad():
+        model.one.bias.clamp_(max=0.2)
+    plain.load_state_dict(model.state_dict())
+    assert not torch.equal(model.eval()(x), plain.eval()(x))
+    assert torch.equal(model(x * 0), plain(x * 0))
+    lsquant.prepare(model, Recipe(6, 6), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    path = lsquant.export_onnx(model.eval(), tmp_path / "m.onnx", torch.zeros(3, 2, 5, 5))
+    session = onnxruntime.InferenceSession(str(path))
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert torch.equal(torch.from_numpy(got), model(x).detach())
+
+
+@pytest.mark.parametrize("side", ["weight", "input"])
+@pytest.mark.parametrize("writer", [name for name in WRITERS if name != "save"])
+def test_a_hook_of_a_quantizer_is_refused(writer: str, side: str, tmp_path: Path) -> None:
+    """Codes ship, so no form has it; where the other side is float it changes what the layer computes."""
+    model, x = Net(), torch.randn(7, 2, 5, 5)
+    lsquant.prepare(model, Recipe(4, None) if side == "weight" else Recipe(None, 4))
+    lsquant.calibrate(model, [x])
+    before = model.eval()(x)
+    handle = getattr(model.one, f"{side}_quantizer").register_forward_hook(lambda module, args, y: y * 2)
+    assert not torch.equal(model(x), before)
+    with pytest.raises(UsageError, match=rf"one\.{side}_quantizer: this quantizer has a forward hook, .*remove\("):
+        WRITERS[writer](model, tmp_path, x)
+    handle.remove()
+    WRITERS[writer](model, tmp_path, x)
+
+
 def test_a_method_of_the_copy(tmp_path: Path) -> None:
     """A hook that is a method of the model belongs to the copy: training on does not reach what was made before."""
 

@@ -360,3 +360,14 @@ def test_what_is_refused() -> None:
     model[0].__class__ = Own
     with pytest.raises(UsageError, match=r"0: Bilinear has no integer form; leave it in floating point: skip=\['0'\]"):
         lsquant.to_integer(model)
+
+
+def test_a_batchnorm_without_statistics() -> None:
+    """Taken off after ``prepare``: it normalizes by its batch, as before, in the integer model too."""
+    x = torch.randn(4, 2, 7, 7)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 3))
+    lsquant.prepare(model, Recipe(4, 4))
+    lsquant.calibrate(model, [x])
+    norm = model[1]
+    norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    assert torch.equal(lsquant.to_integer(model)(x), model.eval()(x))

@@ -177,9 +177,9 @@ def require_arguments(model: nn.Module, batch: Any) -> None:
 def take(batches: Iterable[T], max_batches: int | None) -> Iterator[T]:
     """Yield the first ``max_batches`` batches (None: all), without asking for one more than that.
 
-    Raises: UsageError if ``batches`` is a bare tensor or mapping, nothing to iterate over, or has no batch at all.
+    Raises: UsageError if ``batches`` is a bare tensor or mapping, cannot be iterated over, or has no batch at all.
     """
-    if isinstance(batches, (torch.Tensor, Mapping)):
+    if isinstance(batches, (torch.Tensor, Mapping)) or not hasattr(batches, "__iter__"):
         raise UsageError(f"batches is a {type(batches).__name__}, not an iterable of batches: pass [batch]")
     if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
         raise UsageError(f"batches={shown(batches)}: give a DataLoader, or a list of batches")

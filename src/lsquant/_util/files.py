@@ -70,7 +70,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     On any error the temporary file is removed and the file that was at ``path`` is unchanged.
 
-    Raises: UsageError for a folder; MissingFile if the folder of ``path`` does not exist; DiskFull; CannotWrite.
+    Raises: UsageError for a folder and for what is no path; MissingFile if the folder of ``path`` does not exist;
+        DiskFull; CannotWrite.
     """
     target = Path(os.path.realpath(as_path(path)))
     try:

@@ -61,6 +61,8 @@ def quantize_input(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _weight(tensor: Any, layer: ShippedLayer, quantizer: ShippedQuantizer) -> Tensor:
     """Return torchao's tensor of the codes; unsigned codes are lowered by half their range, and so the zero point."""
     assert quantizer.weight is not None
+    if layer.source.weight.dtype == torch.float64:
+        raise UsageError(f"{layer.label}: torchao's tensor has no float64; call model.float() first")
     codes, spec = quantizer.weight.own_codes(), quantizer.spec
     shift = 0 if codes.dtype == torch.int8 else 2 ** (spec.bits - 1)
     block = list(codes.shape)

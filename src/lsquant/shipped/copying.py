@@ -89,18 +89,25 @@ def drop_observers(model: nn.Module, run: Callable[[], object]) -> list[str]:
 
 
 class _Watched:
-    """A hook, and whether it has changed a value or returned another one."""
+    """A hook, and whether it has written into a value or returned another one."""
 
     def __init__(self, hook: Any) -> None:
         self.hook, self.changes = hook, False
 
     def __call__(self, *args: Any) -> Any:
         tensors = tensors_in(args[1:])
-        before = [t.detach().clone() for t in tensors]
+        before = [(_writes(t), t.detach().clone()) for t in tensors]
         result = self.hook(*args)
-        returned = result is not None and result is not args[-1]
-        self.changes |= returned or any(not _same(t, b) for t, b in zip(tensors, before, strict=True))
+        after = tensors_in(args[1:])  # others where it exchanged some in a container
+        self.changes |= result is not None and result is not args[-1]
+        self.changes |= [id(t) for t in after] != [id(t) for t in tensors]
+        self.changes |= any(_writes(t) != n or not _same(t, b) for t, (n, b) in zip(tensors, before, strict=True))
         return result
+
+
+def _writes(t: Tensor) -> int:
+    """Count the writes into a tensor: one that leaves the values of this run as they are changes others."""
+    return 0 if t.is_inference() else t._version
 
 
 def _same(t: Tensor, before: Tensor) -> bool:

@@ -62,7 +62,7 @@ def integer_model(record: Shipped) -> nn.Module:
         inputs = None if layer.input is None else parts[layer.input.name]
         frozen[layer.source] = KINDS[layer.kind](layer, weights, inputs)
     for module in record.model.modules():
-        if isinstance(module, lsq_nn.ExactBatchNorm):
+        if isinstance(module, lsq_nn.ExactBatchNorm) and module.running_mean is not None:  # else no constants
             if reason := not_its_own(module):
                 raise UsageError(f"{names[module]}: {reason}, so it has no fixed constants")
             frozen[module] = IntegerBatchNorm(*module.affine_constants(), module.dims)

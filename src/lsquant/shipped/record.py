@@ -19,7 +19,7 @@ from lsquant._util.errors import UsageError
 from lsquant.quantizer import Quantizer
 from lsquant.spec import QuantSpec
 from lsquant.tying import require_one_quantizer_each
-from lsquant.unsupported import require_fit, require_no_global_hooks, warn_of_added
+from lsquant.unsupported import require_fit, require_no_global_hooks, require_no_hooks, warn_of_added
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ def ship(model: nn.Module) -> Shipped:
 
     Raises: UsageError naming a quantizer that has no step, is switched off, or has a step or values that cannot be
         shipped; a layer whose weight or bias is made by a hook or a parametrization, whose steps do not fit its weight,
-        whose ``forward`` was replaced, an Embedding with ``max_norm``; and a global forward hook.
+        whose ``forward`` was replaced, an Embedding with ``max_norm``; a weight quantizer of two weights, or two of
+        one; a forward hook of a layer's quantizer, and a global one.
     Warns: UserWarning naming layers that came into the model after ``prepare``, which ship in floating point.
     """
     model = unwrapped(model)
@@ -149,14 +150,23 @@ def ship(model: nn.Module) -> Shipped:
     require_one_quantizer_each(model)
     labels = {q: name for name, q in lsq_nn.quantizers(model)}
     weights: dict[Quantizer, ShippedWeight] = {}
+    owners: dict[Quantizer, tuple[str, lsq_nn.QuantizedLayer]] = {}
     for name, layer in layers:
         label = name or type(layer).__name__
         require_fit(name, layer)
         for side, quantizer in (("weight", layer.weight_quantizer), ("input", layer.input_quantizer)):
             if quantizer is not None:
                 require_shippable(f"{label}.{side}_quantizer", quantizer)
+                require_no_hooks(f"{label}.{side}_quantizer", quantizer)
         if getattr(layer, "max_norm", None) is not None:
             raise UsageError(f"{label}: an Embedding with max_norm changes its weight in use, so it has no fixed codes")
+        if (own := layer.weight_quantizer) is not None:
+            first_name, first = owners.setdefault(own, (label, layer))
+            if layer.weight is not first.weight:
+                raise UsageError(
+                    f"{label}: its weight_quantizer is that of {first_name!r}, whose weight is another one; call "
+                    "lsquant.prepare(model, recipe) again, after layer.weight_quantizer = None"
+                )
         if layer.weight_quantizer is not None and layer.weight_quantizer not in weights:
             codes = layer.to_rows(layer.integer_weight()[0])
             weight_name = f"{name}.weight".lstrip(".")

@@ -11,11 +11,14 @@ from lsquant.shipped import IntegerConv, IntegerLayer
 
 
 def add_bias(graph: Graph, layer: IntegerLayer, trace: LayerTrace, y: str) -> None:
-    """Write the last node, the bias, or let the node before it end at the layer's output where there is no bias."""
+    """Write the last node, the bias, or let the node before it end at the layer's output where there is no bias.
+
+    The bias is added in float32, whatever its type, as it was in training.
+    """
     if layer.bias is None:
         graph.nodes[-1].output[0] = trace.output
         return
-    shaped = per_channel(array(layer.bias), layer, scalar=False)
+    shaped = per_channel(array(layer.bias.float()), layer, scalar=False)
     graph.node("Add", [y, graph.constant(f"{trace.label}.bias", shaped)], trace.output, "Add_bias")
 
 
