@@ -51,7 +51,7 @@ OF_A_MODEL: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("model", [None, "model", 3, [network]], ids=lambda v: v if isinstance(v, str) else type(v).__name__)
+@pytest.mark.parametrize("model", [None, "model", 3, [network]], ids=["none", "text", "number", "list"])
 @pytest.mark.parametrize("call", OF_A_MODEL)
 def test_what_is_no_model(call: str, model: Any) -> None:
     with pytest.raises(UsageError, match="the model is"):
