@@ -93,8 +93,8 @@ def test_what_is_no_path(call: str, path: Any, prepared: nn.Module, tmp_path: Pa
 
 
 OTHERS: dict[str, tuple[Callable[[nn.Module], Any], str]] = {
-    "no batches": (lambda m: lsquant.calibrate(m, None), "batches=None"),  # type: ignore[arg-type]
-    "a number of batches": (lambda m: lsquant.check(m, None, 3), "batches=3"),  # type: ignore[arg-type]
+    "no batches": (lambda m: lsquant.calibrate(m, None), "batches is a NoneType"),  # type: ignore[arg-type]
+    "a number of batches": (lambda m: lsquant.check(m, None, 3), "batches is a int"),  # type: ignore[arg-type]
     "a word for a number": (lambda m: lsquant.calibrate(m, [X], max_batches="3"), "max_batches='3'"),  # type: ignore[arg-type]
     "half a batch": (lambda m: lsquant.calibrate(m, [X], max_batches=2.5), "max_batches=2.5"),  # type: ignore[arg-type]
     "a word for yes": (lambda m: lsquant.calibrate(m, [X], again="no"), "again='no'"),  # type: ignore[arg-type]

@@ -159,7 +159,7 @@ def a_float64_model_for_torchao(_: Path) -> Any:
     lsquant.to_torchao(model)
 
 
-@mistake("None is no path of a file to write", "give a string or a pathlib.Path")
+@mistake("None is no path", "give the name of a file")
 def no_path(_: Path) -> Any:
     lsquant.save(ready(), None)  # type: ignore[arg-type]
 

@@ -218,7 +218,7 @@ def test_values_that_are_not_finite_and_steps_that_are_none(tmp_path):
     assert [row["damage"] for row in run["quantizers"]] == [
         "steps are NaN or infinite", "1 of 16 values are NaN or infinite", "",
     ]  # fmt: skip
-    assert {f["code"] for f in run["findings"]} == {"step_not_finite"}
+    assert {f["code"] for f in run["findings"]} == {"step_not_finite", "weights_not_finite"}
 
 
 # ---- run directories ----

@@ -19,7 +19,7 @@ class ProductCounter(TorchDispatchMode):
 
     Elementwise products are not counted.
 
-    whole: types of modules, beside those of ``WHOLE``, that stand for all products inside them.
+    whole: types of modules, beside those of ``WHOLE`` and their subclasses, that stand for all products inside them.
 
     ``running``: modules that are being computed, the innermost last; kept by the caller's hooks.
     ``counts``: module -> multiplications.
@@ -30,7 +30,7 @@ class ProductCounter(TorchDispatchMode):
 
     def __init__(self, whole: tuple[type, ...] = ()) -> None:
         super().__init__()
-        self.whole = (*WHOLE, *whole)
+        self.whole = whole
         self.running: list[nn.Module] = []
         self.counts: dict[nn.Module, int] = {}
         self.functions: dict[nn.Module, dict[str, None]] = {}
@@ -39,7 +39,7 @@ class ProductCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         is_aten = getattr(func, "namespace", "") == "aten"
         name = func.__name__.partition(".")[0]
-        if is_aten and name not in PRODUCTS and torch.is_inference_mode_enabled():
+        if is_aten and name not in PRODUCTS and _in_inference(args):
             with self:  # here linear and matmul arrive as they are
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -48,7 +48,7 @@ class ProductCounter(TorchDispatchMode):
         if is_aten and name in PRODUCTS and self.running:
             formula, spoken = PRODUCTS[name]
             count = formula([a.shape if isinstance(a, Tensor) else a for a in args], result)
-            module = next((m for m in self.running if isinstance(m, self.whole)), self.running[-1])
+            module = next((m for m in self.running if isinstance(m, WHOLE) or type(m) in self.whole), self.running[-1])
             if count and not isinstance(module, nn.RNNBase):  # see recurrent_products
                 self.add(module, count, spoken)
         return result
@@ -57,6 +57,11 @@ class ProductCounter(TorchDispatchMode):
         """Add multiplications of a module."""
         self.counts[module] = self.counts.get(module, 0) + count
         self.functions.setdefault(module, {})[function] = None
+
+
+def _in_inference(args: tuple[Any, ...]) -> bool:
+    """Tell whether functions arrive whole: in inference mode, and where an argument was made in it."""
+    return torch.is_inference_mode_enabled() or any(isinstance(a, Tensor) and a.is_inference() for a in args)
 
 
 def recurrent_products(layer: nn.RNNBase, x: Any) -> int:

@@ -72,7 +72,8 @@ def check(
         return [finding("on_meta", "", text, tensors=empty)]
     stale = list(_check_state(model, compiled))  # before anything else reads the buffers
     sound = {name: q for name, q in quantizers(model) if _is_sound(q)}
-    found = [*stale, *_check_steps(model), *_check_weights(model), *_check_few_values(sound, model)]
+    found = [*stale, *_check_steps(model), *_check_few_values(sound, model)]
+    found += _check_weights(model) if batches is None else []  # else `check_values` says it of the quantizer
     found += [*_check_ties(model), *_check_float_modules(model), *_check_fast_paths(model), *_check_what_ships(model)]
     if optimizer is not None:
         found += check_optimizer(model, optimizer, sound)

@@ -174,7 +174,7 @@ class _Run:
         order = [name for name in self.order if name in self.layers and multiplies(self.layers[name])]
         for index, which in ((0, "first"), (-1, "last")):
             for name, layer in self.layers.items():
-                if order and which in getattr(layer, "assumed_position", ()) and name != order[index]:
+                if name in order and which in getattr(layer, "assumed_position", ()) and name != order[index]:
                     really = order[index]
                     text = f"it got its bits as the {which} layer, by order of definition, but {really!r} runs {which}"
                     yield finding("order_assumed", name, text, really=really)

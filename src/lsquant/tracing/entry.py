@@ -93,8 +93,6 @@ def _check_arguments(model: Any, strict: Any) -> None:
         raise UsageError(f"trace: the model is a {type(model).__name__}, not an nn.Module")
     if not isinstance(strict, bool):
         raise UsageError(f"trace: strict={strict!r}; use True or False")
-    if unwrapped(model) is not model:
-        raise UsageError(f"trace: trace the model before it is wrapped in {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise UsageError(
             "trace: the model is a TorchScript module, which has no Python forward; trace the model it came from"
@@ -103,6 +101,8 @@ def _check_arguments(model: Any, strict: Any) -> None:
         raise UsageError("trace: a parameter has no shape yet (a lazy layer); run the model once before it is traced")
     if type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
         raise UsageError("trace: trace the model before torch.compile")
+    if unwrapped(model) is not model:
+        raise UsageError(f"trace: trace the model before it is wrapped in {type(model).__name__}")
 
 
 def _untraced(name: str, call: Call, error: Untraceable) -> TracedBlock:
