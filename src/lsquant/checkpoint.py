@@ -64,7 +64,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     model = unwrapped(model)
     if not any(True for _ in quantized_layers(model)):
         raise UsageError("save: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
-    if empty := [name for name, t in model.state_dict().items() if isinstance(t, Tensor) and t.is_meta]:
+    if empty := on_meta(model):
         raise UsageError(f"save: {empty[0]!r} is on the meta device and holds no values; load a state first")
     require_one_quantizer_each(model)
     for name, layer in quantized_layers(model):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,11 @@ from torch import nn
 import lsquant
 from helpers.checkpoint import VARIED, trained
 from helpers.convert import Tied, assert_same_state, images, net, ready
-from helpers.interrupts import anatomy, assert_as_before, calls_inside, raising_inside, some
+from helpers.interrupts import anatomy, assert_as_before, everywhere_inside
 from lsquant import Recipe, UsageError
 from lsquant._util.errors import DamagedFile
 from lsquant._util.tensors import write_tensors
 from lsquant.nn import quantizers
-
-ERRORS = (KeyboardInterrupt, MemoryError, RuntimeError, UsageError)
 
 
 def float_model() -> nn.Module:
@@ -49,21 +46,6 @@ def other_method() -> nn.Module:
 
 
 STARTS = {"float": float_model, "prepared": prepared, "calibrated": calibrated, "varied": other_method}
-
-
-def everywhere_inside(make: Callable[[], nn.Module], call: Callable[[nn.Module], Any], points: int) -> None:
-    """Raise each kind of error at some points of a call; what a library function catches itself does not count."""
-    raised, example = 0, make()
-    count = calls_inside(lambda: call(example))
-    assert count > 200
-    for turn, number in enumerate(some(count, points)):
-        model = make()
-        before = anatomy(model)
-        caught = raising_inside(lambda: call(model), number, ERRORS[turn % len(ERRORS)])  # noqa: B023
-        if caught is not None:
-            raised += 1
-            assert_as_before(model, before)
-    assert raised > points // 2
 
 
 @pytest.mark.parametrize("kind", ["load", "load_packed"])

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 import lsquant
 from helpers.convert import W4A4, Tied, images, net, ready
-from helpers.interrupts import anatomy, assert_as_before, calls_inside, raising_inside, some
+from helpers.interrupts import anatomy, assert_as_before, everywhere_inside
 from lsquant import Recipe, Rule, UsageError, convert
 from lsquant.nn import quantized_layers
 
-ERRORS = (KeyboardInterrupt, MemoryError, RuntimeError, UsageError)
 MIXED = Recipe(3, 5, [Rule("0", weight=8), Rule("5", activation=None)])
 
 
@@ -35,20 +34,6 @@ STARTS: dict[str, Callable[[], nn.Module]] = {
     "prepared": lambda: ready(hooked(), W4A4, images()),
     "tied": lambda: nn.Sequential(nn.Flatten(), nn.Linear(32, 4), Tied()),
 }
-
-
-def everywhere_inside(make: Callable[[], nn.Module], call: Callable[[nn.Module], Any], points: int) -> None:
-    """Raise each kind of error at some points of a call."""
-    example, raised = make(), 0
-    count = calls_inside(lambda: call(example))
-    for turn, number in enumerate(some(count, points)):
-        model = make()
-        before = anatomy(model)
-        caught = raising_inside(lambda: call(model), number, ERRORS[turn % len(ERRORS)])  # noqa: B023
-        if caught is not None:
-            raised += 1
-            assert_as_before(model, before)
-    assert raised > points // 2
 
 
 @pytest.mark.parametrize("example", [None, images()], ids=["", "example"])

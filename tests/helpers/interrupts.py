@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lsquant import UsageError
+
+ERRORS = (KeyboardInterrupt, MemoryError, RuntimeError, UsageError)
+
 PLACES = ("lsquant/", "torch/nn/modules/module.py")
 SPARED = ("_util/rollback.py",)
 """Puts things back: it is tried by what is raised elsewhere."""
@@ -107,3 +111,17 @@ def assert_as_before(model: nn.Module, before: dict[str, Any]) -> None:
     assert set(now) == set(before), set(now) ^ set(before)
     different = [name for name, value in before.items() if now[name] != value]
     assert not different, {name: (before[name], now[name]) for name in different[:3]}
+
+
+def everywhere_inside(make: Callable[[], nn.Module], call: Callable[[nn.Module], Any], points: int) -> None:
+    """Raise each kind of error at some points of a call; what a library function catches itself does not count."""
+    raised, example = 0, make()
+    count = calls_inside(lambda: call(example))
+    for turn, number in enumerate(some(count, points)):
+        model = make()
+        before = anatomy(model)
+        caught = raising_inside(lambda: call(model), number, ERRORS[turn % len(ERRORS)])  # noqa: B023
+        if caught is not None:
+            raised += 1
+            assert_as_before(model, before)
+    assert raised > points // 2
