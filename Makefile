@@ -6,7 +6,7 @@
 # make package   the wheel, built, installed elsewhere and used
 # make bench     speed and memory against the float model and others: results/bench, and the tables of docs/benchmarks.md
 # make long-runs DATA=... INIT=... TEACHER=...   goes on with the long CIFAR-10 runs, niced, on one core (docs/cifar10.md)
-# make long-runs-commit   commits the state of the run in progress: another machine goes on from there
+# make long-runs-commit   commits the state of the run in progress, from which another machine goes on, and the pages of results
 # make fuzz      random networks, from seed FIRST to before END: FIRST=0 END=200 (CONTRIBUTING.md)
 # make cases CASES=...   runs every script of a folder, each alone in an empty folder, and prints what it prints
 # make lint      ruff and pyright; make docs: the documentation site in site/; make figure: docs/figures
@@ -96,10 +96,13 @@ bench: $(STAMP)
 long-runs: $(STAMP)
 	OMP_NUM_THREADS=1 nice -n 19 $(BIN)/python benchmarks/long_runs.py --data $(DATA) --init $(INIT) $(if $(TEACHER),--teacher $(TEACHER))
 
+LONG_RUNS := results/long docs/results.md docs/pilot.md docs/figures/transition-rate.svg
+
 long-runs-commit: $(STAMP)
 	$(BIN)/python benchmarks/long_runs.py --keep-state
-	git add --all results/long
-	git diff --cached --quiet -- results/long || git commit -m "Long runs: results and state so far" -- results/long
+	$(BIN)/python benchmarks/results.py
+	git add --all $(LONG_RUNS)
+	git diff --cached --quiet -- $(LONG_RUNS) || git commit -m "Long runs: results and state so far" -- $(LONG_RUNS)
 
 # the wheel, built, checked and installed into an environment of its own; the digits line run with it from elsewhere
 package: $(STAMP)

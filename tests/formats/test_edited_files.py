@@ -349,7 +349,7 @@ def test_the_bases_are_read(bases, tmp_path):
 def test_some_edited_files(name, tmp_path, request):
     base, make = SUBJECTS[name]
     found = fuzz(make(request.getfixturevalue(base), tmp_path), SLOWER.get(name, FAST), seed=0)
-    assert min(found["refused"], found["read"]) > 3, found
+    assert found["refused"] > 3, found  # how many are read depends on the bytes; the whole ones are (above)
 
 
 @pytest.mark.slow
