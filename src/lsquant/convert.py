@@ -357,12 +357,14 @@ def _convert(layer: nn.Module, name: str, weight: QuantSpec | None, activation: 
         axis = 0 if weight.granularity == "channel" else None
         weight_quantizer = _reuse(old_weight, weight, number, steps, elements)
         if weight_quantizer is None:
-            weight_quantizer = Quantizer(weight, (number,), axis=axis, count=elements).to(device)
+            with device:
+                weight_quantizer = Quantizer(weight, (number,), axis=axis, count=elements)
         weight_quantizer.name = f"{name}.weight_quantizer".lstrip(".")
     if activation is not None:
         input_quantizer = _reuse(old_input, activation, 1, steps)
         if input_quantizer is None:
-            input_quantizer = Quantizer(activation, count=input_elements(layer) or None).to(device)
+            with device:
+                input_quantizer = Quantizer(activation, count=input_elements(layer) or None)
         input_quantizer.name = f"{name}.input_quantizer".lstrip(".")
     layer.__class__ = kind
     layer.attach(weight_quantizer, input_quantizer)  # type: ignore[operator]

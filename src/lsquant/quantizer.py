@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from lsquant import mse, ops, reference
 from lsquant._util.entry import shown
@@ -255,7 +254,7 @@ class Quantizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize x (any shape that fits the step); x itself while ``enabled`` is False."""
-        if isinstance(x, Proxy):
+        if not isinstance(x, Tensor):
             return leaf(self, x)
         if not self.enabled:
             return x

@@ -299,3 +299,11 @@ def test_example_inputs_that_do_not_fit_change_nothing():
     assert type(model[0]) is nn.Conv2d
     assert not model[0]._forward_pre_hooks
     assert model.training
+
+
+def test_quantizers_are_made_where_the_layer_is_whatever_the_default_device():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with torch.device("meta"):
+        lsquant.prepare(model, Recipe.preset("w4a4"))
+    assert {t.device.type for t in model.state_dict().values()} == {"cpu"}
+    assert model[1].weight_quantizer.is_initialized

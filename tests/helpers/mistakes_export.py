@@ -56,6 +56,16 @@ def a_key_that_forward_does_not_take(_: Path) -> Any:
     lsquant.prepare(Two(), W4A4, example_inputs={"picture": torch.randn(2, 4), "meta": torch.randn(2, 3)})
 
 
+@mistake("QuantConv2d(1, 4, kernel_size=(3, 3)", "it must be a tensor")
+def an_array_for_a_tensor(_: Path) -> Any:
+    ready()(images().numpy())
+
+
+@mistake("layer 'stem': the input has 2 features or channels", "the layer takes 1")
+def an_example_of_other_channels(tmp: Path) -> Any:
+    lsquant.export_onnx(ready(), tmp / "m.onnx", torch.randn(2, 2, 6, 6))
+
+
 @mistake("failed on a batch ([2, 5])", "shape, type and device")
 def a_batch_of_another_shape(_: Path) -> Any:
     lsquant.prepare(nn.Sequential(nn.Linear(4, 4)), W4A4, example_inputs=torch.randn(2, 5))

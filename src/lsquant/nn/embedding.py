@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn import functional as F
 
 from lsquant import ops
@@ -24,7 +23,7 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
     takes_codes = False
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
+        if not isinstance(input, Tensor):
             return leaf(self, input)
         options = (self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse)
         found = F.embedding(input, self.weight, *options)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from lsquant._util.leaf import leaf
 
@@ -22,7 +21,7 @@ class UnfusedEncoderLayer(nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        if isinstance(src, Proxy):
+        if not isinstance(src, Tensor):
             return leaf(self, src, src_mask, src_key_padding_mask, is_causal)
         return super().forward(src, src_mask, src_key_padding_mask, is_causal)
 
@@ -48,7 +47,7 @@ class UnfusedEncoder(nn.TransformerEncoder):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool | None = None,
     ) -> Tensor:
-        if isinstance(src, Proxy):
+        if not isinstance(src, Tensor):
             return leaf(self, src, mask, src_key_padding_mask, is_causal)
         return super().forward(src, mask, src_key_padding_mask, is_causal)
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn import functional as F
 
 from lsquant import ops
@@ -25,7 +24,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     float_type = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
+        if not isinstance(input, Tensor):
             return leaf(self, input)
         self.require_size(input.shape[-1], self.in_features)
         grids = self.grids()
@@ -64,7 +63,7 @@ class _QuantConv(QuantizedLayer):
         return F.pad(x, flat, "constant" if self.padding_mode == "zeros" else self.padding_mode), [0] * len(sides)
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
+        if not isinstance(input, Tensor):
             return leaf(self, input)
         batched = input.dim() == self.weight.dim()
         x, padding = self.padded(input if batched else input.unsqueeze(0))
@@ -114,7 +113,7 @@ class _QuantConvTranspose(_QuantConv):
     output_padding: tuple[int, ...]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if isinstance(input, Proxy):
+        if not isinstance(input, Tensor):
             return leaf(self, input, output_size)
         batched = input.dim() == self.weight.dim()
         x = input if batched else input.unsqueeze(0)

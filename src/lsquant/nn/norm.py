@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from lsquant import ops
 from lsquant._util.leaf import leaf
@@ -31,7 +30,7 @@ class ExactBatchNorm(ExactLayer, nn.modules.batchnorm._BatchNorm):
         return alpha, -shift if self.bias is None else self.bias.float() - shift
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
+        if not isinstance(input, Tensor):
             return leaf(self, input)
         if self.training or self.running_mean is None:
             return super().forward(input)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn import functional as F
 
 from lsquant._util.leaf import leaf
@@ -82,7 +81,7 @@ class _AvgPool(ExactLayer):
     divisor_override: int | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
+        if not isinstance(input, Tensor):
             return leaf(self, input)
         n = self.dims
         kernel, padding = sizes_of(self.kernel_size, n), sizes_of(self.padding, n)
@@ -121,7 +120,7 @@ class _AdaptiveAvgPool(ExactLayer):
     output_size: Any
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
+        if not isinstance(input, Tensor):
             return leaf(self, input)
         is_one = not isinstance(self.output_size, (tuple, list))
         wanted = (self.output_size,) * self.dims if is_one else tuple(self.output_size)

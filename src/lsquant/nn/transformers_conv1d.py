@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.fx import Proxy
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D  # type: ignore[import-not-found, unused-ignore]
 
@@ -20,7 +19,7 @@ class QuantConv1D(QuantizedLayer, Conv1D):
     weight_layout = WeightLayout.INPUT_FIRST
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
+        if not isinstance(x, Tensor):
             return leaf(self, x)
         self.require_size(x.shape[-1], self.weight.shape[0])
         grids = self.grids()

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 
 from lsquant import ops, reference
 from lsquant._util.leaf import leaf
@@ -64,7 +63,7 @@ class FrozenQuantizer(nn.Module):
         return (codes * step).reshape(self.codes.shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
+        if not isinstance(x, Tensor):
             return leaf(self, x)
         if self.marker is not None:
             return mark("Quantizer", x, self.marker, x.shape)

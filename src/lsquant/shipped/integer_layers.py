@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn import functional as F
 
 from lsquant import nn as lsq_nn
@@ -120,7 +119,7 @@ class IntegerLayer(nn.Module):
 
     def forward(self, input: Tensor, *extra: Any) -> Tensor:
         """Compute the output.  extra: what else ``sums`` and the others need in this kind of layer."""
-        if isinstance(input, Proxy):
+        if not isinstance(input, Tensor):
             return leaf(self, input)
         x, weights, inputs = self.before(input), self.weight_quantizer, self.input_quantizer
         if self.marker is not None:
@@ -177,7 +176,7 @@ class IntegerConv(IntegerLayer):
         return self.padding if self.padding_mode == "zeros" else [(0, 0)] * len(self.padding)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        if isinstance(input, Proxy):
+        if not isinstance(input, Tensor):
             return leaf(self, input, output_size) if self.transposed else leaf(self, input)
         batched = input.dim() == len(self.kernel_size) + 2
         x = input if batched else input.unsqueeze(0)
@@ -222,7 +221,7 @@ class IntegerEmbedding(IntegerLayer):
     """``nn.Embedding`` from codes: the requested rows, ``code * step`` in the type of the float weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, Proxy):
+        if not isinstance(input, Tensor):
             return leaf(self, input)
         quantizer = self.weight_quantizer
         assert quantizer is not None
@@ -251,7 +250,7 @@ class IntegerBatchNorm(nn.Module):
         self.register_buffer("beta", beta.detach().reshape(-1, *[1] * dims).clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, Proxy):
+        if not isinstance(x, Tensor):
             return leaf(self, x)
         alpha, beta = self.alpha, self.beta
         if not torch.compiler.is_exporting():  # exported as two operators that every runtime has

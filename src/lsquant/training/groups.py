@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -51,7 +52,8 @@ def param_groups(
 
     For Adam-type optimizers the gradient scale g cancels: the learning rate then decides how far a step moves in an
     iteration, whatever its size. `relative_step_lr` suits them: every quantizer has a group of its own, "steps/NAME",
-    with the learning rate `relative_step_lr * s0`; s0 is its initial step, of several the median, 1 while none is set.
+    with the learning rate `relative_step_lr * s0`; s0 is its initial step, of several the median. A step that
+    is not set yet counts as 1, with a warning: the rates are then right only once an optimizer state is loaded.
 
     Raises: UsageError for both `step_lr` and `relative_step_lr`.
     """
@@ -72,6 +74,13 @@ def param_groups(
     }
     if relative_step_lr is not None:
         del groups["steps"]
+        unset = [q.name for q in model.modules() if isinstance(q, Quantizer) and not q.is_initialized]
+        if unset:
+            warnings.warn(
+                f"param_groups: the step of {unset[0]!r} is not set ({len(unset)} are not), and relative_step_lr is "
+                "relative to it: call calibrate first, or load the state of an optimizer",
+                stacklevel=2,
+            )
     kinds: dict[nn.Parameter, str] = {}  # a parameter that is shared is a step or a norm's if it is so anywhere
     for where, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lsquant._util.batches import evaluating, unwrapped
+from lsquant._util.batches import evaluating, run_batch, unwrapped
 from lsquant._util.errors import UsageError
 from lsquant._util.files import atomic_write_bytes
 from lsquant._util.optional import require
@@ -75,6 +75,7 @@ def onnx_model(
     require("onnxscript", extra="onnx")
     require_opset(opset)
     with evaluating(model):
+        run_batch(model, example_inputs)  # what the model refuses no file accepts
         frozen = integer_model(ship(model))
     opset = small_opset(frozen, opset) if profile == "small" else opset
     proto, layers = captured(frozen, example_inputs, opset or TORCH_OPSET, dynamic_batch)
