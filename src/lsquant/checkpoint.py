@@ -34,7 +34,7 @@ from lsquant.tying import require_one_quantizer_each, stored_once
 from lsquant.unsupported import require_fit, warn_of_added
 
 FORMAT = "1"
-QUANTIZERS = frozenset({"weight_quantizer", "input_quantizer"})
+QUANTIZERS = frozenset({"weight_quantizer", "input_quantizer", "stored_quantizer", "input_quantizers"})
 BUFFERS: dict[str, Callable[[Tensor], bool]] = {
     "step": lambda t: t.dtype == torch.float32 and t.dim() == 1,
     "offset": lambda t: t.dtype == torch.float32 and t.dim() == 1,
@@ -186,8 +186,8 @@ def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: 
         with unchanged_on_error(model.modules()):
             prepare(model, recipe)
             for name, _ in quantizers(model):
-                if f"{name}.step" not in tensors:
-                    raise UsageError(f"the file lacks {name}.step, which its recipe needs")
+                if f"{name}.signed" not in tensors:
+                    raise UsageError(f"the file lacks {name}.signed, which its recipe needs")
             model.load_state_dict(tensors)
     except (UsageError, RuntimeError) as error:
         raise UsageError(f"{path} does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error
@@ -201,7 +201,7 @@ def _check_architecture(model: nn.Module, tensors: dict[str, Tensor], path: str 
 
     def is_float_key(name: str) -> bool:
         parts = name.split(".")
-        return name not in optional and not any(part in ("weight_quantizer", "input_quantizer") for part in parts)
+        return name not in optional and not QUANTIZERS.intersection(parts)
 
     kinds = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}  # an extra state may be anything
     mine = {k: tuple(v.shape) for k, v in kinds.items() if is_float_key(k)}
