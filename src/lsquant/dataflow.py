@@ -33,9 +33,10 @@ class Role(Enum):
 
 _MOVES = (
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-    nn.Flatten, nn.Unflatten, nn.Identity, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.PixelShuffle, nn.PixelUnshuffle,
-    nn.ChannelShuffle, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, lnn.Slice, lnn.Chunk, lnn.Split, lnn.Resize,
+    nn.Flatten, nn.Unflatten, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.PixelShuffle, nn.PixelUnshuffle,
+    nn.ChannelShuffle, lnn.Slice, lnn.Chunk, lnn.Split, lnn.Resize,
 )  # fmt: skip
+_NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _ROLES: tuple[tuple[tuple[type, ...], Role], ...] = (
     ((nn.modules.batchnorm._BatchNorm,), Role.NORM),
     ((nn.ReLU, nn.ReLU6, nn.Hardtanh, lnn.Clip), Role.LIMIT),
@@ -82,6 +83,7 @@ class Node:
     role: what it does to codes; None where it computes in floating point.
     inputs: the nodes whose outputs it reads, in order.
     kind: "input", "call", "function" or "output".
+    call: the same in ``torch.fx``, with all its arguments.
     """
 
     name: str
@@ -89,16 +91,21 @@ class Node:
     role: Role | None
     inputs: tuple[Node, ...]
     kind: str
+    call: fx.Node
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(n.name for n in self.inputs)})"
 
 
 class Flow:
-    """The calls of a forward pass, in order of execution.  Equal names are calls of one module."""
+    """The calls of a forward pass, in order of execution.  Equal names are calls of one module.
 
-    def __init__(self, nodes: list[Node]) -> None:
-        self.nodes = nodes
+    nodes: all of them; dropout and identities are left out, their readers read what they read.
+    of: call in ``torch.fx`` -> its node, or the node that stands for it.
+    """
+
+    def __init__(self, nodes: list[Node], of: dict[fx.Node, Node]) -> None:
+        self.nodes, self.of = nodes, of
         self.readers: dict[Node, list[tuple[Node, int]]] = {node: [] for node in nodes}
         for node in nodes:
             for place, source in enumerate(node.inputs):
@@ -135,17 +142,21 @@ def dataflow(model: nn.Module, caller: str) -> Flow:
         ) from error
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[fx.Node, Node] = {}
-    for node in graph.nodes:
-        sources = tuple(found[source] for source in node.all_input_nodes) if node.op != "get_attr" else ()
-        if node.op == "call_module":
-            module = modules[str(node.target)]
-            sources = tuple(found[a] for a in node.args if isinstance(a, fx.Node)) or sources
-            found[node] = Node(str(node.target), module, role_of(module), sources, "call")
-        elif node.op == "call_function" and node.target is operator.getitem:
-            role = Role.MOVE if sources[0].role is Role.MOVE else None
-            found[node] = Node(node.name, None, role, sources, "function")
-        else:
-            kind = {"placeholder": "input", "output": "output"}.get(node.op, "function")
-            found[node] = Node(node.name, None, None, sources, kind)
-    return Flow(list(found.values()))
-
+    nodes: list[Node] = []
+    for call in graph.nodes:
+        sources = tuple(found[source] for source in call.all_input_nodes)
+        name, module, role = call.name, None, None
+        kind = {"placeholder": "input", "output": "output", "call_module": "call"}.get(call.op, "function")
+        if kind == "call":
+            name = str(call.target)
+            module = modules[name]
+            if isinstance(module, _NOTHING):  # dropout outside of training
+                found[call] = sources[0]
+                continue
+            role = role_of(module)
+            sources = tuple(found[a] for a in call.args if isinstance(a, fx.Node)) or sources
+        elif call.target is operator.getitem and sources[0].role is Role.MOVE:
+            role = Role.MOVE
+        found[call] = Node(name, module, role, sources, kind, call)
+        nodes.append(found[call])
+    return Flow(nodes, found)
