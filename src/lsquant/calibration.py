@@ -130,7 +130,7 @@ def calibrate(
                 observer = observers.setdefault(quantizer, _Observer(name, quantizer))
                 watched.append((quantizer, observer.of_stored))
         for name, quantizer in lone_quantizers(model):
-            if again or not quantizer.is_initialized:
+            if quantizer not in stored and (again or not quantizer.is_initialized):
                 observers[quantizer] = _Observer(name, quantizer)
                 watched.append((quantizer, observers[quantizer].observe))
         order: dict[nn.Module, None] = {}
@@ -155,7 +155,7 @@ def calibrate(
 
 def _activation_quantizers(model: nn.Module) -> list[Quantizer]:
     of_layers = [layer.input_quantizer for _, layer in quantized_layers(model) if layer.input_quantizer is not None]
-    return of_layers + [quantizer for _, quantizer in lone_quantizers(model)] + list(stored_quantizers(model))
+    return of_layers + [quantizer for _, quantizer in lone_quantizers(model)]
 
 
 def _check_arguments(model: nn.Module, method: Any, weights: Any, again: Any) -> nn.Module:

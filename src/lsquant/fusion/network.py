@@ -12,7 +12,7 @@ from lsquant import reference_integer as reference
 from lsquant._util.batches import require_one_process
 from lsquant._util.errors import UsageError
 from lsquant.dataflow import Node, dataflow
-from lsquant.fusion.arithmetic import Codes, codes_grid, codes_of, layer_output, requantized, with_values
+from lsquant.fusion.arithmetic import Codes, Folded, codes_grid, codes_of, layer_output, requantized, with_values
 from lsquant.fusion.program import Kind, Program, Step, program_of
 from lsquant.joining import STORED
 from lsquant.nn import quantizers
@@ -57,44 +57,52 @@ class FusedNetwork(nn.Module):
         self.program = program
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _Run(self.program).outputs(self._given(args, kwargs))
+        return Run(self.program).outputs(self.given(args, kwargs))
 
     def codes(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the codes of every stored tensor, int64, by the name of the node that makes it."""
         with torch.no_grad():
-            run = _Run(self.program)
-            run.outputs(self._given(args, kwargs))
+            run = Run(self.program)
+            run.outputs(self.given(args, kwargs))
         return {
             node.name: codes_of(value, run.step_of(node)).to(torch.int64)
             for node, value in run.stored.items()
             if isinstance(value, Tensor)
         }
 
-    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Node, Any]:
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Node, Any]:
+        """Return the inputs of a forward pass by their nodes."""
         inputs = [node for node in self.program.flow.nodes if node.kind == "input"]
         given = dict(zip((node.name for node in inputs), args, strict=False)) | kwargs
         return {node: given[node.name] for node in inputs if node.name in given}
 
 
-class _Run:
+class Run:
     """One forward pass.
 
     stored: node -> v_hat, codes times step.
     real: node -> values in floating point.
+    constants: the step of a layer -> what it multiplied with and added.
+    steps: of ``safe_steps``, made anew where not given.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, steps: dict[Quantizer, Tensor] | None = None) -> None:
         self.program = program
         self.stored: dict[Node, Any] = {}
         self.real: dict[Node, Any] = {}
-        self.steps = safe_steps(program)
+        self.constants: dict[Step, Folded] = {}
+        self.steps = safe_steps(program) if steps is None else steps
 
     def outputs(self, given: dict[Node, Any]) -> Any:
         self.real.update(given)
         for step in self.program.steps:
-            _COMPUTE[step.kind](self, step)
+            self.compute(step)
         end = next(node for node in reversed(self.program.flow.nodes) if node.kind == "output")
         return self.mapped(end.call.args[0])
+
+    def compute(self, step: Step) -> None:
+        """Compute one step: its output, and the constants of a layer."""
+        _COMPUTE[step.kind](self, step)
 
     # ---- values ----
 
@@ -123,15 +131,20 @@ class _Run:
 
     def layer(self, step: Step) -> None:
         layer, source = step.module, step.node.inputs[0]
-        v, read = self.stored[source], self.grid(source)
+        v, read = self.stored[source], self.read_grid(step)
         if layer.stored_quantizer is not None:  # (M17)
-            v, read = layer.input_quantizer(v), codes_grid(layer.input_quantizer)
+            v = layer.input_quantizer(v)
         out = None if self.program.stored[step.end] is None else self.limited(step)
-        value, _ = layer_output(layer, step.norm, v, read, out)
+        value, self.constants[step] = layer_output(layer, step.norm, v, read, out)
         if out is not None:
             self.stored[step.end] = value
         else:
             self.real[step.end] = value if step.limit is None else step.limit(value)
+
+    def read_grid(self, step: Step) -> Codes:
+        """Return the codes that a layer multiplies: those of its input, or fewer (M17)."""
+        layer = step.module
+        return self.grid(step.node.inputs[0]) if layer.stored_quantizer is None else codes_grid(layer.input_quantizer)
 
     def limited(self, step: Step) -> Codes:
         """Return the codes of a step's output within the limit behind it."""
@@ -189,15 +202,15 @@ class _Run:
             self.real[step.end] = function(*args, **kwargs)
 
 
-_COMPUTE: dict[Kind, Callable[[_Run, Step], None]] = {
-    Kind.QUANTIZE: _Run.quantize,
-    Kind.LAYER: _Run.layer,
-    Kind.ADD: _Run.add,
-    Kind.CAT: _Run.cat,
-    Kind.AVERAGE: _Run.average,
-    Kind.FUNCTION: _Run.function,
-    Kind.MOVE: _Run.move,
-    Kind.FLOAT: _Run.real_step,
+_COMPUTE: dict[Kind, Callable[[Run, Step], None]] = {
+    Kind.QUANTIZE: Run.quantize,
+    Kind.LAYER: Run.layer,
+    Kind.ADD: Run.add,
+    Kind.CAT: Run.cat,
+    Kind.AVERAGE: Run.average,
+    Kind.FUNCTION: Run.function,
+    Kind.MOVE: Run.move,
+    Kind.FLOAT: Run.real_step,
 }
 
 

@@ -123,8 +123,8 @@ def stored_quantizers(model: _nn.Module) -> set[Quantizer]:
 
 
 def lone_quantizers(model: _nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """Return (name, quantizer) of those that belong to no layer or join, each once: a custom layer's own."""
-    owned = {q for _, layer in quantized_layers(model) for q in layer.own_quantizers()} | stored_quantizers(model)
+    """Return (name, quantizer) of those that are called as modules: a custom layer's own, and those of stored tensors."""
+    owned = {q for _, layer in quantized_layers(model) for q in layer.own_quantizers()} - stored_quantizers(model)
     return ((name, q) for name, q in quantizers(model) if q not in owned)
 
 

@@ -125,6 +125,8 @@ def samples(calls: list[Call]) -> int:
 @torch.no_grad()
 def layer_input(layer: Any, x: Tensor) -> Tensor:
     """Return what a layer quantizes: its input, padded where the padding mode is not zeros."""
+    stored = getattr(layer, "stored_quantizer", None)
+    x = x if stored is None else stored.forward(x)  # no call: calls are recorded
     if isinstance(layer, IntegerLayer):
         return layer.before(x)
     if getattr(layer, "padding_mode", "zeros") != "zeros":
