@@ -16,14 +16,7 @@ from lsquant._util.rollback import unchanged_on_error
 from lsquant._util.tensors import on_meta
 from lsquant.convert import disabled, multiplies
 from lsquant.mse import ValueSummary
-from lsquant.nn import (
-    QuantizedLayer,
-    input_elements,
-    lone_quantizers,
-    quantized_layers,
-    quantizers,
-    stored_quantizers,
-)
+from lsquant.nn import QuantizedLayer, input_elements, lone_quantizers, quantized_layers, quantizers, stored_quantizers
 from lsquant.quantizer import Method, Quantizer
 from lsquant.tying import weight_quantizers
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from lsquant import nn as lnn
 from lsquant._util.errors import UsageError
+from lsquant.nn.stored import FUNCTIONS
 
 
 class Role(Enum):
@@ -44,7 +45,7 @@ _ROLES: tuple[tuple[tuple[type, ...], Role], ...] = (
     ((lnn.Add,), Role.ADD),
     ((lnn.Cat,), Role.CAT),
     ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, lnn.Mean), Role.AVERAGE),
-    ((nn.SiLU, nn.Hardswish, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Mish, nn.ELU, nn.LeakyReLU), Role.FUNCTION),
+    (FUNCTIONS, Role.FUNCTION),
 )
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

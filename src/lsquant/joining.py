@@ -214,7 +214,8 @@ def separate(model: nn.Module) -> Former:
     seen: set[Quantizer] = set()
     for module in model.modules():
         if isinstance(module, StoredInputs):
-            former.update({(module, place): module.quantizer_of(place) for place in range(len(module.input_quantizers))})
+            own = range(len(module.input_quantizers))
+            former.update({(module, place): module.quantizer_of(place) for place in own})
             del module.input_quantizers
             module.__class__ = _before(module)
         elif isinstance(module, QuantizedLayer):

@@ -114,8 +114,8 @@ def _joins(value: Setting) -> QuantSpec | None:
         return None
     if not isinstance(spec, QuantSpec) or spec.offset or spec.signed is not None or spec.narrow:
         raise UsageError(
-            f"joins={shown(value)}: give bits (2 to 8), or None for floating point; the tensors that joins read have one "
-            "step each, no offset, and a sign that calibration decides"
+            f"joins={shown(value)}: give bits (2 to 8), or None for floating point; the tensors that joins read have "
+            "one step each, no offset, and a sign that calibration decides"
         )
     return spec
 
@@ -194,9 +194,9 @@ class Recipe:
     weight, activation: bits, a QuantSpec, or None for floating point.
     rules: one that matches no layer is an error in ``prepare``.
     preset_rules: those of a preset; they come after ``rules`` and may match nothing.
-    joins: bits or a QuantSpec of what additions, concatenations, averages and elementwise functions read, usually 8: every
-        tensor between two layers is then stored as codes, and all who read it share its step (docs/integer-only.md).
-        None: joins compute in floating point, and every layer has an input step of its own.
+    joins: bits or a QuantSpec of what additions, concatenations, averages and elementwise functions read, usually 8:
+        every tensor between two layers is then stored as codes, and all who read it share its step
+        (docs/integer-only.md).  None: joins compute in floating point, and every layer has an input step of its own.
     Raises: UsageError for a value that is not allowed.
 
     >>> recipe = lsquant.Recipe(4, 4, [lsquant.Rule("first", 8, 8)])

@@ -1,7 +1,7 @@
 """(M13) to (M18) on tensors that carry gradients: codes are whole float32 numbers, sums are exact.
 
-The forward values are those of ``lsquant.reference_integer``, bit for bit; the gradients are those of docs/mathematics.md,
-section "Integer-only arithmetic".
+The forward values are those of ``lsquant.reference_integer``, bit for bit; the gradients are those of
+docs/mathematics.md, section "Integer-only arithmetic".
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def requantized(y: Tensor, u: Tensor, codes: Codes) -> Tensor:
 
 def codes_of(v: Tensor, step: Tensor) -> Tensor:
     """Return the codes of a stored tensor, whole float32 numbers: ``v / s`` is one up to its rounding."""
-    return torch.round(v.detach() / step.detach())
+    return torch.round(v.detach() / step.detach()) + 0.0  # no -0.0
 
 
 class _Valued(torch.autograd.Function):
@@ -173,6 +173,39 @@ def product(layer: Any, x: Tensor, rows: Tensor) -> Tensor:
     return layer._conv_forward(x, weight, None)
 
 
+class Folding(NamedTuple):
+    """What of a layer and its BatchNorm carries gradients.
+
+    fake: the fake-quantized weight, rows.
+    alpha, beta: (C,) float32, ``y = alpha x + beta``.
+    """
+
+    fake: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+
+def fold_layer(layer: Any, norm: ExactBatchNorm | None, read: Codes, out: Codes | None) -> tuple[Folding, Folded]:
+    """(M13) Fold BatchNorm into a layer.
+
+    read: the codes of its input.
+    out: those of its output, None for a real one.
+    """
+    rows, quantizer = layer.rows(), layer.weight_quantizer
+    shape = [-1] + [1] * (rows.dim() - 1)
+    fake, s_w = quantizer(rows), quantizer.grid().step.detach()
+    codes = torch.round(fake.detach() / s_w.reshape(shape if s_w.numel() > 1 else ()))
+    if norm is None:
+        alpha, beta = torch.ones(len(rows), device=rows.device), torch.zeros(len(rows), device=rows.device)
+    else:
+        alpha, beta = norm.affine_constants()
+    s_x = read.step.detach()
+    s_y = torch.ones_like(s_x) if out is None else out.step.detach()
+    bounds, largest = (quantizer.q_min, quantizer.q_max), max(abs(read.low), abs(read.high))
+    constants = folded(rows, codes, s_w, bounds, alpha, beta, layer.bias, s_x, s_y, largest)
+    return Folding(fake, alpha, beta), constants
+
+
 def layer_output(
     layer: Any, norm: ExactBatchNorm | None, v: Tensor, read: Codes, out: Codes | None
 ) -> tuple[Tensor, Folded]:
@@ -181,23 +214,12 @@ def layer_output(
     v: stored input, ``q_x s_x``, with the bits that the layer reads.
     read: the codes of the input.
     """
-    rows, quantizer = layer.rows(), layer.weight_quantizer
-    step = quantizer.grid().step
-    shape = [-1] + [1] * (rows.dim() - 1)
-    fake = quantizer(rows)
-    s_w = step.detach()
-    codes = torch.round(fake.detach() / s_w.reshape(shape if s_w.numel() > 1 else ()))
-    if norm is None:
-        alpha, beta = torch.ones(len(rows), device=rows.device), torch.zeros(len(rows), device=rows.device)
-    else:
-        alpha, beta = norm.affine_constants()
+    (fake, alpha, beta), constants = fold_layer(layer, norm, read, out)
+    shape = [-1] + [1] * (fake.dim() - 1)
     s_x = read.step.detach()
     s_y = torch.ones_like(s_x) if out is None else out.step.detach()
     largest = max(abs(read.low), abs(read.high))
-    constants = folded(
-        rows, codes, s_w, (quantizer.q_min, quantizer.q_max), alpha, beta, layer.bias, s_x, s_y, largest
-    )
-    exact = float(constants.codes.abs().reshape(len(rows), -1).sum(1).max()) * largest < EXACT_IN_FLOAT32
+    exact = float(constants.codes.abs().reshape(len(fake), -1).sum(1).max()) * largest < EXACT_IN_FLOAT32
     kind = torch.float32 if exact else torch.float64
     x_codes = with_values(v / s_x, codes_of(v, s_x)).to(kind)
     scale = constants.step / torch.where(alpha == 0, torch.ones_like(alpha), alpha)  # s_w, raised where it was

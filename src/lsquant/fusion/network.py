@@ -12,7 +12,7 @@ from lsquant import reference_integer as reference
 from lsquant._util.batches import require_one_process
 from lsquant._util.errors import UsageError
 from lsquant.dataflow import Node, dataflow
-from lsquant.fusion.arithmetic import Codes, Folded, codes_grid, codes_of, layer_output, requantized, with_values
+from lsquant.fusion.arithmetic import Codes, Folded, codes_grid, codes_of, fold_layer, layer_output, requantized
 from lsquant.fusion.program import Kind, Program, Step, program_of
 from lsquant.joining import STORED
 from lsquant.nn import quantizers
@@ -41,6 +41,13 @@ def fuse(model: nn.Module) -> FusedNetwork:
     return FusedNetwork(model, program_of(dataflow(model, "fuse"), joins))
 
 
+class Tap(nn.Module):
+    """Where the codes of a stored tensor can be seen: they go through it, whole float32 numbers, where it has hooks."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return codes
+
+
 class FusedNetwork(nn.Module):
     """A trained network, computed by (M13) to (M18): nothing between two layers is floating point but one factor.
 
@@ -49,18 +56,35 @@ class FusedNetwork(nn.Module):
 
     model: the trained model.
     program: the steps.
+    taps: name of a stored tensor, that of the module which makes it -> where its codes can be seen.
     """
+
+    model: nn.Module
+    taps: dict[str, Tap]
 
     def __init__(self, model: nn.Module, program: Program) -> None:
         super().__init__()
         self.model = model
         self.program = program
+        ends = dict.fromkeys(step.end for step in program.steps if program.stored[step.end] is not None)
+        self.__dict__["taps"] = {node.name: Tap() for node in ends}  # no submodules: they have no state
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return Run(self.program).outputs(self.given(args, kwargs))
+        return Run(self.program, taps=self.taps).outputs(self.given(args, kwargs))
+
+    @torch.no_grad()
+    def constants(self) -> dict[str, Folded]:
+        """Return what every layer multiplies with and adds, by its name."""
+        run = Run(self.program)
+        return {step.name: run.folded(step) for step in self.program.steps if step.kind is Kind.LAYER}
+
+    def stored_steps(self) -> dict[str, Tensor]:
+        """Return the step of every stored tensor, () float32, by the name of the module that makes it."""
+        run = Run(self.program)
+        return {s.end.name: run.step_of(s.end) for s in self.program.steps if self.program.stored[s.end] is not None}
 
     def codes(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return the codes of every stored tensor, int64, by the name of the node that makes it."""
+        """Return the codes of every stored tensor, int64, by the name of the module that makes it."""
         with torch.no_grad():
             run = Run(self.program)
             run.outputs(self.given(args, kwargs))
@@ -86,8 +110,10 @@ class Run:
     steps: of ``safe_steps``, made anew where not given.
     """
 
-    def __init__(self, program: Program, steps: dict[Quantizer, Tensor] | None = None) -> None:
-        self.program = program
+    def __init__(
+        self, program: Program, steps: dict[Quantizer, Tensor] | None = None, taps: dict[str, Tap] | None = None
+    ) -> None:
+        self.program, self.taps = program, taps or {}
         self.stored: dict[Node, Any] = {}
         self.real: dict[Node, Any] = {}
         self.constants: dict[Step, Folded] = {}
@@ -97,12 +123,18 @@ class Run:
         self.real.update(given)
         for step in self.program.steps:
             self.compute(step)
+            self._show(step.end)
         end = next(node for node in reversed(self.program.flow.nodes) if node.kind == "output")
         return self.mapped(end.call.args[0])
 
     def compute(self, step: Step) -> None:
         """Compute one step: its output, and the constants of a layer."""
         _COMPUTE[step.kind](self, step)
+
+    def _show(self, node: Node) -> None:
+        tap = self.taps.get(node.name)
+        if tap is not None and tap._forward_hooks and isinstance(self.stored[node], Tensor):
+            tap(codes_of(self.stored[node], self.step_of(node)))
 
     # ---- values ----
 
@@ -145,6 +177,11 @@ class Run:
         """Return the codes that a layer multiplies: those of its input, or fewer (M17)."""
         layer = step.module
         return self.grid(step.node.inputs[0]) if layer.stored_quantizer is None else codes_grid(layer.input_quantizer)
+
+    def folded(self, step: Step) -> Folded:
+        """Return what a layer multiplies with and adds."""
+        out = None if self.program.stored[step.end] is None else self.grid(step.end)
+        return fold_layer(step.module, step.norm, self.read_grid(step), out)[1]
 
     def limited(self, step: Step) -> Codes:
         """Return the codes of a step's output within the limit behind it."""

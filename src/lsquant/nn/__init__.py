@@ -119,11 +119,12 @@ def stored_quantizers(model: _nn.Module) -> set[Quantizer]:
     """Return the quantizers that are called for stored tensors: those of joins, and of layers that read fewer bits."""
     joins = (m for m in _unwrapped(model).modules() if isinstance(m, StoredInputs))
     found: set[Any] = {q for join in joins for q in join.input_quantizers}
-    return found | {layer.stored_quantizer for _, layer in quantized_layers(model) if layer.stored_quantizer is not None}
+    found |= {layer.stored_quantizer for _, layer in quantized_layers(model)}
+    return found - {None}
 
 
 def lone_quantizers(model: _nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """Return (name, quantizer) of those that are called as modules: a custom layer's own, and those of stored tensors."""
+    """Return (name, quantizer) of those that are called as modules: custom layers' own, and those of stored tensors."""
     owned = {q for _, layer in quantized_layers(model) for q in layer.own_quantizers()} - stored_quantizers(model)
     return ((name, q) for name, q in quantizers(model) if q not in owned)
 

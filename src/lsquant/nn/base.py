@@ -17,7 +17,7 @@ from lsquant.quantizer import Method, Quantizer
 class QuantizedLayer(nn.Module):
     """Mixed in before the float layer's class.  ``weight_quantizer`` and ``input_quantizer`` may be None.
 
-    ``stored_quantizer`` is that of the tensor which the input is, where it is stored with more bits than the layer reads.
+    ``stored_quantizer`` is that of the stored tensor which the input is, where it has more bits than the layer reads.
 
     float_type: the class of the float layer.
     weight_layout: where the weight has its output channels.

@@ -1,13 +1,13 @@
 """Profile integer: the program of an integer-only network as ONNX operators over uint8 codes.
 
 A stored tensor is uint8: an unsigned code as it is with zero point 0, a signed one as code + 128 with zero point 128.
-Codes of fewer than 8 bits, and limits (ReLU on signed codes, ReLU6), are held in range by Min and Max over uint8; a ReLU
-on unsigned codes is the saturation of uint8 itself.  The two forms are:
+Codes of fewer than 8 bits, and limits (ReLU on signed codes, ReLU6), are held in range by Min and Max over uint8; a
+ReLU on unsigned codes is the saturation of uint8 itself.  The two forms are:
 
 - qdq: DequantizeLinear, a float operator, QuantizeLinear; runtimes fuse the three to one integer operator.  Scales and
   zero points of tensors are 0-d, as ONNX Runtime's fusion of additions wants them.
-- qoperator: QLinearConv, and of the domain com.microsoft QLinearAdd, QLinearGlobalAveragePool and QGemm.  Nothing has to
-  be fused, so the integers are the same at every level of optimisation.
+- qoperator: QLinearConv, and of the domain com.microsoft QLinearAdd, QLinearGlobalAveragePool and QGemm.  Nothing has
+  to be fused, so the integers are the same at every level of optimisation.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lsquant._util.errors import UsageError
 from lsquant._util.optional import require
 from lsquant.dataflow import Node
 from lsquant.formats.onnx.capture import exported
-from lsquant.formats.onnx.graph import FLOAT, Graph, array
+from lsquant.formats.onnx.graph import FLOAT, Graph, LayerTrace, array
 from lsquant.fusion.arithmetic import Codes
 from lsquant.fusion.network import FusedNetwork, Run, averaged
 from lsquant.fusion.program import Kind, Step
@@ -113,6 +113,16 @@ class Writer:
         self.graph.prefix = step.name
         return _LOWER[step.kind](self, step, inputs, f"{step.name}/output")
 
+    def trace(self, step: Step, source: str, output: str) -> LayerTrace:
+        """Return where a step is in the file."""
+        trace = LayerTrace(step.name, 0, source, output)
+        if self.run.program.stored[step.end] is not None:
+            scale = self.scale(step.end)
+            trace = LayerTrace(step.end.name, 0, source, output, output, scale.shift, scale.step)
+        if step.kind is Kind.LAYER:
+            trace.weights, trace.weight_steps = [f"{step.name}.weight"], [f"{step.name}.weight_step"]
+        return trace
+
     def node(self, operator: str, inputs: list[str], output: str, label: str = "", **attributes: Any) -> str:
         """Add a node; of the domain com.microsoft, where the operator is one of it."""
         if operator in ("QLinearAdd", "QLinearGlobalAveragePool", "QGemm"):
@@ -188,7 +198,14 @@ class Writer:
         return y if grid is None or out is None else self._codes(y, out, grid, output)
 
     def _layer_operator(
-        self, step: Step, given: list[str], scale: Scale, out: Scale | None, grid: Codes | None, output: str, geometry: Any
+        self,
+        step: Step,
+        given: list[str],
+        scale: Scale,
+        out: Scale | None,
+        grid: Codes | None,
+        output: str,
+        geometry: dict[str, Any],
     ) -> str:
         x, weight, steps, zeros, bias = given
         operands = [x, scale.step, scale.zero, weight, steps, zeros]
@@ -299,10 +316,10 @@ class Writer:
         if hasattr(module, "padding") and type(module).__name__.endswith(("Pad1d", "Pad2d", "Pad3d")):
             dims = self.run.stored[step.end].dim()
             pairs = list(module.padding)
-            sides = [(0, 0)] * (dims - len(pairs) // 2) + [
-                (pairs[i], pairs[i + 1]) for i in reversed(range(0, len(pairs), 2))
-            ]
-            return self.node("Pad", [*inputs, ints("pads", [a for a, _ in sides] + [b for _, b in sides]), zero], output)
+            last = [(pairs[i], pairs[i + 1]) for i in reversed(range(0, len(pairs), 2))]
+            sides = [(0, 0)] * (dims - len(last)) + last
+            pads = ints("pads", [before for before, _ in sides] + [after for _, after in sides])
+            return self.node("Pad", [*inputs, pads, zero], output)
         raise UsageError(f"{step.name}: {type(module).__name__} has no integer form in ONNX yet")
 
 
@@ -332,16 +349,17 @@ _LOWER = {
 
 
 def integer_proto(network: FusedNetwork, example_inputs: Any, form: str, opset: int, dynamic_batch: bool) -> Any:
-    """Return the ModelProto of a fused network, its marked nodes lowered."""
+    """Return (ModelProto, traces) of a fused network, its marked nodes lowered.
+
+    traces: one for each step over codes; of a stored tensor under the name of its tap.
+    """
     args, kwargs = model_inputs(example_inputs)
     run = Run(network.program)
     with torch.no_grad():
         run.outputs(network.given(args, kwargs))
-    marked = MarkedNetwork(network, run)
-    proto = exported(marked, example_inputs, opset, dynamic_batch)
-    graph, renamed = Graph(), {}
+    proto = exported(MarkedNetwork(network, run), example_inputs, opset, dynamic_batch)
+    graph, renamed, traces = Graph(), {}, []
     writer = Writer(graph, run, form)
-    old = {tensor.name: tensor for tensor in proto.graph.initializer}
     for node in proto.graph.node:
         inputs = [renamed.get(name, name) for name in node.input]
         if node.domain != "lsquant":
@@ -350,14 +368,16 @@ def integer_proto(network: FusedNetwork, example_inputs: Any, form: str, opset: 
             graph.nodes.append(node)
             continue
         name = next(a.s.decode() for a in node.attribute if a.name == "layer")
-        renamed[node.output[0]] = writer.lower(node.op_type, name, inputs)
+        output = renamed[node.output[0]] = writer.lower(node.op_type, name, inputs)
+        if node.op_type == "Step":
+            traces.append(writer.trace(writer.steps[int(name)], inputs[0], output))
     for value in proto.graph.output:
         value.name = renamed.get(value.name, value.name)
     numpy_helper = require("onnx", extra="onnx").numpy_helper
     used = {name for node in graph.nodes for name in node.input} | {v.name for v in proto.graph.output}
-    kept = [tensor for name, tensor in old.items() if name in used]
+    kept = [tensor for tensor in proto.graph.initializer if tensor.name in used]
     kept += [numpy_helper.from_array(value, name) for name, value in graph.constants.items() if name in used]
     for part, new in ((proto.graph.node, graph.nodes), (proto.graph.initializer, kept)):
         del part[:]
         part.extend(new)
-    return proto
+    return proto, traces

@@ -1,0 +1,47 @@
+"""The row of integer-only ONNX files in the table of formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lsquant._util.errors import UsageError
+from lsquant.formats.onnx.graph import array
+from lsquant.formats.onnx.reader import initializers
+from lsquant.formats.onnx.row import OnnxFile, OnnxFormat
+from lsquant.fusion import FusedNetwork, fuse
+from lsquant.shipped import Pair
+
+
+class IntegerOnnxFormat(OnnxFormat):
+    """ONNX files of profile integer, which are compared with the fused network."""
+
+    options = ("opset", "form")
+
+    def counterpart(self, model: nn.Module) -> nn.Module:
+        return model if isinstance(model, FusedNetwork) else fuse(model)
+
+    def pairs(self, content: OnnxFile, counterpart: Any) -> Iterator[Pair]:
+        """Yield the step of every stored tensor, and of every layer codes, folded steps and bias."""
+        network: FusedNetwork = counterpart
+        constants, steps = network.constants(), network.stored_steps()
+        values = initializers(content.proto, content.path)
+        for trace in content.traces:
+            if trace.codes is not None and trace.input_step is not None:
+                if trace.layer not in steps:
+                    raise UsageError(f"{content.path} is of another model: only the file has {trace.layer!r}")
+                yield Pair(trace.layer, values[trace.input_step].reshape(-1), array(steps[trace.layer].reshape(-1)))
+            if not trace.weights:
+                continue
+            name = trace.weights[0].removesuffix(".weight")
+            if name not in constants or f"{name}.bias" not in values:
+                raise UsageError(f"{content.path} is of another model: only the file has a layer {name!r}")
+            folded = constants[name]
+            wanted = (array(folded.codes).astype(np.int32), array(folded.step), array(folded.bias).astype(np.int32))
+            names = (trace.weights[0], *trace.weight_steps[:1], f"{name}.bias")
+            for key, want in zip(names, wanted, strict=True):
+                held = values[key]
+                yield Pair(name, held.astype(want.dtype) if held.dtype.kind == "i" else held, want)
