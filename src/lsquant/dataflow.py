@@ -79,7 +79,7 @@ def _is_plain(module: Any, role: Role) -> bool:
 class Node:
     """One call in the forward pass.
 
-    name: of the module; of a function or an input, what ``torch.fx`` calls it.
+    name: of the module, and of its second call ``NAME#2``; of a function or an input, what ``torch.fx`` calls it.
     module: that is called; None for a function or an input of the model.
     role: what it does to codes; None where it computes in floating point.
     inputs: the nodes whose outputs it reads, in order.
@@ -144,6 +144,7 @@ def dataflow(model: nn.Module, caller: str) -> Flow:
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[fx.Node, Node] = {}
     nodes: list[Node] = []
+    times: dict[str, int] = {}
     for call in graph.nodes:
         sources = tuple(found[source] for source in call.all_input_nodes)
         name, module, role = call.name, None, None
@@ -151,6 +152,8 @@ def dataflow(model: nn.Module, caller: str) -> Flow:
         if kind == "call":
             name = str(call.target)
             module = modules[name]
+            times[name] = times.get(name, 0) + 1
+            name += f"#{times[name]}" if times[name] > 1 else ""
             if isinstance(module, _NOTHING):  # dropout outside of training
                 found[call] = sources[0]
                 continue

@@ -83,6 +83,17 @@ class FusedNetwork(nn.Module):
         run = Run(self.program)
         return {s.end.name: run.step_of(s.end) for s in self.program.steps if self.program.stored[s.end] is not None}
 
+    def layer(self, name: str) -> Any:
+        """Return a layer by its name."""
+        return self._step(name).module
+
+    def read_step(self, name: str) -> Tensor:
+        """Return the step of what a layer multiplies, () float32."""
+        return Run(self.program).read_grid(self._step(name)).step.detach()
+
+    def _step(self, name: str) -> Step:
+        return next(step for step in self.program.steps if step.kind is Kind.LAYER and step.name == name)
+
     def codes(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the codes of every stored tensor, int64, by the name of the module that makes it."""
         with torch.no_grad():
@@ -212,10 +223,10 @@ class Run:
 
     def function(self, step: Step) -> None:
         source, out = step.node.inputs[0], self.grid(step.end)
-        v = self.stored[source]
-        compute: Any = step.module.float_type.forward
-        u = compute(step.module, v.detach().double()).float() / out.step.detach()
-        y = compute(step.module, v)
+        v, read = self.stored[source], self.grid(source)
+        table = function_values(step.module, read) / out.step.detach()
+        u = table[(codes_of(v, read.step) - read.low).long()]
+        y = plain_function(step.module)(v) if v.requires_grad else u
         self.stored[step.end] = requantized(y, u, out)
 
     def move(self, step: Step) -> None:
@@ -283,6 +294,18 @@ def safe_steps(program: Program) -> dict[Quantizer, Tensor]:
         if not changed:
             return raised
     raise UsageError("fuse: the steps of additions that depend on each other in a circle find no values")
+
+
+def plain_function(module: Any) -> Callable[[Tensor], Tensor]:
+    """Return the function of a module without its quantizers."""
+    return lambda x: module.float_type.forward(module, x)
+
+
+@torch.no_grad()
+def function_values(module: Any, read: Codes) -> Tensor:
+    """(M18) Return ``fl32(f(fl32(q s)))`` of every code q of the input, ascending; f is computed in float64."""
+    codes = torch.arange(read.low, read.high + 1, dtype=torch.float32, device=read.step.device)
+    return plain_function(module)((codes * read.step.detach()).double()).float()
 
 
 def limits_of(module: nn.Module) -> tuple[float | None, float | None]:

@@ -25,9 +25,9 @@ from lsquant._util.errors import UsageError
 from lsquant._util.optional import require
 from lsquant.dataflow import Node
 from lsquant.formats.onnx.capture import exported
-from lsquant.formats.onnx.graph import FLOAT, Graph, LayerTrace, array
+from lsquant.formats.onnx.graph import FLOAT, INT32, Graph, LayerTrace, array
 from lsquant.fusion.arithmetic import Codes
-from lsquant.fusion.network import FusedNetwork, Run, averaged
+from lsquant.fusion.network import FusedNetwork, Run, averaged, function_values
 from lsquant.fusion.program import Kind, Step
 from lsquant.nn.pool import sizes_of
 
@@ -62,8 +62,11 @@ class _MarkedRun(Run):
         sources = (step.node,) if quantizes else step.node.inputs
         values = [(self.real if quantizes else self.stored)[source] for source in sources]
         is_stored = self.program.stored[step.end] is not None
-        shape = (self.example.stored if is_stored else self.example.real)[step.end].shape
-        made = self.mark("Step", values, self.number[step], shape)
+        example = (self.example.stored if is_stored else self.example.real)[step.end]
+        if not isinstance(example, Tensor):
+            kind = type(step.module).__name__
+            raise UsageError(f"{step.name}: {kind} gives several tensors and has no integer form in ONNX; use Slice")
+        made = self.mark("Step", values, self.number[step], example.shape)
         (self.stored if is_stored else self.real)[step.end] = made
 
     def real_of(self, node: Node) -> Any:
@@ -123,6 +126,15 @@ class Writer:
             trace.weights, trace.weight_steps = [f"{step.name}.weight"], [f"{step.name}.weight_step"]
         return trace
 
+    def finish(self, traces: list[LayerTrace]) -> None:
+        """Leave out of traces and constants what no node has: a table, say, holds no step."""
+        used = {name for node in self.graph.nodes for name in node.input}
+        self.graph.constants = {name: value for name, value in self.graph.constants.items() if name in used}
+        for trace in traces:
+            trace.weight_steps = [name for name in trace.weight_steps if name in used]
+            trace.scales = [f"{name}.scale" for name in [trace.layer] if f"{name}.scale" in used]
+            trace.input_step = trace.input_step if trace.input_step in used else None
+
     def node(self, operator: str, inputs: list[str], output: str, label: str = "", **attributes: Any) -> str:
         """Add a node; of the domain com.microsoft, where the operator is one of it."""
         if operator in ("QLinearAdd", "QLinearGlobalAveragePool", "QGemm"):
@@ -170,7 +182,20 @@ class Writer:
         return self._codes(inputs[0], self.scale(step.end), self.run.grid(step.end), f"{step.name}/codes")
 
     def layer(self, step: Step, inputs: list[str], output: str) -> str:
-        x, scale = self._read(step, inputs[0])
+        """Write a layer; a linear one over more than two dimensions as a matrix with a row for each position."""
+        shape = self.run.stored[step.node.inputs[0]].shape
+        if not isinstance(step.module, nn.Linear) or len(shape) == 2:
+            return self._layer(step, inputs[0], output)
+        rows = self.node("Reshape", [inputs[0], self._shape([-1, shape[-1]])], f"{step.name}/rows", "Reshape_input")
+        found = self._layer(step, rows, f"{step.name}/rows_output")
+        sizes = self._shape([-1, *shape[1:-1], step.module.out_features])
+        return self.node("Reshape", [found, sizes], output, "Reshape_output")
+
+    def _shape(self, sizes: list[int]) -> str:
+        return self.graph.constant("shape_" + "_".join(map(str, sizes)), np.array(sizes, np.int64))
+
+    def _layer(self, step: Step, source: str, output: str) -> str:
+        x, scale = self._read(step, source)
         constants, layer, name = self.run.constants[step], step.module, step.name
         is_linear = isinstance(layer, nn.Linear)
         self._require_form(step)
@@ -185,7 +210,7 @@ class Writer:
         stored = self.run.program.stored[step.end] is not None
         out = self.scale(step.end) if stored else None
         grid = self.run.limited(step) if stored else None
-        if self.form == "qoperator":
+        if self.form == "qoperator" or (out is None and not is_linear):
             return self._layer_operator(step, [x, weight, steps, zeros, bias], scale, out, grid, output, geometry)
         real = self._real(x, scale, f"{name}/input", "Dequantize_input")
         per_channel = {"axis": 0}
@@ -249,8 +274,6 @@ class Writer:
         layer, name = step.module, step.name
         if isinstance(layer, nn.modules.conv._ConvTransposeNd):
             raise UsageError(f"{name}: a transposed convolution has no integer form in ONNX; use profile='exact'")
-        if isinstance(layer, nn.Linear) and self.run.stored[step.node.inputs[0]].dim() != 2:
-            raise UsageError(f"{name}: a Linear over more than two dimensions has no integer form here yet")
         if getattr(layer, "padding_mode", "zeros") != "zeros":
             raise UsageError(f"{name}: padding_mode={layer.padding_mode!r} has no integer form; use 'zeros'")
 
@@ -286,7 +309,15 @@ class Writer:
         return self.node("Concat", inputs, output, axis=step.module.dim)
 
     def function(self, step: Step, inputs: list[str], output: str) -> str:
-        raise UsageError(f"{step.name}: {type(step.module).__name__} has no integer form in ONNX yet")
+        source, out = self.scale(step.node.inputs[0]), self.scale(step.end)
+        read, grid = self.run.grid(step.node.inputs[0]), self.run.grid(step.end)
+        values = function_values(step.module, read) / grid.step.detach()
+        codes = torch.round(values).clamp(grid.low, grid.high).to(torch.int64) + out.shift
+        table = np.zeros(256, np.uint8)
+        table[read.low + source.shift : read.high + source.shift + 1] = array(codes).astype(np.uint8)
+        held = self.graph.constant(f"{step.name}.table", table)
+        index = self.node("Cast", inputs, f"{step.name}/index", to=INT32)
+        return self.node("Gather", [held, index], output, axis=0)
 
     def move(self, step: Step, inputs: list[str], output: str) -> str:
         module, graph = step.module, self.graph
@@ -313,6 +344,18 @@ class Writer:
             axes, starts, stops, strides = (list(c) for c in zip(*edges, strict=True))
             named = [ints(n, v) for n, v in (("starts", starts), ("ends", stops), ("axes", axes), ("steps", strides))]
             return self.node("Slice", [*inputs, *named], output)
+        if isinstance(module, nn.PixelShuffle):
+            return self.node("DepthToSpace", inputs, output, blocksize=module.upscale_factor, mode="CRD")
+        if isinstance(module, nn.Upsample):
+            source, target = (self.run.stored[node].shape for node in (step.node.inputs[0], step.end))
+            factors = [1.0, 1.0, *(b / a for a, b in zip(source[2:], target[2:], strict=True))]
+            if any(factor != int(factor) for factor in factors):
+                raise UsageError(f"{step.name}: upsampling by {factors[2:]} has no integer form; use whole factors")
+            scales = graph.constant(f"{step.name}.scales", np.array(factors, np.float32))
+            return self.node(
+                "Resize", [*inputs, "", scales], output, mode="nearest", nearest_mode="floor",
+                coordinate_transformation_mode="asymmetric",
+            )  # fmt: skip
         if hasattr(module, "padding") and type(module).__name__.endswith(("Pad1d", "Pad2d", "Pad3d")):
             dims = self.run.stored[step.end].dim()
             pairs = list(module.padding)
@@ -374,9 +417,10 @@ def integer_proto(network: FusedNetwork, example_inputs: Any, form: str, opset: 
     for value in proto.graph.output:
         value.name = renamed.get(value.name, value.name)
     numpy_helper = require("onnx", extra="onnx").numpy_helper
+    writer.finish(traces)
     used = {name for node in graph.nodes for name in node.input} | {v.name for v in proto.graph.output}
     kept = [tensor for tensor in proto.graph.initializer if tensor.name in used]
-    kept += [numpy_helper.from_array(value, name) for name, value in graph.constants.items() if name in used]
+    kept += [numpy_helper.from_array(value, name) for name, value in graph.constants.items()]
     for part, new in ((proto.graph.node, graph.nodes), (proto.graph.initializer, kept)):
         del part[:]
         part.extend(new)

@@ -37,11 +37,14 @@ class IntegerOnnxFormat(OnnxFormat):
             if not trace.weights:
                 continue
             name = trace.weights[0].removesuffix(".weight")
-            if name not in constants or f"{name}.bias" not in values:
+            bias = next((key for key in (f"{name}.bias", f"{name}.shaped_bias") if key in values), None)
+            if name not in constants or bias is None:
                 raise UsageError(f"{content.path} is of another model: only the file has a layer {name!r}")
             folded = constants[name]
-            wanted = (array(folded.codes).astype(np.int32), array(folded.step), array(folded.bias).astype(np.int32))
-            names = (trace.weights[0], *trace.weight_steps[:1], f"{name}.bias")
-            for key, want in zip(names, wanted, strict=True):
-                held = values[key]
-                yield Pair(name, held.astype(want.dtype) if held.dtype.kind == "i" else held, want)
+            own = network.layer(name).from_rows(folded.codes)
+            yield Pair(name, values[trace.weights[0]].astype(np.int32), array(own).astype(np.int32))
+            yield Pair(name, values[bias].reshape(-1).astype(np.int64), array(folded.bias).astype(np.int64))
+            for key in trace.weight_steps:
+                yield Pair(name, values[key].reshape(-1), array(folded.step))
+            for key in trace.scales:
+                yield Pair(name, values[key].reshape(-1), array(folded.step * network.read_step(name)))
