@@ -33,6 +33,8 @@ from lsquant.nn.pool import sizes_of
 
 FORMS = ("qdq", "qoperator")
 MICROSOFT = "com.microsoft"
+MOST_SCALED = 2.0**-32, 2.0**8
+"""Between these has to be what ONNX Runtime's average multiplies sums by."""
 SHIFT = 128
 """What is added to a signed code for storage as uint8."""
 
@@ -294,6 +296,12 @@ class Writer:
         dims, keep = averaged(step.module, x)
         if sorted(d % x.dim() for d in dims) != list(range(2, x.dim())):
             raise UsageError(f"{step.name}: a mean over {dims} has no integer form in ONNX; average over all of space")
+        ratio = float(self.run.grid(step.node.inputs[0]).step / (self.run.grid(step.end).step * x[0, 0].numel()))
+        if not MOST_SCALED[0] <= ratio < MOST_SCALED[1]:
+            raise UsageError(
+                f"{step.name}: the step of its output is {1 / ratio:.3g} times that of a sum of its input, and ONNX "
+                f"Runtime takes more than 1/{MOST_SCALED[1]:.0f}; has the step collapsed? lsquant.check says so"
+            )
         result = output if keep else f"{output}/kept"
         if self.form == "qdq":
             real = self._real(inputs[0], source, f"{step.name}/input")
