@@ -94,8 +94,9 @@ def onnx_model(
     if isinstance(model, FusedNetwork):
         raise UsageError(f"export_onnx: a fused network is written by profile='integer', not {profile!r}")
     with evaluating(model):
+        record = ship(model)
         run_batch(model, example_inputs)  # what the model refuses no file accepts
-        frozen = integer_model(ship(model))
+        frozen = integer_model(record)
     opset = small_opset(frozen, opset) if profile == "small" else opset
     proto, layers = captured(frozen, example_inputs, opset or TORCH_OPSET, dynamic_batch)
     traces = _replace_marked(proto.graph, layers, profile, opset or TORCH_OPSET)
