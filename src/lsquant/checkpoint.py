@@ -30,6 +30,7 @@ from lsquant._version import __version__ as VERSION
 from lsquant.convert import prepare, resolved_recipe
 from lsquant.nn import QuantizedLayer, quantized_layers, quantizers
 from lsquant.recipe import Recipe, recipe_of_file
+from lsquant.tied import TiedQuantizer
 from lsquant.tying import require_one_quantizer_each, stored_once
 from lsquant.unsupported import require_fit, warn_of_added
 
@@ -185,9 +186,10 @@ def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: 
     try:
         with unchanged_on_error(model.modules()):
             prepare(model, recipe)
-            for name, _ in quantizers(model):
-                if f"{name}.signed" not in tensors:
-                    raise UsageError(f"the file lacks {name}.signed, which its recipe needs")
+            for name, quantizer in quantizers(model):
+                needed = f"{name}.{'signed' if isinstance(quantizer, TiedQuantizer) else 'step'}"
+                if needed not in tensors:
+                    raise UsageError(f"the file lacks {needed}, which its recipe needs")
             model.load_state_dict(tensors)
     except (UsageError, RuntimeError) as error:
         raise UsageError(f"{path} does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error

@@ -217,7 +217,7 @@ def separate(model: nn.Module) -> Former:
             own = range(len(module.input_quantizers))
             former.update({(module, place): module.quantizer_of(place) for place in own})
             del module.input_quantizers
-            module.__class__ = _before(module)
+            module.__class__ = _before(module)  # type: ignore[assignment]
         elif isinstance(module, QuantizedLayer):
             own = module.input_quantizer
             if module.stored_quantizer is not None:

@@ -1,4 +1,4 @@
-"""Random integer-only networks: residual, concatenated, depthwise, pooled, with limits, functions and negative gammas."""
+"""Random integer-only networks: residual, concatenated, depthwise, pooled, with limits, functions, negative gammas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lsquant.nn import Add, Cat, Clip, Mean, Slice
 class ConvUnit(nn.Module):
     """A convolution, BatchNorm or a bias, and a limit, a function or nothing."""
 
-    def __init__(self, rng: Any, c: int, out: int, *, kernel: int = 3, stride: int = 1, act: str = "", norm: bool = True):
+    def __init__(self, rng: Any, c: int, out: int, kernel: int = 3, stride: int = 1, act: str = "", norm: bool = True):
         super().__init__()
         groups = int(rng.choice([1, 1, c])) if c == out else 1
         self.conv = nn.Conv2d(c, out, kernel, stride, kernel // 2, groups=groups, bias=not norm)
@@ -127,7 +127,7 @@ class Net(nn.Module):
 
 
 def drawn(seed: int) -> tuple[lsquant.FusedNetwork, nn.Module, Tensor]:
-    """Return (fused network, the model in it, an input) of a random network: prepared, calibrated and trained a step."""
+    """Return (fused network, the model in it, an input) of a random network, calibrated and trained for two steps."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     model = Net(rng)
@@ -151,7 +151,7 @@ def drawn(seed: int) -> tuple[lsquant.FusedNetwork, nn.Module, Tensor]:
     lsquant.prepare(model, recipe, example_inputs=x)
     lsquant.calibrate(model, [x])
     fused = lsquant.fuse(model).train()
-    optimizer = torch.optim.SGD(lsquant.param_groups(fused, lr=0.01), momentum=0.9)
+    optimizer = torch.optim.SGD(lsquant.param_groups(fused, lr=0.01, step_lr=1e-4), momentum=0.9)
     for _ in range(2):
         optimizer.zero_grad()
         fused(x).square().mean().backward()

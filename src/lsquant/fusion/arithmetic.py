@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lsquant import ops
 from lsquant import reference_integer as reference
 from lsquant.nn import ExactBatchNorm
 from lsquant.quantizer import Quantizer
@@ -166,11 +167,11 @@ def product(layer: Any, x: Tensor, rows: Tensor) -> Tensor:
     weight = layer.from_rows(rows)
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight)
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        convolve: Any = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[weight.dim() - 3]
-        padding, extra = layer.padding, layer.output_padding
-        return convolve(x, weight, None, layer.stride, padding, extra, layer.groups, layer.dilation)
-    return layer._conv_forward(x, weight, None)
+    if layer.transposed:
+        conv = ops.Conv(layer.stride, layer.padding, layer.dilation, True, layer.output_padding, layer.groups)
+        return conv.convolve(x, weight, None)
+    padded, padding = layer.padded(x)
+    return ops.Conv(layer.stride, padding, layer.dilation, False, (), layer.groups).convolve(padded, weight, None)
 
 
 class Folding(NamedTuple):

@@ -208,18 +208,17 @@ class Writer:
         steps = self.graph.constant(f"{name}.weight_step", array(constants.step))
         zeros = self.graph.constant(f"{name}.weight_zero_point", np.zeros(len(constants.step), np.int8))
         bias = self.graph.constant(f"{name}.bias", array(constants.bias).astype(np.int32))
-        geometry = {"transB": 1} if is_linear else _geometry(layer)
+        geometry: dict[str, Any] = {"transB": 1} if is_linear else _geometry(layer)
         stored = self.run.program.stored[step.end] is not None
         out = self.scale(step.end) if stored else None
         grid = self.run.limited(step) if stored else None
         if self.form == "qoperator" or (out is None and not is_linear):
             return self._layer_operator(step, [x, weight, steps, zeros, bias], scale, out, grid, output, geometry)
         real = self._real(x, scale, f"{name}/input", "Dequantize_input")
-        per_channel = {"axis": 0}
-        w = self.node("DequantizeLinear", [weight, steps, zeros], f"{name}/weight", "Dequantize_weight", **per_channel)
+        w = self.node("DequantizeLinear", [weight, steps, zeros], f"{name}/weight", "Dequantize_weight", axis=0)
         scales = self.graph.constant(f"{name}.bias_step", array(self.run.read_grid(step).step * constants.step))
         shift = self.graph.constant(f"{name}.bias_zero_point", np.zeros(len(constants.step), np.int32))
-        b = self.node("DequantizeLinear", [bias, scales, shift], f"{name}/bias", "Dequantize_bias", **per_channel)
+        b = self.node("DequantizeLinear", [bias, scales, shift], f"{name}/bias", "Dequantize_bias", axis=0)
         operator = "Gemm" if is_linear else "Conv"
         y = self.node(operator, [real, w, b], output if grid is None else f"{name}/sum", **geometry)
         return y if grid is None or out is None else self._codes(y, out, grid, output)
@@ -339,7 +338,7 @@ class Writer:
         if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)):
             n = self.run.stored[step.end].dim() - 2
             kernel, stride, padding, dilation = (
-                sizes_of(v, n) for v in (module.kernel_size, module.stride, module.padding, module.dilation)
+                sizes_of(v, n) or () for v in (module.kernel_size, module.stride, module.padding, module.dilation)
             )
             return self.node(
                 "MaxPool", inputs, output, kernel_shape=kernel, strides=stride, pads=[*padding, *padding],
@@ -348,7 +347,7 @@ class Writer:
         if isinstance(module, lnn.Slice) and all(isinstance(part, slice) for part in module.index):
             shape = self.run.stored[step.node.inputs[0]].shape
             parts = [(d, part) for d, part in enumerate(module.index) if part != slice(None)]
-            edges = [(d, *part.indices(shape[d])) for d, part in parts]
+            edges = [(d, *part.indices(shape[d])) for d, part in parts if isinstance(part, slice)]
             axes, starts, stops, strides = (list(c) for c in zip(*edges, strict=True))
             named = [ints(n, v) for n, v in (("starts", starts), ("ends", stops), ("axes", axes), ("steps", strides))]
             return self.node("Slice", [*inputs, *named], output)
@@ -365,8 +364,8 @@ class Writer:
                 coordinate_transformation_mode="asymmetric",
             )  # fmt: skip
         if hasattr(module, "padding") and type(module).__name__.endswith(("Pad1d", "Pad2d", "Pad3d")):
-            dims = self.run.stored[step.end].dim()
-            pairs = list(module.padding)
+            dims, padding = self.run.stored[step.end].dim(), vars(module)["padding"]
+            pairs = list(padding)
             last = [(pairs[i], pairs[i + 1]) for i in reversed(range(0, len(pairs), 2))]
             sides = [(0, 0)] * (dims - len(last)) + last
             pads = ints("pads", [before for before, _ in sides] + [after for _, after in sides])

@@ -16,8 +16,8 @@ from lsquant.recipe import Recipe, Rule, glob_of
 from lsquant.shipped.record import own_layout
 from lsquant.spec import QuantSpec
 
-FORMAT = 2
-"""Version of the format; a reader refuses a higher one.  Files without stored tensors have format 1."""
+FORMAT, JOINED_FORMAT = 1, 2
+"""Version of the format without stored tensors, and with them; a reader refuses a higher one."""
 KEY = "lsquant.packed"
 """The key of the metadata."""
 

@@ -14,7 +14,7 @@ from lsquant._util.entry import Entry, parse_json, shown
 from lsquant._util.errors import UsageError
 from lsquant._util.tensors import CHECKSUM, read_tensors
 from lsquant._version import __version__
-from lsquant.formats.packed.content import FORMAT, KEY, Packed, PackedQuantizer, crc32
+from lsquant.formats.packed.content import JOINED_FORMAT, KEY, Packed, PackedQuantizer, crc32
 from lsquant.nn import weight_steps
 from lsquant.recipe import Recipe
 from lsquant.shipped.record import is_shippable
@@ -39,9 +39,9 @@ def read_packed(path: str | os.PathLike[str]) -> Packed:
     file.require(sound or CHECKSUM not in metadata, "its checksum does not fit its content")
     document = parse_json(metadata[KEY], os.fspath(path))
     version = document.parts("format")["format"].integer(1, MOST)
-    if version > FORMAT:
+    if version > JOINED_FORMAT:
         raise UsageError(
-            f"{path} has packed format {version}; lsquant {__version__} reads format {FORMAT}: update lsquant"
+            f"{path} has packed format {version}; lsquant {__version__} reads format {JOINED_FORMAT}: update lsquant"
         )
     return _content(document, tensors)
 

@@ -17,7 +17,7 @@ from lsquant._util.errors import UsageError
 from lsquant._util.tensors import write_tensors
 from lsquant._version import __version__
 from lsquant.checkpoint import restore
-from lsquant.formats.packed.content import FORMAT, KEY, crc32
+from lsquant.formats.packed.content import FORMAT, JOINED_FORMAT, KEY, crc32
 from lsquant.formats.packed.reader import read_packed
 from lsquant.shipped import Shipped, ShippedQuantizer, leftovers, ship
 
@@ -38,7 +38,7 @@ def export_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     for quantizer in record.quantizers.values():
         tensors |= _tensors(quantizer)
     document = {
-        "format": 1 if record.joins is None else FORMAT,
+        "format": FORMAT if record.joins is None else JOINED_FORMAT,
         "versions": {"lsquant": __version__, "torch": torch.__version__},
         "layers": _layers(record),
         "quantizers": {name: _entry(quantizer, aliases) for name, quantizer in record.quantizers.items()},
