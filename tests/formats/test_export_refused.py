@@ -138,3 +138,19 @@ def test_a_divisor_that_torchs_exporter_leaves_out(tmp_path: Path) -> None:
         model = ready(odd, Recipe(4, None), x).eval()
         with pytest.raises(UsageError, match=r"leaves out divisor_override=3 of avg_pool2d; use nn.AvgPool2d"):
             lsquant.export_onnx(model, tmp_path / "n.onnx", x)
+
+
+def test_a_window_that_begins_beyond_the_input_is_named(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 4)
+    model = nn.Sequential(nn.Conv1d(3, 4, 3, padding=1), nn.MaxPool1d(1, 3, ceil_mode=True), nn.ReLU6())
+    with pytest.raises(UsageError, match=r"it has '1' with ceil_mode=True: PyTorch and ONNX count windows"):
+        lsquant.export_onnx(ready(model, Recipe(4, 4), x[..., :3]).eval(), tmp_path / "m.onnx", x[..., :3])
+
+
+def test_half_precision_behind_token_ids_is_refused(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 3)), torch.randint(0, 8, (5, 2))
+    lsquant.prepare(model, Recipe(4, 4, [Rule("0", None, None)]))
+    lsquant.calibrate(model, [x])
+    lsquant.export_onnx(model, tmp_path / "m.onnx", x)
+    with pytest.raises(UsageError, match=r"0.weight is of type torch.float16; give a float32 model"):
+        lsquant.export_onnx(model.half(), tmp_path / "n.onnx", x)

@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from lsquant._util.batches import evaluating, run_batch, unwrapped
+from lsquant._util.batches import evaluating, model_inputs, run_batch, unwrapped
 from lsquant._util.errors import UsageError
 from lsquant._util.files import atomic_write_bytes
+from lsquant._util.nested import tensors_in
 from lsquant._util.optional import require
 from lsquant._version import __version__
 from lsquant.formats.onnx.capture import TORCH_OPSET, captured
@@ -74,6 +76,9 @@ def onnx_model(
     onnx = require("onnx", extra="onnx")
     require("onnxscript", extra="onnx")
     require_opset(opset)
+    halves = [(name, p.dtype) for name, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+    if halves and not any(t.is_floating_point() for t in tensors_in(model_inputs(example_inputs))):  # as of token ids
+        raise UsageError(f"export_onnx: {halves[0][0]} is of type {halves[0][1]}; give a float32 model: model.float()")
     with evaluating(model):
         record = ship(model)
         run_batch(model, example_inputs)  # what the model refuses no file accepts
@@ -87,10 +92,15 @@ def onnx_model(
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
-        raise UsageError(
-            f"export_onnx: onnx refuses the graph of this model: {next(iter(str(error).splitlines()), '')}; look for "
-            "inputs, layers or buffers of one name"
-        ) from error
+        ceiling = [name for name, module in frozen.named_modules() if getattr(module, "ceil_mode", False)]
+        look = (
+            f"it has {ceiling[0]!r} with ceil_mode=True: PyTorch and ONNX count windows that begin beyond the input "
+            "otherwise"
+            if ceiling
+            else "look for inputs, layers or buffers of one name"
+        )
+        reason = next(iter(str(error).splitlines()), "")
+        raise UsageError(f"export_onnx: onnx refuses the graph of this model: {reason}; {look}") from error
     return proto
 
 
