@@ -111,3 +111,46 @@ def test_a_missing_package_names_the_extra(name: str, tmp_path: Path, monkeypatc
     reading = name == "onnxruntime"
     with pytest.raises(MissingExtra, match=r"lsquant\[onnx\]"):
         lsquant.onnx_session(path) if reading else lsquant.export_onnx(model, path, x)
+
+
+class Averaged(nn.Module):
+    """An average with a divisor of its own, as a module or as a function, behind a layer with float inputs."""
+
+    def __init__(self, as_module: bool, ceil: bool = False):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 4, 1), nn.AvgPool2d(2, ceil_mode=ceil, divisor_override=3)
+        self.as_module = as_module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return self.pool(y) if self.as_module else nn.functional.avg_pool2d(y, 2, divisor_override=3)
+
+
+def test_a_divisor_that_torchs_exporter_leaves_out(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 6, 6)
+    for recipe in (Recipe(4, None), Recipe(4, 4)):
+        model = ready(Averaged(True), recipe, x).eval()
+        lsquant.export_onnx(model, tmp_path / "m.onnx", x)
+        session = lsquant.onnx_session(tmp_path / "m.onnx")
+        found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+        torch.testing.assert_close(found, model(x).detach())
+    for odd in (Averaged(False), Averaged(True, ceil=True)):
+        model = ready(odd, Recipe(4, None), x).eval()
+        with pytest.raises(UsageError, match=r"leaves out divisor_override=3 of avg_pool2d; use nn.AvgPool2d"):
+            lsquant.export_onnx(model, tmp_path / "n.onnx", x)
+
+
+def test_a_window_that_begins_beyond_the_input_is_named(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 4)
+    model = nn.Sequential(nn.Conv1d(3, 4, 3, padding=1), nn.MaxPool1d(1, 3, ceil_mode=True), nn.ReLU6())
+    with pytest.raises(UsageError, match=r"it has '1' with ceil_mode=True: PyTorch and ONNX count windows"):
+        lsquant.export_onnx(ready(model, Recipe(4, 4), x[..., :3]).eval(), tmp_path / "m.onnx", x[..., :3])
+
+
+def test_half_precision_behind_token_ids_is_refused(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 3)), torch.randint(0, 8, (5, 2))
+    lsquant.prepare(model, Recipe(4, 4, [Rule("0", None, None)]))
+    lsquant.calibrate(model, [x])
+    lsquant.export_onnx(model, tmp_path / "m.onnx", x)
+    with pytest.raises(UsageError, match=r"0.weight is of type torch.float16; give a float32 model"):
+        lsquant.export_onnx(model.half(), tmp_path / "n.onnx", x)

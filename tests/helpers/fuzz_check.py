@@ -104,6 +104,10 @@ FORMS = ("integer model", "save", "packed file", "onnx")
 MAY_REFUSE: list[tuple[str, Callable[[Case, set[str]], bool], str]] = [
     ("calibrate", lambda c, t: True, "all input values of layer .* are zero"),
     ("prepare again", lambda c, t: True, "all input values of layer .* are zero"),
+    ("calibrate", lambda c, t: c.extreme == "zero channel", "weight_quantizer': all values are zero"),
+    ("prepare again", lambda c, t: c.extreme == "zero channel", "weight_quantizer': all values are zero"),
+    ("load_packed", lambda c, t: c.dtype == "float16", "steps of .* are too small or large for torch.float16"),
+    ("onnx", lambda c, t: any(n.options.get("ceil_mode") for n in c.nodes), "with ceil_mode=True: PyTorch and ONNX"),
     *((form, lambda c, t: c.late == "replace", "has no quantized layer") for form in FORMS),
     ("prepare", lambda c, t: "shared layouts" in t, "share one weight in different layouts"),
     ("prepare", lambda c, t: c.preset == "w4g32", "group"),
@@ -190,7 +194,7 @@ def compare(name: str, got: list[np.ndarray], want: list[np.ndarray], tolerance:
     for i, (a, b) in enumerate(zip(got, want, strict=True)):
         if tolerance:
             with np.errstate(all="ignore"):
-                wrong = ~(np.abs(a - b) <= tolerance * max(1e-3, float(np.abs(b[np.isfinite(b)]).max(initial=0))))
+                wrong = ~(np.abs(a - b) <= tolerance * max(1e-2, float(np.abs(b[np.isfinite(b)]).max(initial=0))))
             wrong &= ~(np.isnan(a) & np.isnan(b)) & (a != b)
         else:
             bits = f"uint{8 * a.dtype.itemsize}"
@@ -397,6 +401,8 @@ def _saved(found: Trained, folder: Path) -> None:
     with stage("load", found, found.case, found.model):
         other = with_hook(found, lsquant.load(fresh(found), path).eval())
     same_outputs(found, "load", other)
+    if found.case.late == "deepcopied layer" and "share" in tags(found.case):
+        return  # untied by the copy, and loaded into a network that is tied
     with stage("training after load", found, found.case, found.model):
         twins = [copy.deepcopy(found.model), copy.deepcopy(other)]
         got = [train(found.case, twin, 7) for twin in twins]

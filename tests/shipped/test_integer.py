@@ -147,6 +147,18 @@ def test_weights_alone_round_as_the_trained_layer_in_channels_last(granularity: 
         assert_equal_bits(run(lsquant.to_integer(model), x), run(model.eval(), x))
 
 
+def test_weights_alone_of_a_transposed_convolution_in_channels_last() -> None:
+    """With groups its weight has a dimension of 1, whose stride PyTorch reads as a memory format."""
+    torch.manual_seed(1345)
+    model = nn.Sequential(nn.ConvTranspose2d(4, 2, (3, 2), groups=2, bias=False))
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    lsquant.prepare(model, Recipe(QuantSpec(4)))
+    frozen = lsquant.to_integer(model)
+    for seed in range(20):
+        x = torch.randn(3, 8, 2, 2, generator=torch.Generator().manual_seed(seed))[:, ::2]
+        assert_equal_bits(run(frozen, x), run(model.eval(), x))
+
+
 def test_output_size_of_a_transposed_convolution() -> None:
     layer, x = made("transposed2d", "LSQ+, channel")
     frozen = lsquant.to_integer(layer)

@@ -43,7 +43,7 @@ class IntegerLayer(nn.Module):
         vars(self).update({k: v for k, v in vars(source).items() if k[0] != "_" and k not in vars(self)})
         self.weight_quantizer, self.input_quantizer, self.stored_quantizer = weights, inputs, stored
         self.exchanged = shipped.exchanged
-        self.strides = source.weight.stride()
+        self.strides = _strides(shipped)
         if weights is None:
             self.register_buffer("weight", source.rows().detach().clone())
         self.register_buffer("like", source.weight.new_empty(0), persistent=False)
@@ -135,6 +135,15 @@ class IntegerLayer(nn.Module):
             return self.sums(x, weights.values(), (inputs.grid(), weights.grid()), *extra)
         weight = self.rows() if weights is None else weights.values().to(x.dtype)
         return self.in_float(x if inputs is None else inputs(x), weight, *extra)
+
+
+@torch.no_grad()
+def _strides(shipped: ShippedLayer) -> tuple[int, ...]:
+    """Return the strides of the weight that the trained layer computes with in floating point."""
+    source, weights = shipped.source, shipped.weight
+    if weights is None or shipped.input is not None:
+        return source.weight.stride()
+    return source.from_rows(weights.source.forward(source.rows())).stride()
 
 
 class IntegerLinear(IntegerLayer):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lsquant._util.batches import model_inputs, require_arguments
 from lsquant._util.errors import LsquantError, UsageError
 from lsquant._util.nested import map_tensors, tensors_in
+from lsquant.nn import EXACT_TYPES
 from lsquant.shipped import FrozenQuantizer, IntegerEmbedding, drop_observers, frozen_parts
 
 TORCH_OPSET = 18
@@ -37,6 +38,7 @@ def captured(
     layers = _marked(frozen)
     if not layers:
         raise UsageError("export_onnx: this model has no quantized layer; call lsquant.prepare on it first")
+    _write_divisors(frozen)
     return exported(frozen, example_inputs, opset, dynamic_batch, changing), layers
 
 
@@ -56,6 +58,7 @@ def exported(
     with _quiet(), torch.no_grad():
         try:
             program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+            _require_divisors(program)
             found = torch.onnx.export(program, dynamo=True, opset_version=max(opset, TORCH_OPSET), verbose=False)
         except LsquantError:
             raise
@@ -68,6 +71,28 @@ def exported(
             raise UsageError(f"export_onnx: {reason}") from error
     assert found is not None
     return found.model_proto
+
+
+def _write_divisors(frozen: nn.Module) -> None:
+    """Let averages with a divisor of their own be sums and a division: torch's exporter leaves the divisor out."""
+    for module in frozen.modules():
+        exact = EXACT_TYPES.get(type(module))
+        if exact is not None and getattr(module, "divisor_override", None) and not exact.unsupported(module):
+            module.__class__ = exact
+
+
+def _require_divisors(program: torch.export.ExportedProgram) -> None:
+    """Raise UsageError for an average with a divisor of its own that is still there."""
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        names = [] if schema is None else [argument.name for argument in schema.arguments]
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        if given.get("divisor_override") is not None:
+            raise UsageError(
+                f"export_onnx: torch's exporter leaves out divisor_override={given['divisor_override']} of {node.name}"
+                "; use nn.AvgPool2d(..., divisor_override=...) without ceil_mode as a module, or multiply what a plain "
+                "average gives"
+            )
 
 
 def _outputs(frozen: nn.Module, args: Any, output: Any) -> list[Tensor]:

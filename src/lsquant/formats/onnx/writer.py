@@ -7,12 +7,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from lsquant._util.batches import evaluating, run_batch, unwrapped
+from lsquant._util.batches import evaluating, model_inputs, run_batch, unwrapped
 from lsquant._util.entry import shown
 from lsquant._util.errors import UsageError
 from lsquant._util.files import atomic_write_bytes
+from lsquant._util.nested import tensors_in
 from lsquant._util.optional import require
 from lsquant._version import __version__
 from lsquant.formats.onnx.capture import TORCH_OPSET, captured
@@ -83,6 +85,9 @@ def onnx_model(
     require("onnx", extra="onnx")
     require("onnxscript", extra="onnx")
     require_opset(opset)
+    halves = [(name, p.dtype) for name, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+    if halves and not any(t.is_floating_point() for t in tensors_in(model_inputs(example_inputs))):  # as of token ids
+        raise UsageError(f"export_onnx: {halves[0][0]} is of type {halves[0][1]}; give a float32 model: model.float()")
     if form not in FORMS:
         raise UsageError(f"export_onnx: form={shown(form)}; choose from {', '.join(map(repr, FORMS))}")
     if profile == "integer":
@@ -90,7 +95,7 @@ def onnx_model(
         with evaluating(network):
             run_batch(network, example_inputs)
             proto, traces = integer_proto(network, example_inputs, form, opset or TORCH_OPSET, dynamic_batch)
-        return _finished(proto, traces, profile, opset)
+        return _finished(network, proto, traces, profile, opset)
     if isinstance(model, FusedNetwork):
         raise UsageError(f"export_onnx: a fused network is written by profile='integer', not {profile!r}")
     with evaluating(model):
@@ -100,11 +105,11 @@ def onnx_model(
     opset = small_opset(frozen, opset) if profile == "small" else opset
     proto, layers = captured(frozen, example_inputs, opset or TORCH_OPSET, dynamic_batch)
     traces = _replace_marked(proto.graph, layers, profile, opset or TORCH_OPSET)
-    return _finished(proto, traces, profile, opset)
+    return _finished(frozen, proto, traces, profile, opset)
 
 
-def _finished(proto: Any, traces: list[LayerTrace], profile: str, opset: int | None) -> Any:
-    """Name, label and check a graph."""
+def _finished(module: nn.Module, proto: Any, traces: list[LayerTrace], profile: str, opset: int | None) -> Any:
+    """Name, label and check a graph.  module: what it was made of."""
     onnx = require("onnx", extra="onnx")
     tidy(proto, traces)
     set_opset(proto, opset)
@@ -112,10 +117,15 @@ def _finished(proto: Any, traces: list[LayerTrace], profile: str, opset: int | N
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
-        raise UsageError(
-            f"export_onnx: onnx refuses the graph of this model: {next(iter(str(error).splitlines()), '')}; look for "
-            "inputs, layers or buffers of one name"
-        ) from error
+        ceiling = [name for name, part in module.named_modules() if getattr(part, "ceil_mode", False)]
+        look = (
+            f"it has {ceiling[0]!r} with ceil_mode=True: PyTorch and ONNX count windows that begin beyond the input "
+            "otherwise"
+            if ceiling
+            else "look for inputs, layers or buffers of one name"
+        )
+        reason = next(iter(str(error).splitlines()), "")
+        raise UsageError(f"export_onnx: onnx refuses the graph of this model: {reason}; {look}") from error
     return proto
 
 
