@@ -207,8 +207,6 @@ def test_what_has_no_integer_form_stays_float_and_is_listed() -> None:
     lsquant.calibrate(model, [x])
     network = lsquant.fuse(model)
     assert [step.name for step in network.program.floats] == ["sin"]
-    found = [finding for finding in lsquant.check(model, batches=[x]) if finding.code == "not_integer"]
-    assert [(f.where, f.severity) for f in found] == [("sin", "note")]
     assert torch.allclose(network(x), model(x), atol=0.05)
 
 
