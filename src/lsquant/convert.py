@@ -24,7 +24,7 @@ from lsquant._util.errors import UsageError
 from lsquant._util.products import ProductCounter, recurrent_products
 from lsquant._util.rollback import unchanged_on_error
 from lsquant.changes import Change, Changes
-from lsquant.dataflow import dataflow
+from lsquant.dataflow import Flow, dataflow
 from lsquant.joining import STORED, connect, separate
 from lsquant.nn import (
     EXACT_TYPES,
@@ -40,6 +40,7 @@ from lsquant.nn import (
     stored_layout,
     weight_steps,
 )  # fmt: skip
+from lsquant.program import program_of
 from lsquant.quantizer import Quantizer
 from lsquant.recipe import Recipe, Rule, glob_of
 from lsquant.spec import QuantSpec
@@ -95,11 +96,16 @@ def _prepare(model: nn.Module, recipe: Recipe, example_inputs: Any, steps: Steps
     _note_assumed_positions(recipe if example_inputs is None else None, plan, positions)
     integer_layers = any(weight is not None and activation is not None for weight, activation in plan.values())
     _convert_others(model, integer_layers)
+    floats: list[Change] = []
     if recipe.joins is not None:
         assert isinstance(recipe.joins, QuantSpec)
-        connect(model, dataflow(model, "prepare with joins"), recipe.joins, former)
+        flow = dataflow(model, "prepare with joins")
+        connect(model, flow, recipe.joins, former)
+        floats = _float_steps(flow, recipe.joins)
     note_seen(model, (layer for layer in layers if not isinstance(layer, QuantizedLayer)))
-    return Changes(_rows(model, layers, plan, reasons, executed.products))
+    rows = _rows(model, layers, plan, reasons, executed.products)
+    known = {row.name for row in rows}
+    return Changes([*rows, *(row for row in floats if row.name not in known)])
 
 
 @contextmanager
@@ -466,6 +472,17 @@ def _rows(
         elif counter is not None and (functions := counter.functions.get(module)):
             reason = f"{' and '.join(functions)} in its own forward pass, without a layer: not quantized"
             rows.append(Change(name, kind, "float", "float", 0, reason, None, products(module)))
+    return rows
+
+
+def _float_steps(flow: Flow, joins: QuantSpec) -> list[Change]:
+    """Return a row for each part of an integer-only network that stays in floating point."""
+    rows = []
+    for step in program_of(flow, joins).floats:
+        kind = "function" if step.module is None else (float_type(step.module) or type(step.module)).__name__
+        advice = ": lsquant.trace makes modules of functions" if step.module is None else ""
+        reason = f"no integer form, so it stays in floating point{advice}"
+        rows.append(Change(step.name, kind, "float", "float", 0, reason))
     return rows
 
 

@@ -152,8 +152,6 @@ def dataflow(model: nn.Module, caller: str) -> Flow:
         if kind == "call":
             name = str(call.target)
             module = modules[name]
-            times[name] = times.get(name, 0) + 1
-            name += f"#{times[name]}" if times[name] > 1 else ""
             if isinstance(module, _NOTHING):  # dropout outside of training
                 found[call] = sources[0]
                 continue
@@ -161,6 +159,8 @@ def dataflow(model: nn.Module, caller: str) -> Flow:
             sources = tuple(found[a] for a in call.args if isinstance(a, fx.Node)) or sources
         elif call.target is operator.getitem and sources[0].role is Role.MOVE:
             role = Role.MOVE
+        times[name] = times.get(name, 0) + 1
+        name += f"#{times[name]}" if times[name] > 1 else ""
         found[call] = Node(name, module, role, sources, kind, call)
         nodes.append(found[call])
     return Flow(nodes, found)

@@ -16,9 +16,9 @@ from lsquant.diagnostics import symptoms
 from lsquant.diagnostics.findings import SEVERITIES, Finding, Severity, finding, findings
 from lsquant.diagnostics.optimizer_checks import check_optimizer, has_started
 from lsquant.diagnostics.value_checks import check_values
-from lsquant.fusion.program import program_of
 from lsquant.joining import STORED
 from lsquant.nn import float_type, quantized_layers, quantized_type, quantizers
+from lsquant.program import program_of
 from lsquant.quantizer import Quantizer
 from lsquant.reference import GUARD_FACTOR
 from lsquant.tying import weight_quantizers, weights_with_several_quantizers

@@ -221,7 +221,7 @@ def layer_output(
     s_y = torch.ones_like(s_x) if out is None else out.step.detach()
     largest = max(abs(read.low), abs(read.high))
     exact = float(constants.codes.abs().reshape(len(fake), -1).sum(1).max()) * largest < EXACT_IN_FLOAT32
-    kind = torch.float32 if exact else torch.float64
+    kind = torch.float32 if exact and v.is_cpu else torch.float64  # other devices may multiply otherwise
     x_codes = with_values(v / s_x, codes_of(v, s_x)).to(kind)
     scale = constants.step / torch.where(alpha == 0, torch.ones_like(alpha), alpha)  # s_w, raised where it was
     w_codes = with_values(fake / scale.detach().reshape(shape), constants.codes).to(kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +15,9 @@ from lsquant._util.batches import require_one_process
 from lsquant._util.errors import UsageError
 from lsquant.dataflow import Node, dataflow
 from lsquant.fusion.arithmetic import Codes, Folded, codes_grid, codes_of, fold_layer, layer_output, requantized
-from lsquant.fusion.program import Kind, Program, Step, program_of
 from lsquant.joining import STORED
 from lsquant.nn import quantizers
+from lsquant.program import Kind, Program, Step, program_of
 from lsquant.quantizer import Quantizer
 from lsquant.tied import TiedQuantizer
 
@@ -54,7 +56,7 @@ class FusedNetwork(nn.Module):
     Its parameters are those of the model, so it can be trained; dropout does nothing and BatchNorm's statistics are
     fixed.  The forward pass gives the outputs of the integer program in training mode and in eval mode.
 
-    model: the trained model.
+    model: the trained model, in eval mode; it is what is saved.
     program: the steps.
     taps: name of a stored tensor, that of the module which makes it -> where its codes can be seen.
     """
@@ -66,10 +68,26 @@ class FusedNetwork(nn.Module):
         super().__init__()
         self.model = model
         self.program = program
+        self.__dict__["joins"] = vars(model)[STORED]
+        self.train(model.training)
         ends = dict.fromkeys(step.end for step in program.steps if program.stored[step.end] is not None)
         self.__dict__["taps"] = {node.name: Tap() for node in ends}  # no submodules: they have no state
 
+    def train(self, mode: bool = True) -> FusedNetwork:
+        """Set the mode; the model in it is in eval mode always, for BatchNorm's statistics and dropout."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedNetwork:
+        return fuse(copy.deepcopy(self.model, memo)).train(self.training)
+
+    def __reduce__(self) -> Any:
+        return _fused_again, (self.model, self.training)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if vars(self.model).get(STORED) is not self.joins:
+            raise UsageError("the model was prepared or reverted after fuse: call lsquant.fuse(model) again")
         return Run(self.program, taps=self.taps).outputs(self.given(args, kwargs))
 
     @torch.no_grad()
@@ -107,9 +125,14 @@ class FusedNetwork(nn.Module):
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Node, Any]:
         """Return the inputs of a forward pass by their nodes."""
+        bound = inspect.signature(self.model.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
         inputs = [node for node in self.program.flow.nodes if node.kind == "input"]
-        given = dict(zip((node.name for node in inputs), args, strict=False)) | kwargs
-        return {node: given[node.name] for node in inputs if node.name in given}
+        return dict(zip(inputs, bound.arguments.values(), strict=True))
+
+
+def _fused_again(model: nn.Module, training: bool) -> FusedNetwork:
+    return fuse(model).train(training)
 
 
 class Run:
@@ -132,9 +155,11 @@ class Run:
 
     def outputs(self, given: dict[Node, Any]) -> Any:
         self.real.update(given)
-        for step in self.program.steps:
-            self.compute(step)
-            self._show(step.end)
+        device = next((v.device.type for v in given.values() if isinstance(v, Tensor)), "cpu")
+        with torch.autocast(device, enabled=False):
+            for step in self.program.steps:
+                self.compute(step)
+                self._show(step.end)
         end = next(node for node in reversed(self.program.flow.nodes) if node.kind == "output")
         return self.mapped(end.call.args[0])
 

@@ -16,6 +16,7 @@ from lsquant import nn as lsq_nn
 from lsquant import ops
 from lsquant._util.batches import unwrapped
 from lsquant._util.errors import UsageError
+from lsquant.fusion import FusedNetwork
 from lsquant.joining import STORED
 from lsquant.quantizer import Quantizer
 from lsquant.spec import QuantSpec
@@ -152,6 +153,8 @@ def ship(model: nn.Module) -> Shipped:
     Warns: UserWarning naming layers that came into the model after ``prepare``, which ship in floating point.
     """
     model = unwrapped(model)
+    if isinstance(model, FusedNetwork):
+        raise UsageError("this is a fused network: give its model, network.model, or write it by profile='integer'")
     require_no_global_hooks()
     layers = list(lsq_nn.quantized_layers(model))
     warn_of_added(model)

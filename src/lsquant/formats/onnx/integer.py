@@ -28,8 +28,8 @@ from lsquant.formats.onnx.capture import exported
 from lsquant.formats.onnx.graph import FLOAT, INT32, Graph, LayerTrace, array
 from lsquant.fusion.arithmetic import Codes
 from lsquant.fusion.network import FusedNetwork, Run, averaged, function_values
-from lsquant.fusion.program import Kind, Step
 from lsquant.nn.pool import sizes_of
+from lsquant.program import Kind, Step
 
 FORMS = ("qdq", "qoperator")
 MICROSOFT = "com.microsoft"
