@@ -300,3 +300,15 @@ def test_a_transposed_convolution_in_channels_last_has_the_gradients_of_the_othe
     twin(x.to(memory_format=torch.channels_last)[:, :1]).square().sum().backward()
     for (name, p), other in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(other.grad, p.grad, msg=name)
+
+
+@pytest.mark.parametrize("name", ["conv1d", "transposed2d", "Conv1D"])
+def test_float64_stays_float64_under_autocast_as_in_pytorch(name):
+    layer, x = made(name, "tensor")
+    layer, x = layer.double(), x.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.float64
+    assert torch.equal(y, layer(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert F.linear(torch.ones(1, 2).double(), torch.ones(3, 2).double()).dtype == torch.float64
