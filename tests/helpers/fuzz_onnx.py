@@ -77,7 +77,8 @@ def goes_alone(found: Trained) -> bool:
     unknown = any(
         tag.startswith(("kind AdaptiveMaxPool", "kind AdaptiveAvgPool3d")) for tag in mine
     )  # to torch's exporter
-    return found.case.dynamic or found.case.dtype != "float32" or unknown or bool(risky & mine)
+    ceiling = any(node.options.get("ceil_mode") for node in found.case.nodes)
+    return found.case.dynamic or found.case.dtype != "float32" or unknown or ceiling or bool(risky & mine)
 
 
 def check_alone(found: Trained, path: Path) -> None:

@@ -286,3 +286,29 @@ def test_the_dequantized_weight_is_what_the_layer_multiplies_with(layer, granula
     values = model[0].dequantized_weight()
     assert not torch.equal(values, layer.weight)
     assert torch.equal(model(x), torch.func.functional_call(layer, {"weight": values}, (x,)))
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_a_transposed_convolution_in_channels_last_has_the_gradients_of_the_other_layout(dilation):
+    """PyTorch's backward kernel for dilated ones wants a contiguous weight; found by the fuzzer."""
+    layer = nn.ConvTranspose2d(1, 2, (1, 2), output_padding=(0, dilation - 1), dilation=(1, dilation), bias=False)
+    model, x = nn.Sequential(layer), torch.randn(4, 2, 1, 2)
+    lsquant.prepare(model, Recipe(4, 4))
+    lsquant.calibrate(model, [x[:, :1]])
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    model(x[:, :1]).square().sum().backward()
+    twin(x.to(memory_format=torch.channels_last)[:, :1]).square().sum().backward()
+    for (name, p), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, p.grad, msg=name)
+
+
+@pytest.mark.parametrize("name", ["conv1d", "transposed2d", "Conv1D"])
+def test_float64_stays_float64_under_autocast_as_in_pytorch(name):
+    layer, x = made(name, "tensor")
+    layer, x = layer.double(), x.double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.float64
+    assert torch.equal(y, layer(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert F.linear(torch.ones(1, 2).double(), torch.ones(3, 2).double()).dtype == torch.float64

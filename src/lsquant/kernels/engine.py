@@ -84,6 +84,8 @@ class Conv(NamedTuple):
         self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the wanted gradients of x and weight; x gives only its shape where the weight's is not wanted."""
+        if self.transposed:  # PyTorch's kernel for dilated ones refuses a weight in channels last
+            weight = weight.contiguous()
         found = torch.ops.aten.convolution_backward(
             grad, x, weight, None, self.stride, self.padding, self.dilation, self.transposed, self._extra,
             self.groups, [of_x, of_weight, False],

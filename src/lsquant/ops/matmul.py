@@ -281,7 +281,7 @@ def _register(name: str, geometry: str) -> Op:
 
 def _with_dtype(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     bias, _, *flat = arguments
-    return (bias, dtype, *flat)
+    return (bias, None if flat[0].dtype == torch.float64 else dtype, *flat)  # autocast leaves float64 as it is
 
 
 _linear = _register("linear", "")
@@ -301,7 +301,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, x_grid: Grid, w_grid:
     bias: (out,), likewise, or None.
     x_grid: of the input, one step.
     w_grid: of the weight; step: (1,), (out,) or, with groups, (out * in / group_size,).
-    Returns: (..., out) in x's dtype, autocast's under autocast.
+    Returns: (..., out) in x's dtype, autocast's under autocast unless that is float64.
     Raises: UsageError where input, weight, bias and steps do not fit.
     """
     return _linear(bias, None, *_flat(Product(x, x_grid, weight, w_grid, None)))
