@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -235,3 +238,66 @@ def test_a_fused_network_shares_the_parameters_of_its_model() -> None:
     assert not torch.equal(network(x), before)
     run = Run(network.program)
     assert [step.kind.value for step in run.program.steps] == ["quantize", "layer", "layer"]
+
+
+def test_copied_pickled_under_autocast_and_in_both_modes() -> None:
+    model, network, x = one_layer(5)
+    wanted = network(x)
+    for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert torch.equal(twin(x), wanted)
+        assert twin.model is not model
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(network(x), wanted)
+    network.train()
+    assert (network.training, model.training, model[1].training) == (True, False, False)
+    mean = model[1].running_mean.clone()
+    assert torch.equal(network(10 * x)[:0], wanted[:0])
+    assert torch.equal(model[1].running_mean, mean)
+
+
+def test_a_model_that_was_changed_since_is_refused() -> None:
+    model, network, x = one_layer(6)
+    lsquant.prepare(model, Recipe(8, 8, joins=8), example_inputs=x)
+    with pytest.raises(UsageError, match=r"prepared or reverted after fuse: call lsquant.fuse\(model\) again"):
+        network(x)
+    network = lsquant.fuse(model)
+    lsquant.revert(model)
+    with pytest.raises(UsageError, match="prepared or reverted after fuse"):
+        network(x)
+
+
+def test_a_fused_network_is_saved_by_its_model(tmp_path: Path) -> None:
+    _, network, x = one_layer(7)
+    with pytest.raises(UsageError, match=r"prepared with joins; give that one, as network.model"):
+        lsquant.save(network, tmp_path / "m")
+    calls: list[Any] = [lambda: lsquant.export_packed(network, tmp_path / "m"), lambda: lsquant.to_integer(network)]
+    for call in calls:
+        with pytest.raises(UsageError, match=r"a fused network: give its model, network.model"):
+            call()
+    lsquant.save(network.model, tmp_path / "m")
+    fresh = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 1)).eval()
+    assert torch.equal(lsquant.fuse(lsquant.load(fresh, tmp_path / "m"))(x), network(x))
+
+
+def test_prepare_says_what_stays_float_and_load_that_the_model_was_traced(tmp_path: Path) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x) + x)
+
+    x = torch.randn(2, 3, 4, 4)
+    changes = lsquant.prepare(Residual(), Recipe(4, 8, joins=8), example_inputs=x)
+    (row,) = [c for c in changes if c.name == "add"]
+    assert (row.kind, row.weight, row.weights) == ("function", "float", 0)
+    assert "no integer form, so it stays in floating point: lsquant.trace makes modules of functions" in row.reason
+    model = Residual()
+    lsquant.trace(model, x)
+    changes = lsquant.prepare(model, Recipe(4, 8, joins=8), example_inputs=x)
+    assert [c.name for c in changes] == ["a", "b"]
+    lsquant.calibrate(model, [x])
+    lsquant.save(model, tmp_path / "m")
+    with pytest.raises(UsageError, match=r"call lsquant.trace\(model, example_inputs\) first, if it was traced"):
+        lsquant.load(Residual(), tmp_path / "m")
