@@ -26,6 +26,8 @@ from lsquant.formats import load_packed as load_packed
 from lsquant.formats import onnx_session as onnx_session
 from lsquant.formats import read_packed as read_packed
 from lsquant.formats import to_torchao as to_torchao
+from lsquant.fusion import FusedNetwork as FusedNetwork
+from lsquant.fusion import fuse as fuse
 from lsquant.kernels import use_engine as use_engine
 from lsquant.nn import integer_weights as integer_weights
 from lsquant.nn import quantizers as quantizers
@@ -46,6 +48,7 @@ from lsquant.verification import verify as verify
 __all__ = [
     "Changes",
     "Finding",
+    "FusedNetwork",
     "LsquantError",
     "Packed",
     "PackedQuantizer",
@@ -65,6 +68,7 @@ __all__ = [
     "export_packed",
     "export_vectors",
     "fake_quantize",
+    "fuse",
     "integer_weights",
     "load",
     "load_packed",

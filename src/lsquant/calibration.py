@@ -16,7 +16,7 @@ from lsquant._util.rollback import unchanged_on_error
 from lsquant._util.tensors import on_meta
 from lsquant.convert import disabled, multiplies
 from lsquant.mse import ValueSummary
-from lsquant.nn import QuantizedLayer, input_elements, lone_quantizers, quantized_layers, quantizers
+from lsquant.nn import QuantizedLayer, input_elements, lone_quantizers, quantized_layers, quantizers, stored_quantizers
 from lsquant.quantizer import Method, Quantizer
 from lsquant.tying import weight_quantizers
 
@@ -33,6 +33,10 @@ class _Observer:
     def of_layer(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
         """Return the function that takes in an input of this layer, one of those that have the quantizer."""
         return lambda x: self.observe(x, input_elements(layer, x))
+
+    def of_stored(self, x: Tensor) -> None:
+        """Take in a stored tensor, (batch, ...)."""
+        self.observe(x, x[0].numel() if x.dim() > 1 and len(x) else 0)
 
     def observe(self, x: Tensor, elements: int = 0) -> None:
         """Take in one input; an empty one says nothing.  elements: N of it, 0 for a stand-alone quantizer."""
@@ -113,8 +117,13 @@ def calibrate(
             if layer.input_quantizer is not None and (again or not layer.input_quantizer.is_initialized):
                 observer = observers.setdefault(layer.input_quantizer, _Observer(name, layer.input_quantizer))
                 watched.append((layer, observer.of_layer(layer)))
+        stored = stored_quantizers(model)
+        for name, quantizer in quantizers(model):
+            if quantizer in stored and (again or not quantizer.is_initialized):
+                observer = observers.setdefault(quantizer, _Observer(name, quantizer))
+                watched.append((quantizer, observer.of_stored))
         for name, quantizer in lone_quantizers(model):
-            if again or not quantizer.is_initialized:
+            if quantizer not in stored and (again or not quantizer.is_initialized):
                 observers[quantizer] = _Observer(name, quantizer)
                 watched.append((quantizer, observers[quantizer].observe))
         order: dict[nn.Module, None] = {}

@@ -28,13 +28,15 @@ from lsquant._util.rollback import unchanged_on_error
 from lsquant._util.tensors import on_meta, read_tensors, write_tensors
 from lsquant._version import __version__ as VERSION
 from lsquant.convert import prepare, resolved_recipe
+from lsquant.joining import STORED
 from lsquant.nn import QuantizedLayer, quantized_layers, quantizers
 from lsquant.recipe import Recipe, recipe_of_file
+from lsquant.tied import TiedQuantizer
 from lsquant.tying import require_one_quantizer_each, stored_once
 from lsquant.unsupported import require_fit, warn_of_added
 
 FORMAT = "1"
-QUANTIZERS = frozenset({"weight_quantizer", "input_quantizer"})
+QUANTIZERS = frozenset({"weight_quantizer", "input_quantizer", "stored_quantizer", "input_quantizers"})
 BUFFERS: dict[str, Callable[[Tensor], bool]] = {
     "step": lambda t: t.dtype == torch.float32 and t.dim() == 1,
     "offset": lambda t: t.dtype == torch.float32 and t.dim() == 1,
@@ -64,6 +66,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     model = unwrapped(model)
     if not any(True for _ in quantized_layers(model)):
         raise UsageError("save: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
+    if any(STORED in vars(module) for module in model.modules() if module is not model):
+        raise UsageError(
+            f"save: a model inside this {type(model).__name__} was prepared with joins; give that one, as network.model"
+        )
     if empty := on_meta(model):
         raise UsageError(f"save: {empty[0]!r} is on the meta device and holds no values; load a state first")
     require_one_quantizer_each(model)
@@ -185,12 +191,14 @@ def restore(model: nn.Module, recipe: Recipe, tensors: dict[str, Tensor], path: 
     try:
         with unchanged_on_error(model.modules()):
             prepare(model, recipe)
-            for name, _ in quantizers(model):
-                if f"{name}.step" not in tensors:
-                    raise UsageError(f"the file lacks {name}.step, which its recipe needs")
+            for name, quantizer in quantizers(model):
+                needed = f"{name}.{'signed' if isinstance(quantizer, TiedQuantizer) else 'step'}"
+                if needed not in tensors:
+                    raise UsageError(f"the file lacks {needed}, which its recipe needs")
             model.load_state_dict(tensors)
     except (UsageError, RuntimeError) as error:
-        raise UsageError(f"{path} does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error
+        hint = "" if recipe.joins is None else "; call lsquant.trace(model, example_inputs) first, if it was traced"
+        raise UsageError(f"{path} does not fit {type(model).__name__}: {' '.join(str(error).split())}{hint}") from error
     return given
 
 
@@ -201,7 +209,7 @@ def _check_architecture(model: nn.Module, tensors: dict[str, Tensor], path: str 
 
     def is_float_key(name: str) -> bool:
         parts = name.split(".")
-        return name not in optional and not any(part in ("weight_quantizer", "input_quantizer") for part in parts)
+        return name not in optional and not QUANTIZERS.intersection(parts)
 
     kinds = {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}  # an extra state may be anything
     mine = {k: tuple(v.shape) for k, v in kinds.items() if is_float_key(k)}

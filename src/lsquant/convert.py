@@ -17,13 +17,15 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lsquant._util.batches import evaluating, first_input, require_one_process, run_batch, uncompiled
+from lsquant._util.batches import evaluating, first_input, require_one_process, run_batch, uncompiled, unwrapped
 from lsquant._util.bypass import BypassDetector, address
 from lsquant._util.entry import shown
 from lsquant._util.errors import UsageError
 from lsquant._util.products import ProductCounter, recurrent_products
 from lsquant._util.rollback import unchanged_on_error
 from lsquant.changes import Change, Changes
+from lsquant.dataflow import Flow, dataflow
+from lsquant.joining import STORED, connect, separate
 from lsquant.nn import (
     EXACT_TYPES,
     QUANTIZED_TYPES,
@@ -38,6 +40,7 @@ from lsquant.nn import (
     stored_layout,
     weight_steps,
 )  # fmt: skip
+from lsquant.program import program_of
 from lsquant.quantizer import Quantizer
 from lsquant.recipe import Recipe, Rule, glob_of
 from lsquant.spec import QuantSpec
@@ -86,14 +89,23 @@ def _prepare(model: nn.Module, recipe: Recipe, example_inputs: Any, steps: Steps
     reasons = {layer: reason_for_layer(layer, executed.bypassed) for layer in layers}
     _check_rules(recipe, model, layers, positions)
     plan = _plan(recipe, layers, positions, reasons)
+    former = separate(model)
     for layer, (weight, activation) in reversed(plan.items()):  # a shared quantizer bears the first layer's name
         _convert(layer, layers[layer][0], weight, activation, steps)
     share_weight_quantizers(layers)
     _note_assumed_positions(recipe if example_inputs is None else None, plan, positions)
     integer_layers = any(weight is not None and activation is not None for weight, activation in plan.values())
     _convert_others(model, integer_layers)
+    floats: list[Change] = []
+    if recipe.joins is not None:
+        assert isinstance(recipe.joins, QuantSpec)
+        flow = dataflow(model, "prepare with joins")
+        connect(model, flow, recipe.joins, former)
+        floats = _float_steps(flow, recipe.joins)
     note_seen(model, (layer for layer in layers if not isinstance(layer, QuantizedLayer)))
-    return Changes(_rows(model, layers, plan, reasons, executed.products))
+    rows = _rows(model, layers, plan, reasons, executed.products)
+    known = {row.name for row in rows}
+    return Changes([*rows, *(row for row in floats if row.name not in known)])
 
 
 @contextmanager
@@ -463,6 +475,17 @@ def _rows(
     return rows
 
 
+def _float_steps(flow: Flow, joins: QuantSpec) -> list[Change]:
+    """Return a row for each part of an integer-only network that stays in floating point."""
+    rows = []
+    for step in program_of(flow, joins).floats:
+        kind = "function" if step.module is None else (float_type(step.module) or type(step.module)).__name__
+        advice = ": lsquant.trace makes modules of functions" if step.module is None else ""
+        reason = f"no integer form, so it stays in floating point{advice}"
+        rows.append(Change(step.name, kind, "float", "float", 0, reason))
+    return rows
+
+
 def revert(model: nn.Module) -> nn.Module:
     """Turn a prepared model back into the float model, in place.
 
@@ -476,6 +499,7 @@ def revert(model: nn.Module) -> nn.Module:
     inside = require_one_process(model, "revert")
     _require_own_classes("revert", inside)
     with _all_or_nothing(inside):
+        separate(inside)
         for module in list(inside.modules()):
             _revert_layer(module)
             vars(module).pop(SEEN, None)
@@ -530,4 +554,4 @@ def resolved_recipe(model: nn.Module) -> Recipe:
         weight = None if layer.weight_quantizer is None else layer.weight_quantizer.requested
         activation = None if layer.input_quantizer is None else layer.input_quantizer.requested
         rules.append(Rule(glob_of(name), weight, activation))
-    return Recipe(None, None, rules)
+    return Recipe(None, None, rules, joins=vars(unwrapped(model)).get(STORED))

@@ -107,6 +107,19 @@ def _specification(value: Setting, what: str) -> QuantSpec | str | None:
     return replace(value, signed=True) if value.signed is None else value
 
 
+def _joins(value: Setting) -> QuantSpec | None:
+    """Make a QuantSpec of what joins read.  Raises: UsageError for one that a stored tensor cannot have."""
+    spec = _specification(value, "activation") if isinstance(value, (int, QuantSpec)) else value
+    if spec is None:
+        return None
+    if not isinstance(spec, QuantSpec) or spec.offset or spec.signed is not None or spec.narrow:
+        raise UsageError(
+            f"joins={shown(value)}: give bits (2 to 8), or None for floating point; the tensors that joins read have "
+            "one step each, no offset, and a sign that calibration decides"
+        )
+    return spec
+
+
 def _listed(value: Any, what: str) -> tuple[Any, ...]:
     """Return what was given as a list.  Raises: UsageError naming ``what``."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
@@ -181,6 +194,9 @@ class Recipe:
     weight, activation: bits, a QuantSpec, or None for floating point.
     rules: one that matches no layer is an error in ``prepare``.
     preset_rules: those of a preset; they come after ``rules`` and may match nothing.
+    joins: bits or a QuantSpec of what additions, concatenations, averages and elementwise functions read, usually 8:
+        every tensor between two layers is then stored as codes, and all who read it share its step
+        (docs/integer-only.md).  None: joins compute in floating point, and every layer has an input step of its own.
     Raises: UsageError for a value that is not allowed.
 
     >>> recipe = lsquant.Recipe(4, 4, [lsquant.Rule("first", 8, 8)])
@@ -192,8 +208,10 @@ class Recipe:
     activation: Setting = None
     rules: Sequence[Rule] = ()
     preset_rules: Sequence[Rule] = field(default=())
+    joins: Setting = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "joins", _joins(self.joins))
         for what in HALVES:
             if getattr(self, what) == INHERIT:
                 raise UsageError(f"Recipe: {what}='inherit' has nothing to inherit from")
@@ -207,7 +225,13 @@ class Recipe:
 
     @classmethod
     def preset(
-        cls, name: str, *, first_last: int | None = 8, skip: Iterable[Any] = (), rules: Iterable[Rule] = ()
+        cls,
+        name: str,
+        *,
+        first_last: int | None = 8,
+        skip: Iterable[Any] = (),
+        rules: Iterable[Rule] = (),
+        integer_only: bool = False,
     ) -> Recipe:
         """Make a recipe from a name: ``w4a4``, ``w2a2``, ``w4`` (= ``w4a16``: weights only), ``w4g32`` (groups of 32).
 
@@ -216,6 +240,7 @@ class Recipe:
             like all others.
         skip: names, globs or classes that stay float.
         rules: more rules, which go first.
+        integer_only: whether every tensor between two layers is stored in 8 bits, as ``joins=8``.
         Raises: UsageError for an unknown name.
 
         >>> lsquant.Recipe.preset("w4a4").weight.bits
@@ -239,7 +264,10 @@ class Recipe:
             first_and_last = tuple(Rule(position, first_last, input_setting) for position in POSITIONS)
         skipped = _listed([skip] if isinstance(skip, (str, type)) else skip, "Recipe.preset: skip")
         skip_rules = tuple(Rule(which, None, None) for which in skipped)
-        return cls(weight, activation, (*_listed(rules, "Recipe.preset: rules"), *skip_rules), first_and_last)
+        if type(integer_only) is not bool:
+            raise UsageError(f"Recipe.preset: integer_only={shown(integer_only)}; it must be True or False")
+        own = (*_listed(rules, "Recipe.preset: rules"), *skip_rules)
+        return cls(weight, activation, own, first_and_last, joins=8 if integer_only else None)
 
     def all_rules(self) -> tuple[Rule, ...]:
         """Return the user's rules, then the preset's."""
@@ -323,6 +351,7 @@ class Recipe:
             "activation": entry(self.activation),
             "rules": [table(r) for r in self.rules],
             "preset_rules": [table(r) for r in self.preset_rules],
+            **({} if self.joins is None else {"joins": entry(self.joins)}),
         }
         return to_toml({k: v for k, v in values.items() if v != []})
 
@@ -368,7 +397,7 @@ def recipe_of_file(text: str, file: str, error: type[LsquantError] = DamagedFile
     version = document.value.pop("format", FORMAT)
     if type(version) is not int or version != FORMAT:
         document.refuse(f"format {shown(version)}; this lsquant reads format {FORMAT}, update it")
-    found = document.record((), (*HALVES, "rules", "preset_rules"))
+    found = document.record((), (*HALVES, "rules", "preset_rules", "joins"))
     weight, activation = (_setting(found[half]) if half in found else None for half in HALVES)
     lists = [_rules_of_file(found[name]) if name in found else [] for name in ("rules", "preset_rules")]
     if sum(len(rules) for rules in lists) > MOST_RULES:
@@ -376,7 +405,8 @@ def recipe_of_file(text: str, file: str, error: type[LsquantError] = DamagedFile
     patterns = sum(rule.name is None and rule.which not in POSITIONS for rules in lists for rule in rules)
     if patterns > MOST_PATTERNS:
         document.refuse(f"{patterns:,} rules with patterns; a file may have {MOST_PATTERNS:,}, and more with names")
-    return _made(document, lambda: Recipe(weight, activation, *lists))
+    joins = _setting(found["joins"]) if "joins" in found else None
+    return _made(document, lambda: Recipe(weight, activation, *lists, joins=joins))
 
 
 def _made(entry: Entry, make: Callable[[], Made]) -> Made:

@@ -171,7 +171,7 @@ def test_the_tables_have_every_public_function_of_a_model() -> None:
         for name in lsquant.__all__
         if inspect.isfunction(function := getattr(lsquant, name)) and "model" in inspect.signature(function).parameters
     }
-    before_any_wrapper = {"trace"}  # tests/tracing/test_untraceable.py: it refuses all of them
+    before_any_wrapper = {"trace", "fuse"}  # tests/tracing/test_untraceable.py, tests/fusion: they refuse them
     assert of_model == READING.keys() | CHANGING.keys() | before_any_wrapper
 
 

@@ -284,6 +284,18 @@ def test_a_finding_prints_in_two_lines_and_is_frozen():
     assert len({finding, finding}) == 1
 
 
+def test_what_an_integer_only_network_computes_in_floating_point_is_a_note():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Softmax(1), nn.Linear(4, 2)).eval(), torch.randn(8, 4)
+    lsquant.prepare(model, Recipe(8, 8), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    assert "not_integer" not in {f.code for f in lsquant.check(model)}  # it was not asked for
+    lsquant.prepare(lsquant.revert(model), Recipe(8, 8, joins=8), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    (finding,) = [f for f in lsquant.check(model) if f.code == "not_integer"]
+    assert (finding.where, finding.severity) == ("1", "note")
+    assert "Softmax computes in floating point in the fused network" in finding.message
+
+
 def test_every_code_is_planted_here():
     source = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_check*.py"))
     assert {severity for severity, _ in CODES.values()} <= set(SEVERITIES)

@@ -89,11 +89,11 @@ def test_the_reader_refuses_damage_and_a_newer_format(reader, tmp_path, monkeypa
     path.write_bytes(data)
     with pytest.raises(ValueError, match="is damaged"):
         reader["read"](path)
-    monkeypatch.setattr(module, "FORMAT", 2)
-    with pytest.raises(ValueError, match="has format 2"):
+    monkeypatch.setattr(module, "FORMAT", 3)
+    with pytest.raises(ValueError, match="has format 3"):
         reader["read"](lsquant.export_packed(trained_net(1), path))
     monkeypatch.undo()
-    with pytest.raises(UsageError, match=r"format 2; lsquant .* reads format 1: update lsquant"):
+    with pytest.raises(UsageError, match=r"format 3; lsquant .* reads format 2: update lsquant"):
         lsquant.read_packed(path)
 
 

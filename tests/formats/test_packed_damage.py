@@ -157,9 +157,9 @@ def test_metadata_that_is_no_object(text, packed, tmp_path):
 
 def test_a_newer_format_says_so(packed, tmp_path):
     tensors, document = read(packed[1])
-    document |= {"format": 2, "quantizers": "laid out in another way"}
+    document |= {"format": 3, "quantizers": "laid out in another way"}
     write(tmp_path / "p", tensors, document)
-    refused(tmp_path / "p", UsageError, r"packed format 2; lsquant [\d.]+ reads format 1: update lsquant")
+    refused(tmp_path / "p", UsageError, r"packed format 3; lsquant [\d.]+ reads format 2: update lsquant")
 
 
 def test_the_checksum_names_the_tensor(packed, tmp_path):

@@ -19,6 +19,7 @@ from lsquant.cli import commands
 from lsquant.cli.reporting import report
 from lsquant.cli.training import train
 from lsquant.formats import DEFAULT, file_formats
+from lsquant.formats.onnx.integer import FORMS
 from lsquant.runs import is_run
 from lsquant.runs.settings import Optimizer
 from lsquant.tasks import TASKS
@@ -64,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     _subject(sub)
     _profile(sub)
     sub.add_argument("--opset", type=int, metavar="N", help="operator set (default: the lowest that suffices)")
+    sub.add_argument("--form", choices=FORMS, help="of profile integer (default: qdq)")
     sub.add_argument("--out", metavar="FILE", help="default: RUN/export/PROFILE.onnx or packed.safetensors, or by FILE")
     about = "also write inputs, codes and outputs of 4 samples as FILE.npz, and check_vectors.py beside it"
     sub.add_argument("--vectors", metavar="FILE", help=about)

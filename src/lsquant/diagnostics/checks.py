@@ -11,11 +11,14 @@ from torch import nn
 from lsquant._util.batches import Forward, unwrapped
 from lsquant._util.errors import UsageError
 from lsquant._util.tensors import on_meta
+from lsquant.dataflow import dataflow
 from lsquant.diagnostics import symptoms
 from lsquant.diagnostics.findings import SEVERITIES, Finding, Severity, finding, findings
 from lsquant.diagnostics.optimizer_checks import check_optimizer, has_started
 from lsquant.diagnostics.value_checks import check_values
-from lsquant.nn import quantized_layers, quantized_type, quantizers
+from lsquant.joining import STORED
+from lsquant.nn import float_type, quantized_layers, quantized_type, quantizers
+from lsquant.program import program_of
 from lsquant.quantizer import Quantizer
 from lsquant.reference import GUARD_FACTOR
 from lsquant.tying import weight_quantizers, weights_with_several_quantizers
@@ -75,6 +78,7 @@ def check(
     found = [*stale, *_check_steps(model), *_check_few_values(sound, model)]
     found += _check_weights(model) if batches is None else []  # else `check_values` says it of the quantizer
     found += [*_check_ties(model), *_check_float_modules(model), *_check_fast_paths(model), *_check_what_ships(model)]
+    found += _check_integer_only(model)
     if optimizer is not None:
         found += check_optimizer(model, optimizer, sound)
     started = None if optimizer is None else has_started(optimizer)
@@ -123,6 +127,16 @@ def _check_state(model: nn.Module, compiled: bool) -> Iterator[Finding]:
 
 def _is_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
+def _check_integer_only(model: nn.Module) -> Iterator[Finding]:
+    """Yield what still computes in floating point in a model whose joins are quantized."""
+    joins = vars(model).get(STORED)
+    if joins is None:
+        return
+    for step in program_of(dataflow(model, "check"), joins).floats:
+        kind = "a function" if step.module is None else (float_type(step.module) or type(step.module)).__name__
+        yield finding("not_integer", step.name, f"{kind} computes in floating point in the fused network")
 
 
 def _check_weights(model: nn.Module) -> Iterator[Finding]:

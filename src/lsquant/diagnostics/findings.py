@@ -77,6 +77,10 @@ CODES: dict[str, tuple[Severity, str]] = {
     "bypassed": ("error", "call the layer instead of using its weight, or leave it in floating point (skip=)"),
     "unfit": ("error", "do as it says, then call lsquant.prepare(model, recipe) again; no file can be written so"),
     "added_later": ("warning", "call lsquant.prepare(model, recipe) again; the steps of the other layers are kept"),
+    "not_integer": (
+        "note",
+        "let modules of docs/integer-only.md do it, where it can be done; what stays costs time in the shipped network",
+    ),
     "stays_float": (
         "warning",
         "do what the message names, replace it by layers that lsquant knows, or accept that it stays in floating point",

@@ -16,6 +16,7 @@ from lsquant.diagnostics.collect import ValueStatistics
 from lsquant.mse import ValueSummary, best_step, exact_steps, squared_errors
 from lsquant.quantizer import Quantizer
 from lsquant.reference import GUARD_FACTOR, step_view
+from lsquant.tied import TiedQuantizer
 
 Symptom = tuple[str, str, dict[str, Any]]
 """(code of a finding, what is wrong in words, the numbers behind it)"""
@@ -169,7 +170,7 @@ class CalibrationFit:
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
         self.summary = ValueSummary()
-        one_step = quantizer.step.numel() == 1 and quantizer.offset is None
+        one_step = quantizer.step.numel() == 1 and quantizer.offset is None and not isinstance(quantizer, TiedQuantizer)
         self.is_judged = one_step and torch.equal(quantizer.step.detach(), quantizer.initial_step)
 
     def add(self, x: Tensor) -> None:

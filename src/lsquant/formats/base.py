@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lsquant._util.errors import UsageError
-from lsquant.shipped import Pair, Shipped
+from lsquant.shipped import Pair, Shipped, ship
 
 
 class Format(ABC):
@@ -67,6 +67,14 @@ class FileFormat(Format):
     @abstractmethod
     def read(self, path: str | os.PathLike[str]) -> Any:
         """Return the content of a file, for ``weights`` and the runtimes.  Raises: MissingFile, DamagedFile."""
+
+    def counterpart(self, model: nn.Module) -> nn.Module:
+        """Return what computes as a file of this format should: the trained model itself, or a form of it."""
+        return model
+
+    def pairs(self, content: Any, counterpart: nn.Module) -> Iterator[Pair]:
+        """Yield what ``weights`` yields, for the counterpart of a file."""
+        return self.weights(content, ship(counterpart))
 
     @abstractmethod
     def weights(self, content: Any, record: Shipped) -> Iterator[Pair]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from lsquant._util.errors import DamagedFile, UsageError
 from lsquant._util.files import require_file
 from lsquant.formats.base import FileFormat, Format
+from lsquant.formats.onnx.integer_row import IntegerOnnxFormat
 from lsquant.formats.onnx.row import OnnxFormat
 from lsquant.formats.packed.row import PackedFormat
 from lsquant.formats.torchao import TorchaoFormat
@@ -16,6 +17,7 @@ ROWS: tuple[Format, ...] = (
     OnnxFormat("exact", "ONNX, sums of integers, equal to the trained layers", "layers"),
     OnnxFormat("qdq", "ONNX, float operators over QuantizeLinear and DequantizeLinear", "weights"),
     OnnxFormat("small", "ONNX, as exact, with weights of 2 and 4 bits in initializers of that size", "layers"),
+    IntegerOnnxFormat("integer", "ONNX, integer-only: no floating point between layers (joins=8)", "weights"),
     PackedFormat(),
     TorchaoFormat(),
 )

@@ -41,6 +41,9 @@ from lsquant.nn.norm import ExactBatchNorm as ExactBatchNorm
 from lsquant.nn.norm import ExactBatchNorm2d as ExactBatchNorm2d
 from lsquant.nn.pool import ExactAdaptiveAvgPool2d as ExactAdaptiveAvgPool2d
 from lsquant.nn.pool import ExactAvgPool2d as ExactAvgPool2d
+from lsquant.nn.stored import STORED_TYPES as STORED_TYPES
+from lsquant.nn.stored import QuantAdd as QuantAdd
+from lsquant.nn.stored import StoredInputs as StoredInputs
 from lsquant.quantizer import Quantizer
 
 _QUANTIZED = (
@@ -112,9 +115,17 @@ def quantizers(model: _nn.Module) -> Iterator[tuple[str, Quantizer]]:
             yield name, module
 
 
+def stored_quantizers(model: _nn.Module) -> set[Quantizer]:
+    """Return the quantizers that are called for stored tensors: those of joins, and of layers that read fewer bits."""
+    joins = (m for m in _unwrapped(model).modules() if isinstance(m, StoredInputs))
+    found: set[Any] = {q for join in joins for q in join.input_quantizers}
+    found |= {layer.stored_quantizer for _, layer in quantized_layers(model)}
+    return found - {None}
+
+
 def lone_quantizers(model: _nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """Return (name, quantizer) of those that belong to no layer, each once: a custom layer's own."""
-    owned = {q for _, layer in quantized_layers(model) for q in layer.own_quantizers()}
+    """Return (name, quantizer) of those that are called as modules: custom layers' own, and those of stored tensors."""
+    owned = {q for _, layer in quantized_layers(model) for q in layer.own_quantizers()} - stored_quantizers(model)
     return ((name, q) for name, q in quantizers(model) if q not in owned)
 
 

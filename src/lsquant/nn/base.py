@@ -17,6 +17,8 @@ from lsquant.quantizer import Method, Quantizer
 class QuantizedLayer(nn.Module):
     """Mixed in before the float layer's class.  ``weight_quantizer`` and ``input_quantizer`` may be None.
 
+    ``stored_quantizer`` is that of the stored tensor which the input is, where it has more bits than the layer reads.
+
     float_type: the class of the float layer.
     weight_layout: where the weight has its output channels.
     takes_codes: whether the input can be quantized.
@@ -27,6 +29,7 @@ class QuantizedLayer(nn.Module):
     bias: nn.Parameter | None
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
+    stored_quantizer: Quantizer | None
     float_type: type[nn.Module]
     weight_layout = WeightLayout.OUTPUT_FIRST
     takes_codes = True
@@ -49,11 +52,12 @@ class QuantizedLayer(nn.Module):
 
         Their order is the same however often this is called: the states of optimizers go by the order of parameters.
         """
-        for name in ("weight_quantizer", "input_quantizer"):
+        for name in ("weight_quantizer", "input_quantizer", "stored_quantizer"):
             if hasattr(self, name):
                 delattr(self, name)
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
+        self.stored_quantizer = None
         self.initialize_weight_step()
 
     def initialize_weight_step(self, again: bool = False) -> None:
@@ -76,12 +80,17 @@ class QuantizedLayer(nn.Module):
             quantizer._prefer_exact(self.rows())
 
     def own_quantizers(self) -> tuple[Quantizer, ...]:
-        """Return the weight's and the input's quantizer, those that are there."""
-        return tuple(q for q in (self.weight_quantizer, self.input_quantizer) if q is not None)
+        """Return the quantizers of the weight, the input, and the stored tensor it is read from: those there are."""
+        own = (self.weight_quantizer, self.input_quantizer, self.stored_quantizer)
+        return tuple(q for q in own if q is not None)
 
     def detach_quantizers(self) -> None:
-        """Remove both quantizers, so that the state dict is the float layer's again."""
-        del self.weight_quantizer, self.input_quantizer
+        """Remove all quantizers, so that the state dict is the float layer's again."""
+        del self.weight_quantizer, self.input_quantizer, self.stored_quantizer
+
+    def read(self, x: Tensor) -> Tensor:
+        """Return the input as it is stored, where that has more bits than the layer reads."""
+        return x if self.stored_quantizer is None else self.stored_quantizer(x)
 
     def grids(self) -> tuple[ops.Grid, ops.Grid] | None:
         """Return (input's, weight's) grid when both are quantized and switched on, else None."""

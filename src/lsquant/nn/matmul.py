@@ -27,13 +27,13 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         if not isinstance(input, Tensor):
             return leaf(self, input)
         self.require_size(input.shape[-1], self.in_features)
-        grids = self.grids()
+        x, grids = self.read(input), self.grids()
         if grids is None:
-            x, weight = self.float_operands(input)
+            x, weight = self.float_operands(x)
             return F.linear(x, weight, self.bias)
         self.count_guarded()
         x_grid, w_grid = grids
-        return self.computed(ops.linear, input, self.weight, self.bias, x_grid, w_grid)
+        return self.computed(ops.linear, x, self.weight, self.bias, x_grid, w_grid)
 
 
 class _QuantConv(QuantizedLayer):
@@ -73,7 +73,7 @@ class _QuantConv(QuantizedLayer):
     def convolve(self, x: Tensor, padding: Sequence[int], transposed: bool, output_padding: Sequence[int]) -> Tensor:
         """Convolve over exact integer sums, or in floating point where only one side is quantized."""
         self.require_size(x.shape[1], self.in_channels)
-        grids = self.grids()
+        x, grids = self.read(x), self.grids()
         conv = ops.Conv(self.stride, padding, self.dilation, transposed, output_padding, self.groups)
         if grids is None:
             values, weight = self.float_operands(x)

@@ -22,7 +22,7 @@ class QuantConv1D(QuantizedLayer, Conv1D):
         if not isinstance(x, Tensor):
             return leaf(self, x)
         self.require_size(x.shape[-1], self.weight.shape[0])
-        grids = self.grids()
+        x, grids = self.read(x), self.grids()
         if grids is None:
             values, weight = self.float_operands(x)
             return F.linear(values, weight.t(), self.bias)

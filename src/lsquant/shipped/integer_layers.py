@@ -31,11 +31,17 @@ class IntegerLayer(nn.Module):
     like: Tensor
     bias: Tensor | None
 
-    def __init__(self, shipped: ShippedLayer, weights: FrozenQuantizer | None, inputs: FrozenQuantizer | None) -> None:
+    def __init__(
+        self,
+        shipped: ShippedLayer,
+        weights: FrozenQuantizer | None,
+        inputs: FrozenQuantizer | None,
+        stored: FrozenQuantizer | None = None,
+    ) -> None:
         super().__init__()
         source = shipped.source
         vars(self).update({k: v for k, v in vars(source).items() if k[0] != "_" and k not in vars(self)})
-        self.weight_quantizer, self.input_quantizer = weights, inputs
+        self.weight_quantizer, self.input_quantizer, self.stored_quantizer = weights, inputs, stored
         self.exchanged = shipped.exchanged
         self.strides = _strides(shipped)
         if weights is None:
@@ -121,7 +127,8 @@ class IntegerLayer(nn.Module):
         """Compute the output.  extra: what else ``sums`` and the others need in this kind of layer."""
         if not isinstance(input, Tensor):
             return leaf(self, input)
-        x, weights, inputs = self.before(input), self.weight_quantizer, self.input_quantizer
+        read = input if self.stored_quantizer is None else self.stored_quantizer(input)
+        x, weights, inputs = self.before(read), self.weight_quantizer, self.input_quantizer
         if self.marker is not None:
             return mark("Layer", x, self.marker, self.output_shape(x, *extra))
         if weights is not None and inputs is not None:  # fl(fl(q s) / s) rounds to q
@@ -169,8 +176,8 @@ class IntegerConv(IntegerLayer):
     groups: int
     padding_mode: str
 
-    def __init__(self, shipped: ShippedLayer, weights: FrozenQuantizer | None, inputs: FrozenQuantizer | None) -> None:
-        super().__init__(shipped, weights, inputs)
+    def __init__(self, shipped: ShippedLayer, *quantizers: FrozenQuantizer | None) -> None:
+        super().__init__(shipped, *quantizers)
         source = shipped.source
         if source.padding == "same":
             total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]

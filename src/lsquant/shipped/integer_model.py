@@ -60,7 +60,8 @@ def integer_model(record: Shipped) -> nn.Module:
     for layer in record.layers.values():
         weights = None if layer.weight is None else parts[layer.weight.name]
         inputs = None if layer.input is None else parts[layer.input.name]
-        frozen[layer.source] = KINDS[layer.kind](layer, weights, inputs)
+        stored = None if layer.stored is None else parts[layer.stored.name]
+        frozen[layer.source] = KINDS[layer.kind](layer, weights, inputs, stored)
     for module in record.model.modules():
         if isinstance(module, lsq_nn.ExactBatchNorm) and module.running_mean is not None:  # else no constants
             if reason := not_its_own(module):
@@ -80,6 +81,9 @@ def require_integer_form(layer: ShippedLayer) -> None:
 def frozen_parts(model: nn.Module) -> dict[str, Any]:
     """Return the frozen layers and stand-alone frozen quantizers by name, each once; nothing for any other model."""
     named = list(model.named_modules())
-    owned = {q for _, m in named if isinstance(m, IntegerLayer) for q in m.children()}
+    layers = [m for _, m in named if isinstance(m, IntegerLayer)]
+    called = {q for _, m in named if isinstance(m, lsq_nn.StoredInputs) for q in m.input_quantizers}
+    called |= {layer.stored_quantizer for layer in layers}
+    owned = {q for layer in layers for q in layer.children()} - called
     kinds = (IntegerLayer, FrozenQuantizer)
     return {name: m for name, m in named if isinstance(m, kinds) and m not in owned}

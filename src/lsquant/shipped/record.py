@@ -16,8 +16,11 @@ from lsquant import nn as lsq_nn
 from lsquant import ops
 from lsquant._util.batches import unwrapped
 from lsquant._util.errors import UsageError
+from lsquant.fusion import FusedNetwork
+from lsquant.joining import STORED
 from lsquant.quantizer import Quantizer
 from lsquant.spec import QuantSpec
+from lsquant.tied import TiedQuantizer
 from lsquant.tying import require_one_quantizer_each
 from lsquant.unsupported import require_fit, require_no_global_hooks, require_no_hooks, warn_of_added
 
@@ -54,6 +57,7 @@ class ShippedQuantizer:
     axis: the dimension with a step per index, None for one step and for groups.
     count: N of the gradient scale, 0 where unknown.
     weight: the codes, None for a quantizer of activations.
+    owner: name of the quantizer whose step it has, None where the step is its own.
     """
 
     name: str
@@ -65,6 +69,7 @@ class ShippedQuantizer:
     axis: int | None
     count: int
     weight: ShippedWeight | None = None
+    owner: str | None = None
 
     @property
     def q_min(self) -> int:
@@ -90,6 +95,7 @@ class ShippedLayer:
     source: the trained layer, for its geometry, its bias and a weight that stays float.
     kind: name of its float type, "Conv2d".
     weight, input: its quantizers, None for a side that stays float.
+    stored: of the stored tensor that it reads with fewer bits, None where there is none.
     exchanged: as in ShippedWeight.
     """
 
@@ -98,6 +104,7 @@ class ShippedLayer:
     kind: str
     weight: ShippedQuantizer | None
     input: ShippedQuantizer | None
+    stored: ShippedQuantizer | None
     exchanged: int
 
     @property
@@ -113,16 +120,18 @@ class Shipped:
     model: the trained one.
     quantizers: by name, each once, in order of definition.
     layers: by name, each once, in order of definition.
+    joins: of what joins read, None where they are floating point.
     """
 
     model: nn.Module
     quantizers: dict[str, ShippedQuantizer]
     layers: dict[str, ShippedLayer]
+    joins: QuantSpec | None = None
 
     def standalone(self) -> dict[str, ShippedQuantizer]:
-        """Return the quantizers that belong to no layer, by name."""
-        owned = {id(q) for layer in self.layers.values() for q in (layer.weight, layer.input)}
-        return {name: q for name, q in self.quantizers.items() if id(q) not in owned}
+        """Return the quantizers that are called as modules, by name."""
+        called = dict(lsq_nn.lone_quantizers(self.model)).values()
+        return {name: q for name, q in self.quantizers.items() if q.source in called}
 
     def require_layers(self, caller: str) -> Shipped:
         """Return the record.  Raises: UsageError naming ``caller`` for a model without quantized layers."""
@@ -144,6 +153,8 @@ def ship(model: nn.Module) -> Shipped:
     Warns: UserWarning naming layers that came into the model after ``prepare``, which ship in floating point.
     """
     model = unwrapped(model)
+    if isinstance(model, FusedNetwork):
+        raise UsageError("this is a fused network: give its model, network.model, or write it by profile='integer'")
     require_no_global_hooks()
     layers = list(lsq_nn.quantized_layers(model))
     warn_of_added(model)
@@ -184,6 +195,7 @@ def ship(model: nn.Module) -> Shipped:
             axis=quantizer.axis,
             count=quantizer.elements_per_step,
             weight=weights.get(quantizer),
+            owner=labels[quantizer.owner] if isinstance(quantizer, TiedQuantizer) else None,
         )
     shipped_layers = {}
     for name, layer in layers:
@@ -194,9 +206,10 @@ def ship(model: nn.Module) -> Shipped:
             kind=layer.float_type.__name__,
             weight=None if weight is None else found[weight],
             input=None if source is None else found[source],
+            stored=None if layer.stored_quantizer is None else found[layer.stored_quantizer],
             exchanged=lsq_nn.stored_layout(layer),
         )
-    return Shipped(model, {q.name: q for q in found.values()}, shipped_layers)
+    return Shipped(model, {q.name: q for q in found.values()}, shipped_layers, vars(model).get(STORED))
 
 
 def require_shippable(name: str, quantizer: Quantizer) -> None:

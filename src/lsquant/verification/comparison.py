@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lsquant._util.batches import Forward, evaluating, run_batch, take, unwrapped
 from lsquant._util.errors import LsquantError, UsageError
-from lsquant.formats import FileFormat, format_of
+from lsquant.formats import FileFormat, file_format, format_of
 from lsquant.formats.onnx.graph import array
 from lsquant.shipped import FrozenQuantizer, Pair, Stored, frozen_parts, paired, ship
 from lsquant.verification.recorder import Call, input_codes, layer_input, recording, samples, watched
@@ -59,14 +59,15 @@ def verify(
     if isinstance(path, nn.Module):
         return _verify_model(model, path, batches, forward, max_batches)
     row = format_of(path)
-    name = _runtime(row, path, runtime)
     content = row.read(path)
-    file, profile = os.fspath(path), row.profile(content)
-    weights = compare_weights(file, row.weights(content, ship(model)))
+    row = file_format(row.profile(content))
+    name = _runtime(row, path, runtime)
+    file, model = os.fspath(path), row.counterpart(model)
+    weights = compare_weights(file, row.pairs(content, model))
     if name is None:
-        return Verdict(file, profile, "no runtime: codes and steps only", {}, len(watched(model)), 0, 0, (weights,))
+        return Verdict(file, row.name, "no runtime: codes and steps only", {}, len(watched(model)), 0, 0, (weights,))
     with RUNTIMES[name].open(file, content, model, node_modules) as opened:
-        return compare(model, opened, (file, profile), weights, batches, forward, max_batches)
+        return compare(model, opened, (file, row.name), weights, batches, forward, max_batches)
 
 
 def _runtime(row: FileFormat, path: Any, wanted: str | None) -> str | None:

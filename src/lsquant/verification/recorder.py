@@ -15,6 +15,7 @@ from lsquant import nn as lsq_nn
 from lsquant import reference
 from lsquant._util.batches import uncompiled
 from lsquant._util.nested import Path, map_tensors, named_tensors, tensors_in
+from lsquant.fusion import FusedNetwork, Tap
 from lsquant.quantizer import Quantizer
 from lsquant.shipped import FrozenQuantizer, IntegerLayer, frozen_parts
 
@@ -61,7 +62,12 @@ class Call:
 
 
 def watched(model: nn.Module) -> dict[str, nn.Module]:
-    """Return quantized layers and stand-alone quantizers by name, each once; of an integer model the frozen ones."""
+    """Return quantized layers and stand-alone quantizers by name, each once; of an integer model the frozen ones.
+
+    Of a fused network the taps on its stored tensors.
+    """
+    if isinstance(model, FusedNetwork):
+        return dict(model.taps)
     return frozen_parts(model) or {**dict(lsq_nn.quantized_layers(model)), **dict(lsq_nn.lone_quantizers(model))}
 
 
@@ -125,6 +131,8 @@ def samples(calls: list[Call]) -> int:
 @torch.no_grad()
 def layer_input(layer: Any, x: Tensor) -> Tensor:
     """Return what a layer quantizes: its input, padded where the padding mode is not zeros."""
+    stored = getattr(layer, "stored_quantizer", None)
+    x = x if stored is None else stored.forward(x)  # no call: calls are recorded
     if isinstance(layer, IntegerLayer):
         return layer.before(x)
     if getattr(layer, "padding_mode", "zeros") != "zeros":
@@ -138,6 +146,8 @@ def input_codes(layer: Any, x: Tensor) -> Tensor | None:
 
     layer: quantized, frozen, or a quantizer of either kind.
     """
+    if isinstance(layer, Tap):
+        return x
     quantizer = layer if isinstance(layer, (Quantizer, FrozenQuantizer)) else layer.input_quantizer
     if quantizer is None or isinstance(quantizer, FrozenQuantizer):
         return None if quantizer is None else quantizer.float_codes(x)

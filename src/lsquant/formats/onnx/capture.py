@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,27 +39,38 @@ def captured(
     if not layers:
         raise UsageError("export_onnx: this model has no quantized layer; call lsquant.prepare on it first")
     _write_divisors(frozen)
-    frozen.register_forward_hook(_outputs)
+    return exported(frozen, example_inputs, opset, dynamic_batch, changing), layers
+
+
+def exported(
+    module: nn.Module, example_inputs: Any, opset: int, dynamic_batch: bool = True, changing: Sequence[str] = ()
+) -> Any:
+    """Return the ONNX ModelProto of a module that marks what an exporter replaces.
+
+    changing: names of hooks that change values, for the message.
+    """
+    args, kwargs = model_inputs(example_inputs)
+    module.register_forward_hook(_outputs)
     shapes = None
     if dynamic_batch:
         args, kwargs = _at_least_two_samples(args, kwargs)
-        shapes = _dynamic_batch(frozen, args, kwargs)
+        shapes = _dynamic_batch(module, args, kwargs)
     with _quiet(), torch.no_grad():
         try:
-            program = torch.export.export(frozen, args, kwargs, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
             _require_divisors(program)
-            exported = torch.onnx.export(program, dynamo=True, opset_version=max(opset, TORCH_OPSET), verbose=False)
+            found = torch.onnx.export(program, dynamo=True, opset_version=max(opset, TORCH_OPSET), verbose=False)
         except LsquantError:
             raise
         except Exception as error:
-            if isinstance(found := _root(error), LsquantError):
-                raise found from error
+            if isinstance(root := _root(error), LsquantError):
+                raise root from error
             how = " with a dynamic batch dimension" if dynamic_batch else ""
             hooks = f" (hooks that change values: {', '.join(changing)})" if changing else ""
             reason = f"torch cannot trace this model{how}{hooks}: {_first_lines(error)}"
             raise UsageError(f"export_onnx: {reason}") from error
-    assert exported is not None
-    return exported.model_proto, layers
+    assert found is not None
+    return found.model_proto
 
 
 def _write_divisors(frozen: nn.Module) -> None:

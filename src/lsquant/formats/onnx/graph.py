@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lsquant._util.optional import require
 
-FLOAT, UINT8, INT8, DOUBLE = 1, 2, 3, 11  # onnx.TensorProto
+FLOAT, UINT8, INT8, INT32, DOUBLE = 1, 2, 3, 6, 11  # onnx.TensorProto
 Dims = list[int | None]
 """The shape of a value, None for a free dimension."""
 

@@ -52,7 +52,9 @@ def set_opset(proto: Any, wanted: int | None) -> None:
     """
     onnx = require("onnx", extra="onnx")
     written = next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
-    since = {n.op_type: onnx.defs.get_schema(n.op_type, written, n.domain).since_version for n in proto.graph.node}
+    own = [n for n in proto.graph.node if n.domain in ("", "ai.onnx")]
+    others = sorted({n.domain for n in proto.graph.node} - {"", "ai.onnx"})
+    since = {n.op_type: onnx.defs.get_schema(n.op_type, written, n.domain).since_version for n in own}
     # Q and DQ gained types and block sizes, not another meaning for what is used here
     since.update(dict.fromkeys({"QuantizeLinear", "DequantizeLinear", "Cast"} & set(since), LOWEST_OPSET))
     top = max(since, key=lambda name: since[name])
@@ -63,3 +65,4 @@ def set_opset(proto: Any, wanted: int | None) -> None:
     del proto.opset_import[:]
     proto.opset_import.append(onnx.helper.make_opsetid("", version))
     proto.ir_version = onnx.helper.find_min_ir_version_for(proto.opset_import)
+    proto.opset_import.extend(onnx.helper.make_opsetid(domain, 1) for domain in others)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lsquant._util.batches import evaluating, model_inputs, run_batch, unwrapped
+from lsquant._util.entry import shown
 from lsquant._util.errors import UsageError
 from lsquant._util.files import atomic_write_bytes
 from lsquant._util.nested import tensors_in
@@ -18,13 +19,16 @@ from lsquant._util.optional import require
 from lsquant._version import __version__
 from lsquant.formats.onnx.capture import TORCH_OPSET, captured
 from lsquant.formats.onnx.graph import Graph, LayerTrace
+from lsquant.formats.onnx.integer import FORMS, integer_proto
 from lsquant.formats.onnx.lowering import lower
 from lsquant.formats.onnx.opset import require_opset, set_opset, small_opset
 from lsquant.formats.onnx.reader import FORMAT
 from lsquant.formats.onnx.tidy import tidy
+from lsquant.fusion import FusedNetwork, fuse
 from lsquant.shipped import integer_model, ship
 
-SESSION: dict[str, dict[str, str]] = {"exact": {}, "qdq": {"session.x64quantprecision": "1"}, "small": {}}
+BY_BYTES = {"session.x64quantprecision": "1"}
+SESSION: dict[str, dict[str, str]] = {"exact": {}, "qdq": BY_BYTES, "small": {}, "integer": BY_BYTES}
 """Profile -> recommended configuration entries of the session (docs/deployment.md has the measurements)."""
 
 
@@ -35,6 +39,7 @@ def export_onnx(
     *,
     profile: str = "exact",
     opset: int | None = None,
+    form: str = "qdq",
 ) -> Path:
     """Write a model in eval mode as an ONNX file with a dynamic batch dimension.
 
@@ -45,14 +50,17 @@ def export_onnx(
     example_inputs: one batch as for ``calibrate``: a tensor; a tuple or list, whose first element counts; a mapping of
         keywords for a model with several inputs.  The first dimension of each tensor is the batch.
     profile: "exact", integer sums equal to the trained layers; "small", the same with weights of 2 bits as INT2 or
-        UINT2 and of 3 and 4 bits as INT4 or UINT4 (opset 25 and 21; with opset=21 all of 4 bits); or "qdq", standard
-        QuantizeLinear and DequantizeLinear around float operators.
+        UINT2 and of 3 and 4 bits as INT4 or UINT4 (opset 25 and 21; with opset=21 all of 4 bits); "qdq", standard
+        QuantizeLinear and DequantizeLinear around float operators; or "integer", the integer-only form of a network
+        that was prepared with ``Recipe(..., joins=8)`` (docs/integer-only.md).
     opset: the file's operator set; default: the lowest one that has all the operators and types used.
+    form: of profile "integer": "qdq", QuantizeLinear and DequantizeLinear, which runtimes fuse to integer operators; or
+        "qoperator", integer operators of ONNX Runtime.
 
     Raises: UsageError for an unknown profile, an unset step (naming the layer), a model without quantized layers, an
         opset that is too low (naming the operator); MissingExtra without onnx.
     """
-    proto = onnx_model(model, example_inputs, profile=profile, opset=opset)
+    proto = onnx_model(model, example_inputs, profile=profile, opset=opset, form=form)
     atomic_write_bytes(path, proto.SerializeToString(deterministic=True))
     return Path(path)
 
@@ -64,6 +72,7 @@ def onnx_model(
     profile: str = "exact",
     opset: int | None = None,
     dynamic_batch: bool = True,
+    form: str = "qdq",
 ) -> Any:
     """Return the ModelProto that ``export_onnx`` writes.
 
@@ -73,12 +82,22 @@ def onnx_model(
     if profile not in SESSION:
         known = ", ".join(map(repr, SESSION))
         raise UsageError(f"export_onnx: profile={profile!r} is unknown; choose from {known}")
-    onnx = require("onnx", extra="onnx")
+    require("onnx", extra="onnx")
     require("onnxscript", extra="onnx")
     require_opset(opset)
     halves = [(name, p.dtype) for name, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
     if halves and not any(t.is_floating_point() for t in tensors_in(model_inputs(example_inputs))):  # as of token ids
         raise UsageError(f"export_onnx: {halves[0][0]} is of type {halves[0][1]}; give a float32 model: model.float()")
+    if form not in FORMS:
+        raise UsageError(f"export_onnx: form={shown(form)}; choose from {', '.join(map(repr, FORMS))}")
+    if profile == "integer":
+        network = model if isinstance(model, FusedNetwork) else fuse(model)
+        with evaluating(network):
+            run_batch(network, example_inputs)
+            proto, traces = integer_proto(network, example_inputs, form, opset or TORCH_OPSET, dynamic_batch)
+        return _finished(network, proto, traces, profile, opset)
+    if isinstance(model, FusedNetwork):
+        raise UsageError(f"export_onnx: a fused network is written by profile='integer', not {profile!r}")
     with evaluating(model):
         record = ship(model)
         run_batch(model, example_inputs)  # what the model refuses no file accepts
@@ -86,13 +105,19 @@ def onnx_model(
     opset = small_opset(frozen, opset) if profile == "small" else opset
     proto, layers = captured(frozen, example_inputs, opset or TORCH_OPSET, dynamic_batch)
     traces = _replace_marked(proto.graph, layers, profile, opset or TORCH_OPSET)
+    return _finished(frozen, proto, traces, profile, opset)
+
+
+def _finished(module: nn.Module, proto: Any, traces: list[LayerTrace], profile: str, opset: int | None) -> Any:
+    """Name, label and check a graph.  module: what it was made of."""
+    onnx = require("onnx", extra="onnx")
     tidy(proto, traces)
     set_opset(proto, opset)
     _write_metadata(proto, profile, traces)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
-        ceiling = [name for name, module in frozen.named_modules() if getattr(module, "ceil_mode", False)]
+        ceiling = [name for name, part in module.named_modules() if getattr(part, "ceil_mode", False)]
         look = (
             f"it has {ceiling[0]!r} with ceil_mode=True: PyTorch and ONNX count windows that begin beyond the input "
             "otherwise"

@@ -16,8 +16,8 @@ from lsquant.recipe import Recipe, Rule, glob_of
 from lsquant.shipped.record import own_layout
 from lsquant.spec import QuantSpec
 
-FORMAT = 1
-"""Version of the format; a reader refuses a higher one."""
+FORMAT, JOINED_FORMAT = 1, 2
+"""Version of the format without stored tensors, and with them; a reader refuses a higher one."""
 KEY = "lsquant.packed"
 """The key of the metadata."""
 
@@ -37,6 +37,7 @@ class PackedQuantizer:
     shape: of the weight with output channels first.
     swapped: the groups of a convolution within which the weight itself has the first two dimensions of ``shape``
         exchanged, or 0.
+    tied: name of the quantizer whose step it has, None where the step is its own.
     """
 
     spec: QuantSpec
@@ -49,6 +50,7 @@ class PackedQuantizer:
     rows: Tensor | None = None
     shape: tuple[int, ...] = ()
     swapped: int = 0
+    tied: str | None = None
 
     @property
     def codes(self) -> Tensor | None:
@@ -65,6 +67,8 @@ class PackedQuantizer:
 
     def state(self) -> dict[str, Tensor]:
         """Return a Quantizer's state dict.  The offset ``-z * s`` rounds to z again; the step is above its guard."""
+        if self.tied is not None:
+            return {"signed": torch.tensor(int(bool(self.spec.signed)), dtype=torch.int8)}
         state = {
             "step": self.step,
             "initial_step": self.step,
@@ -81,9 +85,10 @@ class Packed:
 
     quantizers: name -> PackedQuantizer.
     floats: name in the state dict -> tensor that is not quantized.
-    layers: name -> {"type", and "weight" and "input" where quantized: names of quantizers}.
+    layers: name -> {"type", and "weight", "input" and "stored" where quantized: names of quantizers}.
     aliases: second name -> stored name.
     versions: of lsquant and torch that wrote it.
+    joins: of what joins read, None where they are floating point.
     """
 
     quantizers: dict[str, PackedQuantizer]
@@ -91,6 +96,7 @@ class Packed:
     layers: dict[str, dict[str, str]]
     aliases: dict[str, str]
     versions: dict[str, str]
+    joins: QuantSpec | None = None
 
     def recipe(self) -> Recipe:
         """Return a recipe with one rule per layer, by exact name."""
@@ -99,7 +105,7 @@ class Packed:
             Rule(glob_of(name), asked[layer.get("weight")], asked[layer.get("input")])
             for name, layer in self.layers.items()
         ]
-        return Recipe(None, None, rules)
+        return Recipe(None, None, rules, joins=self.joins)
 
 
 def crc32(t: Tensor) -> int:

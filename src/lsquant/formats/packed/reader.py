@@ -14,15 +14,16 @@ from lsquant._util.entry import Entry, parse_json, shown
 from lsquant._util.errors import UsageError
 from lsquant._util.tensors import CHECKSUM, read_tensors
 from lsquant._version import __version__
-from lsquant.formats.packed.content import FORMAT, KEY, Packed, PackedQuantizer, crc32
+from lsquant.formats.packed.content import JOINED_FORMAT, KEY, Packed, PackedQuantizer, crc32
 from lsquant.nn import weight_steps
+from lsquant.recipe import Recipe
 from lsquant.shipped.record import is_shippable
 from lsquant.spec import QuantSpec
 
 MOST = 2**63 - 1
 """Of a number that becomes an int64."""
 SPEC = ("bits", "signed", "narrow", "granularity", "group_size", "offset", "step_dtype", "dynamic")
-OWN = ("count", "decided", "axis", "weight", "shape", "swapped")
+OWN = ("count", "decided", "axis", "weight", "shape", "swapped", "tied")
 
 
 def read_packed(path: str | os.PathLike[str]) -> Packed:
@@ -38,9 +39,9 @@ def read_packed(path: str | os.PathLike[str]) -> Packed:
     file.require(sound or CHECKSUM not in metadata, "its checksum does not fit its content")
     document = parse_json(metadata[KEY], os.fspath(path))
     version = document.parts("format")["format"].integer(1, MOST)
-    if version > FORMAT:
+    if version > JOINED_FORMAT:
         raise UsageError(
-            f"{path} has packed format {version}; lsquant {__version__} reads format {FORMAT}: update lsquant"
+            f"{path} has packed format {version}; lsquant {__version__} reads format {JOINED_FORMAT}: update lsquant"
         )
     return _content(document, tensors)
 
@@ -48,12 +49,19 @@ def read_packed(path: str | os.PathLike[str]) -> Packed:
 def _content(document: Entry, tensors: dict[str, Tensor]) -> Packed:
     """Return the checked content."""
     parts = document.parts("versions", "layers", "quantizers", "aliases", "crc32")
+    joins = _joins(document.parts("joins")["joins"]) if "joins" in document.value else None
     checksums = parts["crc32"].items()
     parts["crc32"].require(len(checksums) == len(tensors), f"{len(checksums)} checksums of {len(tensors)} tensors")
     for name, checksum in zip(sorted(tensors), checksums, strict=True):
         checksum.require(checksum.value == crc32(tensors[name]), f"the checksum of {shown(name)} does not fit")
     floats = dict(tensors)
     quantizers = {name: _quantizer(name, entry, floats) for name, entry in parts["quantizers"].table().items()}
+    for name, q in quantizers.items():
+        owner = quantizers.get(q.tied or "")
+        if q.tied is not None and (owner is None or owner.tied is not None or owner.weight or owner.step.numel() != 1):
+            parts["quantizers"].refuse(f"{shown(name)} has the step of {shown(q.tied)}, which owns none for it")
+        if owner is not None:
+            quantizers[name] = replace(q, step=owner.step, count=owner.count)
     layers = {name: _layer(entry, quantizers) for name, entry in parts["layers"].table().items()}
     stored = {*floats, *(q.weight for q in quantizers.values())}
     stored |= {f"{name}.{key}" for name, q in quantizers.items() for key in q.state()}
@@ -61,13 +69,24 @@ def _content(document: Entry, tensors: dict[str, Tensor]) -> Packed:
     for name, first in aliases.items():
         parts["aliases"].require(first in stored, f"{shown(name)} is an alias of {shown(first)}, which is not there")
         parts["aliases"].require(name not in stored, f"{shown(name)} is an alias, and a tensor of its own")
-    return Packed(quantizers, floats, layers, aliases, parts["versions"].text_table())
+    return Packed(quantizers, floats, layers, aliases, parts["versions"].text_table(), joins)
+
+
+def _joins(entry: Entry) -> QuantSpec:
+    """Return the specification of what joins read."""
+    found = entry.record(("bits",), SPEC[1:])
+    try:
+        spec = Recipe(joins=QuantSpec.from_dict({key: part.value for key, part in found.items()})).joins
+    except UsageError as error:
+        entry.refuse(str(error))
+    assert isinstance(spec, QuantSpec)
+    return spec
 
 
 def _layer(entry: Entry, quantizers: dict[str, PackedQuantizer]) -> dict[str, str]:
     """Return what the file says of a layer: texts, and the names of quantizers that are there, each on its side."""
     layer = entry.text_table()
-    for side in ("weight", "input"):
+    for side in ("weight", "input", "stored"):
         name = layer.get(side)
         entry.require(name is None or name in quantizers, f"it has no such quantizer, {shown(name)}")
         is_weight = name is not None and quantizers[name].weight is not None
@@ -87,6 +106,10 @@ def _quantizer(name: str, entry: Entry, tensors: dict[str, Tensor]) -> PackedQua
     axis = found["axis"].integer(0, MOST) if "axis" in found else None
     decided = found["decided"].boolean() if "decided" in found else False
     asked = replace(spec, signed=None) if decided else spec
+    if "tied" in found:
+        alone = spec.granularity == "tensor" and not spec.offset and "weight" not in found
+        entry.require(alone, "a tied quantizer has one step, no offset and no weight")
+        return PackedQuantizer(spec, asked, torch.ones(1), None, count, None, tied=found["tied"].text())
     step, zero_point = _steps(name, entry, spec, tensors)
     if "weight" not in found:
         return PackedQuantizer(spec, asked, step, zero_point, count, axis)

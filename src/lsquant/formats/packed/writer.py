@@ -17,7 +17,7 @@ from lsquant._util.errors import UsageError
 from lsquant._util.tensors import write_tensors
 from lsquant._version import __version__
 from lsquant.checkpoint import restore
-from lsquant.formats.packed.content import FORMAT, KEY, crc32
+from lsquant.formats.packed.content import FORMAT, JOINED_FORMAT, KEY, crc32
 from lsquant.formats.packed.reader import read_packed
 from lsquant.shipped import Shipped, ShippedQuantizer, leftovers, ship
 
@@ -38,12 +38,13 @@ def export_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     for quantizer in record.quantizers.values():
         tensors |= _tensors(quantizer)
     document = {
-        "format": FORMAT,
+        "format": FORMAT if record.joins is None else JOINED_FORMAT,
         "versions": {"lsquant": __version__, "torch": torch.__version__},
         "layers": _layers(record),
         "quantizers": {name: _entry(quantizer, aliases) for name, quantizer in record.quantizers.items()},
         "aliases": aliases,
         "crc32": [crc32(tensors[name]) for name in sorted(tensors)],
+        **({} if record.joins is None else {"joins": record.joins.to_dict()}),
     }
     write_tensors(path, tensors, {KEY: json.dumps(document, separators=(",", ":"))})
     return Path(path)
@@ -51,6 +52,8 @@ def export_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 def _tensors(quantizer: ShippedQuantizer) -> dict[str, Tensor]:
     """Return what the file holds of a quantizer."""
+    if quantizer.owner is not None:
+        return {}
     found = {f"{quantizer.name}.step": quantizer.step}
     if quantizer.zero_point is not None:
         found[f"{quantizer.name}.zero_point"] = quantizer.zero_point
@@ -64,7 +67,7 @@ def _layers(record: Shipped) -> dict[str, dict[str, str]]:
     """Return the type of each layer and the names of its quantizers."""
     listed: dict[str, dict[str, str]] = {}
     for name, layer in record.layers.items():
-        sides = {"weight": layer.weight, "input": layer.input}
+        sides = {"weight": layer.weight, "input": layer.input, "stored": layer.stored}
         listed[name] = {"type": layer.kind, **{side: q.name for side, q in sides.items() if q is not None}}
     return listed
 
@@ -74,6 +77,8 @@ def _entry(quantizer: ShippedQuantizer, aliases: dict[str, str]) -> dict[str, An
     entry: dict[str, Any] = {**quantizer.spec.to_dict(), "count": quantizer.count}
     if quantizer.requested.signed is None:
         entry["decided"] = True
+    if quantizer.owner is not None:
+        entry["tied"] = quantizer.owner
     if quantizer.axis is not None:
         entry["axis"] = quantizer.axis
     if quantizer.weight is not None:

@@ -42,7 +42,7 @@ class OnnxRunner:
         """Yield what the file gives for each call.  Raises: UsageError where it was made from another model."""
         for call in calls:
             layers = self._layers(call)
-            feeds = self._feeds(call)
+            feeds = feeds_of(self.file.path, self.whole.inputs, call)
             codes = self._codes(feeds)
             outputs = self.whole.run(self.outputs, feeds)
             explain = partial(self._first_difference, call, feeds)
@@ -72,21 +72,6 @@ class OnnxRunner:
             codes = None if trace.codes is None else _trained_codes(got[trace.codes], trace.stored_shift)
             found.append(((trace.layer, trace.call), codes))
         return found
-
-    def _feeds(self, call: Call) -> Arrays:
-        """Return what the file is given: the tensors of its inputs' names, the others in order."""
-        given = [*zip(call.names, call.inputs, strict=True), *call.keywords.items()]
-        inputs = self.whole.inputs
-        if len(inputs) != len(given):
-            raise UsageError(f"{self.file.path} takes the inputs {inputs}; the model was given {len(given)} tensors")
-        named = {name.lower(): tensor for name, tensor in given}  # torch's exporter writes lower case
-        if len(named) == len(given) and all(name.lower() in named for name in inputs):
-            return {name: array(named[name.lower()]) for name in inputs}
-        keywords = {name.lower(): t for name, t in call.keywords.items()}
-        feeds = {name: array(keywords[name.lower()]) for name in inputs if name.lower() in keywords}
-        left = [name for name in inputs if name not in feeds]
-        rest = [*call.inputs, *(t for name, t in call.keywords.items() if name.lower() not in map(str.lower, feeds))]
-        return {**feeds, **dict(zip(left, map(array, rest), strict=True))}
 
     def _first_difference(self, call: Call, feeds: Arrays) -> str:
         """Name what first gives another value than the trained model, from the inputs on: a float part or a layer."""
@@ -123,6 +108,24 @@ class OnnxRunner:
         named = [f"{node.op_type} ({node.name})" for node in suspects[:3]]
         more = f" and {len(suspects) - 3} more" if len(suspects) > 3 else ""
         return f"float parts that differ first: {', '.join(named)}{more}, {where}"
+
+
+def feeds_of(path: str, inputs: list[str], call: Call) -> Arrays:
+    """Return what a file is given: the tensors of its inputs' names, the others in order.
+
+    Raises: UsageError where it has not as many inputs as the model was given tensors.
+    """
+    given = [*zip(call.names, call.inputs, strict=True), *call.keywords.items()]
+    if len(inputs) != len(given):
+        raise UsageError(f"{path} takes the inputs {inputs}; the model was given {len(given)} tensors")
+    named = {name.lower(): tensor for name, tensor in given}  # torch's exporter writes lower case
+    if len(named) == len(given) and all(name.lower() in named for name in inputs):
+        return {name: array(named[name.lower()]) for name in inputs}
+    keywords = {name.lower(): t for name, t in call.keywords.items()}
+    feeds = {name: array(keywords[name.lower()]) for name in inputs if name.lower() in keywords}
+    left = [name for name in inputs if name not in feeds]
+    rest = [*call.inputs, *(t for name, t in call.keywords.items() if name.lower() not in map(str.lower, feeds))]
+    return {**feeds, **dict(zip(left, map(array, rest), strict=True))}
 
 
 def _trained_codes(stored: np.ndarray, shift: int) -> np.ndarray:

@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 
 from lsquant.formats.onnx.row import OnnxFile
+from lsquant.fusion import FusedNetwork
+from lsquant.verification.runtimes.integer_runner import IntegerRunner
 from lsquant.verification.runtimes.onnx_runner import OnnxRunner
 from lsquant.verification.runtimes.onnx_session import Engine
 from lsquant.verification.runtimes.protocol import Opened, Runtime
@@ -25,5 +27,7 @@ class OnnxRuntime(Runtime):
     @contextmanager
     def open(self, path: str, content: OnnxFile, model: nn.Module, node_modules: Any = None) -> Iterator[Opened]:
         with self.engine(content.session, node_modules) as engine:
-            runners = [(options, OnnxRunner(engine, content, model, options)) for options in engine.kinds]
+            fused = isinstance(model, FusedNetwork)
+            kind: Any = IntegerRunner if fused else OnnxRunner
+            runners = [(options, kind(engine, content, model, options)) for options in engine.kinds]
             yield Opened(engine.title, [*runners], has_options=True)

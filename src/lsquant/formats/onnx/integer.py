@@ -1,0 +1,434 @@
+"""Profile integer: the program of an integer-only network as ONNX operators over uint8 codes.
+
+A stored tensor is uint8: an unsigned code as it is with zero point 0, a signed one as code + 128 with zero point 128.
+Codes of fewer than 8 bits, and limits (ReLU on signed codes, ReLU6), are held in range by Min and Max over uint8; a
+ReLU on unsigned codes is the saturation of uint8 itself.  The two forms are:
+
+- qdq: DequantizeLinear, a float operator, QuantizeLinear; runtimes fuse the three to one integer operator.  Scales and
+  zero points of tensors are 0-d, as ONNX Runtime's fusion of additions wants them.
+- qoperator: QLinearConv, and of the domain com.microsoft QLinearAdd, QLinearGlobalAveragePool and QGemm.  Nothing has
+  to be fused, so the integers are the same at every level of optimisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lsquant import nn as lnn
+from lsquant._util.batches import model_inputs
+from lsquant._util.errors import UsageError
+from lsquant._util.optional import require
+from lsquant.dataflow import Node
+from lsquant.formats.onnx.capture import exported
+from lsquant.formats.onnx.graph import FLOAT, INT32, Graph, LayerTrace, array
+from lsquant.fusion.arithmetic import Codes
+from lsquant.fusion.network import FusedNetwork, Run, averaged, function_values
+from lsquant.nn.pool import sizes_of
+from lsquant.program import Kind, Step
+
+FORMS = ("qdq", "qoperator")
+MICROSOFT = "com.microsoft"
+MOST_SCALED = 2.0**-32, 2.0**8
+"""Between these has to be what ONNX Runtime's average multiplies sums by."""
+SHIFT = 128
+"""What is added to a signed code for storage as uint8."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The scale and the zero point of a tensor in the file: initializers, 0-d.  shift: what is added to its codes."""
+
+    step: str
+    zero: str
+    shift: int
+
+
+class _MarkedRun(Run):
+    """A forward pass in which every step over codes is a marked node, to be lowered."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run.program, run.steps)
+        self.example = run
+        self.number = {step: str(i) for i, step in enumerate(run.program.steps)}
+
+    def compute(self, step: Step) -> None:
+        if step.kind is Kind.FLOAT:
+            super().compute(step)
+            return
+        quantizes = step.kind is Kind.QUANTIZE
+        sources = (step.node,) if quantizes else step.node.inputs
+        values = [(self.real if quantizes else self.stored)[source] for source in sources]
+        is_stored = self.program.stored[step.end] is not None
+        example = (self.example.stored if is_stored else self.example.real)[step.end]
+        if not isinstance(example, Tensor):
+            kind = type(step.module).__name__
+            raise UsageError(f"{step.name}: {kind} gives several tensors and has no integer form in ONNX; use Slice")
+        made = self.mark("Step", values, self.number[step], example.shape)
+        (self.stored if is_stored else self.real)[step.end] = made
+
+    def real_of(self, node: Node) -> Any:
+        if node not in self.real:
+            self.real[node] = self.mark("Real", [self.stored[node]], node.name, self.example.stored[node].shape)
+        return self.real[node]
+
+    @staticmethod
+    def mark(kind: str, inputs: list[Tensor], name: str, shape: torch.Size) -> Tensor:
+        sizes = (inputs[0].shape[0], *shape[1:])
+        return torch.onnx.ops.symbolic(
+            f"lsquant::{kind}", inputs, attrs={"layer": name}, dtype=torch.float32, shape=sizes, version=1
+        )
+
+
+class MarkedNetwork(nn.Module):
+    """What torch's exporter sees of a fused network.  run: of it over an example."""
+
+    def __init__(self, network: FusedNetwork, run: Run) -> None:
+        super().__init__()
+        self.network = network
+        self.run = run
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _MarkedRun(self.run).outputs(self.network.given(args, kwargs))
+
+
+class Writer:
+    """Lowers the marked nodes of one network.
+
+    graph: that is written.
+    run: of the network over an example, with its constants.
+    form: one of FORMS.
+    """
+
+    def __init__(self, graph: Graph, run: Run, form: str) -> None:
+        self.graph, self.run, self.form = graph, run, form
+        self.steps = run.program.steps
+        self.nodes = {node.name: node for node in run.program.flow.nodes}
+
+    def lower(self, kind: str, name: str, inputs: list[str]) -> str:
+        """Write what a marked node stands for.  Returns the name of its output."""
+        if kind == "Real":
+            self.graph.prefix = name
+            return self._real(inputs[0], self.scale(self.nodes[name]), f"{name}/real")
+        step = self.steps[int(name)]
+        self.graph.prefix = step.name
+        return _LOWER[step.kind](self, step, inputs, f"{step.name}/output")
+
+    def trace(self, step: Step, source: str, output: str) -> LayerTrace:
+        """Return where a step is in the file."""
+        trace = LayerTrace(step.name, 0, source, output)
+        if self.run.program.stored[step.end] is not None:
+            scale = self.scale(step.end)
+            trace = LayerTrace(step.end.name, 0, source, output, output, scale.shift, scale.step)
+        if step.kind is Kind.LAYER:
+            trace.weights, trace.weight_steps = [f"{step.name}.weight"], [f"{step.name}.weight_step"]
+        return trace
+
+    def finish(self, traces: list[LayerTrace]) -> None:
+        """Leave out of traces and constants what no node has: a table, say, holds no step."""
+        used = {name for node in self.graph.nodes for name in node.input}
+        self.graph.constants = {name: value for name, value in self.graph.constants.items() if name in used}
+        for trace in traces:
+            trace.weight_steps = [name for name in trace.weight_steps if name in used]
+            trace.scales = [f"{name}.scale" for name in [trace.layer] if f"{name}.scale" in used]
+            trace.input_step = trace.input_step if trace.input_step in used else None
+
+    def node(self, operator: str, inputs: list[str], output: str, label: str = "", **attributes: Any) -> str:
+        """Add a node; of the domain com.microsoft, where the operator is one of it."""
+        if operator in ("QLinearAdd", "QLinearGlobalAveragePool", "QGemm"):
+            attributes["domain"] = MICROSOFT
+        return self.graph.node(operator, inputs, output, label, **attributes)
+
+    # ---- tensors ----
+
+    def scale(self, node: Node) -> Scale:
+        """Return the scale and the zero point of a stored tensor."""
+        quantizer = self.run.program.stored[node]
+        assert quantizer is not None
+        return self._scale(self.run.grid(node), quantizer.name)
+
+    def _scale(self, grid: Codes, name: str) -> Scale:
+        shift = SHIFT if grid.low < 0 else 0
+        step = self.graph.constant(f"{name}.step", np.float32(grid.step.item()))
+        return Scale(step, self.graph.constant(f"zero_point_{shift}", np.uint8(shift)), shift)
+
+    def _real(self, codes: str, scale: Scale, output: str, label: str = "") -> str:
+        return self.node("DequantizeLinear", [codes, scale.step, scale.zero], output, label)
+
+    def _codes(self, real: str, scale: Scale, grid: Codes, output: str, label: str = "") -> str:
+        """Write QuantizeLinear and what holds codes in range."""
+        clipped = self._clip_nodes(grid, scale)
+        raw = f"{output}/raw" if clipped else output
+        self.node("QuantizeLinear", [real, scale.step, scale.zero], raw, label)
+        return self._within(raw, clipped, output, label and "_input")
+
+    @staticmethod
+    def _clip_nodes(grid: Codes, scale: Scale) -> list[tuple[str, int]]:
+        low, high = grid.low + scale.shift, grid.high + scale.shift
+        return [("Max", low)] * (low > 0) + [("Min", high)] * (high < 255)
+
+    def _within(self, codes: str, clipped: list[tuple[str, int]], output: str, label: str = "") -> str:
+        for i, (operator, bound) in enumerate(clipped):
+            name = self.graph.constant(f"uint8_{bound}", np.uint8(bound))
+            end = output if i == len(clipped) - 1 else f"{output}/{operator}"
+            codes = self.node(operator, [codes, name], end, f"{operator}{label}")
+        return codes
+
+    # ---- steps ----
+
+    def quantize(self, step: Step, inputs: list[str], output: str) -> str:
+        return self._codes(inputs[0], self.scale(step.end), self.run.grid(step.end), f"{step.name}/codes")
+
+    def layer(self, step: Step, inputs: list[str], output: str) -> str:
+        """Write a layer; a linear one over more than two dimensions as a matrix with a row for each position."""
+        shape = self.run.stored[step.node.inputs[0]].shape
+        if not isinstance(step.module, nn.Linear) or len(shape) == 2:
+            return self._layer(step, inputs[0], output)
+        rows = self.node("Reshape", [inputs[0], self._shape([-1, shape[-1]])], f"{step.name}/rows", "Reshape_input")
+        found = self._layer(step, rows, f"{step.name}/rows_output")
+        sizes = self._shape([-1, *shape[1:-1], step.module.out_features])
+        return self.node("Reshape", [found, sizes], output, "Reshape_output")
+
+    def _shape(self, sizes: list[int]) -> str:
+        return self.graph.constant("shape_" + "_".join(map(str, sizes)), np.array(sizes, np.int64))
+
+    def _layer(self, step: Step, source: str, output: str) -> str:
+        x, scale = self._read(step, source)
+        constants, layer, name = self.run.constants[step], step.module, step.name
+        is_linear = isinstance(layer, nn.Linear)
+        self._require_form(step)
+        codes = layer.from_rows(constants.codes).to(torch.int8)
+        low, high = int(codes.min()), int(codes.max())
+        assert -128 <= low <= high <= 127
+        weight = self.graph.constant(f"{name}.weight", array(codes))
+        steps = self.graph.constant(f"{name}.weight_step", array(constants.step))
+        zeros = self.graph.constant(f"{name}.weight_zero_point", np.zeros(len(constants.step), np.int8))
+        bias = self.graph.constant(f"{name}.bias", array(constants.bias).astype(np.int32))
+        geometry: dict[str, Any] = {"transB": 1} if is_linear else _geometry(layer)
+        stored = self.run.program.stored[step.end] is not None
+        out = self.scale(step.end) if stored else None
+        grid = self.run.limited(step) if stored else None
+        if self.form == "qoperator" or (out is None and not is_linear):
+            return self._layer_operator(step, [x, weight, steps, zeros, bias], scale, out, grid, output, geometry)
+        real = self._real(x, scale, f"{name}/input", "Dequantize_input")
+        w = self.node("DequantizeLinear", [weight, steps, zeros], f"{name}/weight", "Dequantize_weight", axis=0)
+        scales = self.graph.constant(f"{name}.bias_step", array(self.run.read_grid(step).step * constants.step))
+        shift = self.graph.constant(f"{name}.bias_zero_point", np.zeros(len(constants.step), np.int32))
+        b = self.node("DequantizeLinear", [bias, scales, shift], f"{name}/bias", "Dequantize_bias", axis=0)
+        operator = "Gemm" if is_linear else "Conv"
+        y = self.node(operator, [real, w, b], output if grid is None else f"{name}/sum", **geometry)
+        return y if grid is None or out is None else self._codes(y, out, grid, output)
+
+    def _layer_operator(
+        self,
+        step: Step,
+        given: list[str],
+        scale: Scale,
+        out: Scale | None,
+        grid: Codes | None,
+        output: str,
+        geometry: dict[str, Any],
+    ) -> str:
+        x, weight, steps, zeros, bias = given
+        operands = [x, scale.step, scale.zero, weight, steps, zeros]
+        if isinstance(step.module, nn.Linear):
+            ends = [] if out is None else [out.step, out.zero]
+            operator, operands = "QGemm", [*operands, bias, *ends]
+        elif out is not None:
+            operator, operands = "QLinearConv", [*operands, out.step, out.zero, bias]
+        else:
+            return self._real_sums(step, x, scale, output, geometry)
+        if out is None or grid is None:
+            return self.node(operator, operands, output, **geometry)
+        clipped = self._clip_nodes(grid, out)
+        raw = self.node(operator, operands, f"{output}/raw" if clipped else output, **geometry)
+        return self._within(raw, clipped, output)
+
+    def _real_sums(self, step: Step, x: str, scale: Scale, output: str, geometry: Any) -> str:
+        """Write a last convolution: ``fl32(fl32(acc + b) fl32(s_x s_w))``."""
+        constants, name, graph = self.run.constants[step], step.name, self.graph
+        shape = [-1] + [1] * (constants.codes.dim() - 2)
+        bias = graph.constant(f"{name}.shaped_bias", array(constants.bias).astype(np.int32).reshape(shape))
+        factor = self.run.read_grid(step).step * constants.step
+        scales = graph.constant(f"{name}.scale", array(factor).reshape(shape))
+        sums = self.node("ConvInteger", [x, f"{name}.weight", scale.zero], f"{name}/sums", **geometry)
+        total = self.node("Add", [sums, bias], f"{name}/total", "Add_bias")
+        real = self.node("Cast", [total], f"{name}/float", to=FLOAT)
+        return self.node("Mul", [real, scales], output)
+
+    def _read(self, step: Step, x: str) -> tuple[str, Scale]:
+        """Return the codes that a layer multiplies, and their scale; fewer than those of its input by (M17)."""
+        source = self.scale(step.node.inputs[0])
+        layer = step.module
+        if layer.stored_quantizer is None:
+            return x, source
+        grid = self.run.read_grid(step)
+        scale = self._scale(grid, layer.input_quantizer.name)
+        real = self._real(x, source, f"{step.name}/stored", "Dequantize_stored")
+        return self._codes(real, scale, grid, f"{step.name}/codes", "Quantize_input"), scale
+
+    def _require_form(self, step: Step) -> None:
+        layer, name = step.module, step.name
+        if isinstance(layer, nn.modules.conv._ConvTransposeNd):
+            raise UsageError(f"{name}: a transposed convolution has no integer form in ONNX; use profile='exact'")
+        if getattr(layer, "padding_mode", "zeros") != "zeros":
+            raise UsageError(f"{name}: padding_mode={layer.padding_mode!r} has no integer form; use 'zeros'")
+
+    def add(self, step: Step, inputs: list[str], output: str) -> str:
+        a, b = (self.scale(source) for source in step.node.inputs)
+        out, grid = self.scale(step.end), self.run.limited(step)
+        if self.form == "qdq":
+            reals = [self._real(x, s, f"{step.name}/{n}", n) for x, s, n in zip(inputs, (a, b), "ab", strict=True)]
+            return self._codes(self.node("Add", reals, f"{step.name}/sum"), out, grid, output)
+        operands = [inputs[0], a.step, a.zero, inputs[1], b.step, b.zero, out.step, out.zero]
+        clipped = self._clip_nodes(grid, out)
+        raw = self.node("QLinearAdd", operands, f"{output}/raw" if clipped else output)
+        return self._within(raw, clipped, output)
+
+    def average(self, step: Step, inputs: list[str], output: str) -> str:
+        source, out, grid = self.scale(step.node.inputs[0]), self.scale(step.end), self.run.limited(step)
+        x = self.run.stored[step.node.inputs[0]]
+        dims, keep = averaged(step.module, x)
+        if sorted(d % x.dim() for d in dims) != list(range(2, x.dim())):
+            raise UsageError(f"{step.name}: a mean over {dims} has no integer form in ONNX; average over all of space")
+        ratio = float(self.run.grid(step.node.inputs[0]).step / (self.run.grid(step.end).step * x[0, 0].numel()))
+        if not MOST_SCALED[0] <= ratio < MOST_SCALED[1]:
+            raise UsageError(
+                f"{step.name}: the step of its output is {1 / ratio:.3g} times that of a sum of its input, and ONNX "
+                f"Runtime takes more than 1/{MOST_SCALED[1]:.0f}; has the step collapsed? lsquant.check says so"
+            )
+        result = output if keep else f"{output}/kept"
+        if self.form == "qdq":
+            real = self._real(inputs[0], source, f"{step.name}/input")
+            y = self._codes(self.node("GlobalAveragePool", [real], f"{step.name}/mean"), out, grid, result)
+        else:
+            clipped = self._clip_nodes(grid, out)
+            operands = [inputs[0], source.step, source.zero, out.step, out.zero]
+            y = self.node("QLinearGlobalAveragePool", operands, f"{result}/raw" if clipped else result, channels_last=0)
+            y = self._within(y, clipped, result)
+        return y if keep else self.node("Flatten", [y], output, axis=1)
+
+    def cat(self, step: Step, inputs: list[str], output: str) -> str:
+        return self.node("Concat", inputs, output, axis=step.module.dim)
+
+    def function(self, step: Step, inputs: list[str], output: str) -> str:
+        source, out = self.scale(step.node.inputs[0]), self.scale(step.end)
+        read, grid = self.run.grid(step.node.inputs[0]), self.run.grid(step.end)
+        values = function_values(step.module, read) / grid.step.detach()
+        codes = torch.round(values).clamp(grid.low, grid.high).to(torch.int64) + out.shift
+        table = np.zeros(256, np.uint8)
+        table[read.low + source.shift : read.high + source.shift + 1] = array(codes).astype(np.uint8)
+        held = self.graph.constant(f"{step.name}.table", table)
+        index = self.node("Cast", inputs, f"{step.name}/index", to=INT32)
+        return self.node("Gather", [held, index], output, axis=0)
+
+    def move(self, step: Step, inputs: list[str], output: str) -> str:
+        module, graph = step.module, self.graph
+        zero = self.scale(step.end).zero
+
+        def ints(label: str, values: list[int]) -> str:
+            return graph.constant(f"{step.name}.{label}", np.array(values, np.int64))
+
+        if isinstance(module, nn.Flatten) and module.end_dim == -1 and module.start_dim == 1:
+            return self.node("Flatten", inputs, output, axis=1)
+        if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)):
+            n = self.run.stored[step.end].dim() - 2
+            kernel, stride, padding, dilation = (
+                sizes_of(v, n) or () for v in (module.kernel_size, module.stride, module.padding, module.dilation)
+            )
+            return self.node(
+                "MaxPool", inputs, output, kernel_shape=kernel, strides=stride, pads=[*padding, *padding],
+                dilations=dilation, ceil_mode=int(module.ceil_mode),
+            )  # fmt: skip
+        if isinstance(module, lnn.Slice) and all(isinstance(part, slice) for part in module.index):
+            shape = self.run.stored[step.node.inputs[0]].shape
+            parts = [(d, part) for d, part in enumerate(module.index) if part != slice(None)]
+            edges = [(d, *part.indices(shape[d])) for d, part in parts if isinstance(part, slice)]
+            axes, starts, stops, strides = (list(c) for c in zip(*edges, strict=True))
+            named = [ints(n, v) for n, v in (("starts", starts), ("ends", stops), ("axes", axes), ("steps", strides))]
+            return self.node("Slice", [*inputs, *named], output)
+        if isinstance(module, nn.PixelShuffle):
+            return self.node("DepthToSpace", inputs, output, blocksize=module.upscale_factor, mode="CRD")
+        if isinstance(module, nn.Upsample):
+            source, target = (self.run.stored[node].shape for node in (step.node.inputs[0], step.end))
+            factors = [1.0, 1.0, *(b / a for a, b in zip(source[2:], target[2:], strict=True))]
+            if any(factor != int(factor) for factor in factors):
+                raise UsageError(f"{step.name}: upsampling by {factors[2:]} has no integer form; use whole factors")
+            scales = graph.constant(f"{step.name}.scales", np.array(factors, np.float32))
+            return self.node(
+                "Resize", [*inputs, "", scales], output, mode="nearest", nearest_mode="floor",
+                coordinate_transformation_mode="asymmetric",
+            )  # fmt: skip
+        if hasattr(module, "padding") and type(module).__name__.endswith(("Pad1d", "Pad2d", "Pad3d")):
+            dims, padding = self.run.stored[step.end].dim(), vars(module)["padding"]
+            pairs = list(padding)
+            last = [(pairs[i], pairs[i + 1]) for i in reversed(range(0, len(pairs), 2))]
+            sides = [(0, 0)] * (dims - len(last)) + last
+            pads = ints("pads", [before for before, _ in sides] + [after for _, after in sides])
+            return self.node("Pad", [*inputs, pads, zero], output)
+        raise UsageError(f"{step.name}: {type(module).__name__} has no integer form in ONNX yet")
+
+
+def _geometry(layer: Any) -> dict[str, Any]:
+    """Return the attributes of a convolution."""
+    if isinstance(layer.padding, str):
+        total = [d * (k - 1) if layer.padding == "same" else 0
+                 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]  # fmt: skip
+        before, after = [t // 2 for t in total], [t - t // 2 for t in total]
+    else:
+        before = after = list(layer.padding)
+    return {
+        "kernel_shape": list(layer.kernel_size), "strides": list(layer.stride), "pads": [*before, *after],
+        "dilations": list(layer.dilation), "group": layer.groups,
+    }  # fmt: skip
+
+
+_LOWER = {
+    Kind.QUANTIZE: Writer.quantize,
+    Kind.LAYER: Writer.layer,
+    Kind.ADD: Writer.add,
+    Kind.CAT: Writer.cat,
+    Kind.AVERAGE: Writer.average,
+    Kind.FUNCTION: Writer.function,
+    Kind.MOVE: Writer.move,
+}
+
+
+def integer_proto(network: FusedNetwork, example_inputs: Any, form: str, opset: int, dynamic_batch: bool) -> Any:
+    """Return (ModelProto, traces) of a fused network, its marked nodes lowered.
+
+    traces: one for each step over codes; of a stored tensor under the name of its tap.
+    """
+    args, kwargs = model_inputs(example_inputs)
+    run = Run(network.program)
+    with torch.no_grad():
+        run.outputs(network.given(args, kwargs))
+    proto = exported(MarkedNetwork(network, run), example_inputs, opset, dynamic_batch)
+    graph, renamed, traces = Graph(), {}, []
+    writer = Writer(graph, run, form)
+    for node in proto.graph.node:
+        inputs = [renamed.get(name, name) for name in node.input]
+        if node.domain != "lsquant":
+            del node.input[:]
+            node.input.extend(inputs)
+            graph.nodes.append(node)
+            continue
+        name = next(a.s.decode() for a in node.attribute if a.name == "layer")
+        output = renamed[node.output[0]] = writer.lower(node.op_type, name, inputs)
+        if node.op_type == "Step":
+            traces.append(writer.trace(writer.steps[int(name)], inputs[0], output))
+    for value in proto.graph.output:
+        value.name = renamed.get(value.name, value.name)
+    numpy_helper = require("onnx", extra="onnx").numpy_helper
+    writer.finish(traces)
+    used = {name for node in graph.nodes for name in node.input} | {v.name for v in proto.graph.output}
+    kept = [tensor for tensor in proto.graph.initializer if tensor.name in used]
+    kept += [numpy_helper.from_array(value, name) for name, value in graph.constants.items()]
+    for part, new in ((proto.graph.node, graph.nodes), (proto.graph.initializer, kept)):
+        del part[:]
+        part.extend(new)
+    return proto, traces

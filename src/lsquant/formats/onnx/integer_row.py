@@ -1,0 +1,50 @@
+"""The row of integer-only ONNX files in the table of formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from lsquant._util.errors import UsageError
+from lsquant.formats.onnx.graph import array
+from lsquant.formats.onnx.reader import initializers
+from lsquant.formats.onnx.row import OnnxFile, OnnxFormat
+from lsquant.fusion import FusedNetwork, fuse
+from lsquant.shipped import Pair
+
+
+class IntegerOnnxFormat(OnnxFormat):
+    """ONNX files of profile integer, which are compared with the fused network."""
+
+    options = ("opset", "form")
+
+    def counterpart(self, model: nn.Module) -> nn.Module:
+        return model if isinstance(model, FusedNetwork) else fuse(model)
+
+    def pairs(self, content: OnnxFile, counterpart: Any) -> Iterator[Pair]:
+        """Yield the step of every stored tensor, and of every layer codes, folded steps and bias."""
+        network: FusedNetwork = counterpart
+        constants, steps = network.constants(), network.stored_steps()
+        values = initializers(content.proto, content.path)
+        for trace in content.traces:
+            if trace.codes is not None and trace.input_step is not None:
+                if trace.layer not in steps:
+                    raise UsageError(f"{content.path} is of another model: only the file has {trace.layer!r}")
+                yield Pair(trace.layer, values[trace.input_step].reshape(-1), array(steps[trace.layer].reshape(-1)))
+            if not trace.weights:
+                continue
+            name = trace.weights[0].removesuffix(".weight")
+            bias = next((key for key in (f"{name}.bias", f"{name}.shaped_bias") if key in values), None)
+            if name not in constants or bias is None:
+                raise UsageError(f"{content.path} is of another model: only the file has a layer {name!r}")
+            folded = constants[name]
+            own = network.layer(name).from_rows(folded.codes)
+            yield Pair(name, values[trace.weights[0]].astype(np.int32), array(own).astype(np.int32))
+            yield Pair(name, values[bias].reshape(-1).astype(np.int64), array(folded.bias).astype(np.int64))
+            for key in trace.weight_steps:
+                yield Pair(name, values[key].reshape(-1), array(folded.step))
+            for key in trace.scales:
+                yield Pair(name, values[key].reshape(-1), array(folded.step * network.read_step(name)))

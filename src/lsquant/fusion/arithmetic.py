@@ -1,0 +1,240 @@
+"""(M13) to (M18) on tensors that carry gradients: codes are whole float32 numbers, sums are exact.
+
+The forward values are those of ``lsquant.reference_integer``, bit for bit; the gradients are those of
+docs/mathematics.md, section "Integer-only arithmetic".
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lsquant import ops
+from lsquant import reference_integer as reference
+from lsquant.nn import ExactBatchNorm
+from lsquant.quantizer import Quantizer
+
+EXACT_IN_FLOAT32 = 2**24
+"""Sums of whole numbers below it are exact in float32, in any order."""
+
+
+class Codes(NamedTuple):
+    """What the codes of a stored tensor may be, and its step.
+
+    step: () float32, with gradient.
+    low, high: bounds.
+    gradient_scale: of the step.
+    """
+
+    step: Tensor
+    low: int
+    high: int
+    gradient_scale: float
+
+    def within(self, low: float | None, high: float | None) -> Codes:
+        """Return the same with the bounds of a limit, given as real numbers: ReLU has low=0."""
+        step = self.step.detach()
+        bounds = [self.low, self.high]
+        for place, value in enumerate((low, high)):
+            if value is not None:
+                code = float(torch.round(torch.tensor(value, dtype=torch.float32) / step))
+                bounds[place] = int(max(self.low, min(self.high, code)))
+        return self._replace(low=max(bounds[0], self.low), high=min(bounds[1], self.high))
+
+
+class _Requantize(torch.autograd.Function):
+    """``v_hat = clip(rint(u), lo, hi) s_y``, with the gradients of LSQ for the real value y and the step s_y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, step: Tensor, u: Tensor, low: int, high: int, scale: float) -> Tensor:
+        ctx.save_for_backward(u)
+        ctx.bounds, ctx.scale = (low, high), scale
+        return torch.round(u).clamp(low, high) * step
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,), (u,) = grads, ctx.saved_tensors
+        inside, term = reference.requantize_terms(u, 0, *ctx.bounds)
+        step = (grad.double() * term.double()).sum() * ctx.scale if ctx.needs_input_grad[1] else None
+        return grad * inside, None if step is None else step.float(), None, None, None, None
+
+
+def requantized(y: Tensor, u: Tensor, codes: Codes) -> Tensor:
+    """(M14) Return ``v_hat`` of the real value y, whose quotient by the step is u in the arithmetic of the network."""
+    v: Any = _Requantize.apply(y, codes.step, u, codes.low, codes.high, codes.gradient_scale)
+    return v
+
+
+def codes_of(v: Tensor, step: Tensor) -> Tensor:
+    """Return the codes of a stored tensor, whole float32 numbers: ``v / s`` is one up to its rounding."""
+    return torch.round(v.detach() / step.detach()) + 0.0  # no -0.0
+
+
+class _Valued(torch.autograd.Function):
+    """Given values, with the gradient of another tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, differentiable: Tensor, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None
+
+
+def with_values(differentiable: Tensor, values: Tensor) -> Tensor:
+    """Return a tensor of given values whose gradient goes to another one."""
+    if not (torch.is_grad_enabled() and differentiable.requires_grad):
+        return values
+    v: Any = _Valued.apply(differentiable, values)
+    return v
+
+
+def codes_grid(quantizer: Quantizer, step: Tensor | None = None) -> Codes:
+    """Return the codes of a stored tensor.
+
+    step: () float32, where it differs from the quantizer's own, as behind an addition.
+    """
+    grid = quantizer.grid()
+    own = grid.step.reshape(())
+    return Codes(own if step is None else with_values(own, step), grid.q_min, grid.q_max, grid.gradient_scale)
+
+
+# ---- one layer ----
+
+
+class Folded(NamedTuple):
+    """(M13) What a layer multiplies with and adds.
+
+    codes: of the weight, rows, whole float32 numbers; those of a channel that BatchNorm multiplies by 0 are 0.
+    step: (C,) float32, the folded step, negative where BatchNorm's factor is.
+    bias: (C,) float64 whole numbers.
+    raised: channels whose step was raised until bias and sums fit into int32.
+    """
+
+    codes: Tensor
+    step: Tensor
+    bias: Tensor
+    raised: int
+
+
+@torch.no_grad()
+def folded(
+    rows: Tensor,
+    weight_codes: Tensor,
+    weight_step: Tensor,
+    bounds: tuple[int, int],
+    alpha: Tensor,
+    beta: Tensor,
+    bias: Tensor | None,
+    input_step: Tensor,
+    output_step: Tensor,
+    largest_input: int,
+) -> Folded:
+    """(M13) Fold BatchNorm into the steps and the bias of a layer; raise steps until every sum fits into int32.
+
+    rows: the float weight, output channels first.
+    weight_codes: its codes, whole float32 numbers.
+    weight_step: (1,) or (C,) float32.
+    bounds: of the codes.
+    alpha, beta: (C,) float32.
+    bias: (C,) float32 or None, the layer's own.
+    """
+    fold = reference.fold_batch_norm
+    step, shift = fold(weight_step, alpha, beta, input_step, output_step, bias)
+    dead = (weight_step * alpha).expand_as(step) == 0
+    shape = [-1] + [1] * (rows.dim() - 1)
+    codes = torch.where(dead.reshape(shape), torch.zeros_like(weight_codes), weight_codes)
+    fits, raised = reference.fits_int32(codes, shift, largest_input), 0
+    own = weight_step.expand_as(step).clone()
+    while not bool(fits.all()):
+        raised = max(raised, int((~fits).sum()))
+        own = torch.where(fits, own, own * 2)
+        anew = torch.round(rows / own.reshape(shape)).clamp(*bounds)
+        codes = torch.where((fits | dead).reshape(shape), codes, anew)
+        step = torch.where(fits, step, step * 2)
+        total = beta.double() if bias is None else beta.double() + alpha.double() * bias.double()
+        shift = torch.round(total / (input_step * step).double()).clamp(-(2.0**62), 2.0**62).to(torch.int64)
+        fits = reference.fits_int32(codes, shift, largest_input)
+    return Folded(codes, step, shift.double(), raised)
+
+
+def product(layer: Any, x: Tensor, rows: Tensor) -> Tensor:
+    """Return the product of a layer's float type for an input and a weight given as rows, without bias; (N, C, ...)."""
+    weight = layer.from_rows(rows)
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight)
+    if layer.transposed:
+        conv = ops.Conv(layer.stride, layer.padding, layer.dilation, True, layer.output_padding, layer.groups)
+        return conv.convolve(x, weight, None)
+    padded, padding = layer.padded(x)
+    return ops.Conv(layer.stride, padding, layer.dilation, False, (), layer.groups).convolve(padded, weight, None)
+
+
+class Folding(NamedTuple):
+    """What of a layer and its BatchNorm carries gradients.
+
+    fake: the fake-quantized weight, rows.
+    alpha, beta: (C,) float32, ``y = alpha x + beta``.
+    """
+
+    fake: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+
+def fold_layer(layer: Any, norm: ExactBatchNorm | None, read: Codes, out: Codes | None) -> tuple[Folding, Folded]:
+    """(M13) Fold BatchNorm into a layer.
+
+    read: the codes of its input.
+    out: those of its output, None for a real one.
+    """
+    rows, quantizer = layer.rows(), layer.weight_quantizer
+    shape = [-1] + [1] * (rows.dim() - 1)
+    fake, s_w = quantizer(rows), quantizer.grid().step.detach()
+    codes = torch.round(fake.detach() / s_w.reshape(shape if s_w.numel() > 1 else ()))
+    if norm is None:
+        alpha, beta = torch.ones(len(rows), device=rows.device), torch.zeros(len(rows), device=rows.device)
+    else:
+        alpha, beta = norm.affine_constants()
+    s_x = read.step.detach()
+    s_y = torch.ones_like(s_x) if out is None else out.step.detach()
+    bounds, largest = (quantizer.q_min, quantizer.q_max), max(abs(read.low), abs(read.high))
+    constants = folded(rows, codes, s_w, bounds, alpha, beta, layer.bias, s_x, s_y, largest)
+    return Folding(fake, alpha, beta), constants
+
+
+def layer_output(
+    layer: Any, norm: ExactBatchNorm | None, v: Tensor, read: Codes, out: Codes | None
+) -> tuple[Tensor, Folded]:
+    """(M13, M14) Compute one layer, with BatchNorm: ``v_hat`` of the stored output, or a real one where out is None.
+
+    v: stored input, ``q_x s_x``, with the bits that the layer reads.
+    read: the codes of the input.
+    """
+    (fake, alpha, beta), constants = fold_layer(layer, norm, read, out)
+    shape = [-1] + [1] * (fake.dim() - 1)
+    s_x = read.step.detach()
+    s_y = torch.ones_like(s_x) if out is None else out.step.detach()
+    largest = max(abs(read.low), abs(read.high))
+    exact = float(constants.codes.abs().reshape(len(fake), -1).sum(1).max()) * largest < EXACT_IN_FLOAT32
+    kind = torch.float32 if exact and v.is_cpu else torch.float64  # other devices may multiply otherwise
+    x_codes = with_values(v / s_x, codes_of(v, s_x)).to(kind)
+    scale = constants.step / torch.where(alpha == 0, torch.ones_like(alpha), alpha)  # s_w, raised where it was
+    w_codes = with_values(fake / scale.detach().reshape(shape), constants.codes).to(kind)
+    sums = product(layer, x_codes, w_codes)
+    axis = -1 if isinstance(layer, nn.Linear) else 1
+    view = [1] * sums.dim()
+    view[axis] = -1
+    total = (sums.detach().double() + constants.bias.reshape(view)).float()
+    scales = s_x * constants.step
+    factor = scales if out is None else scales / s_y
+    u = total * factor.reshape(view)
+    if not torch.is_grad_enabled():
+        return (u if out is None else requantized(u, u, out)), constants
+    shift = beta if layer.bias is None else beta + alpha * layer.bias
+    y = sums.float() * (s_x * scale.detach()).reshape(view) * alpha.reshape(view) + shift.reshape(view)
+    return (with_values(y, u) if out is None else requantized(y, u, out)), constants

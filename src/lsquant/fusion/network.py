@@ -1,0 +1,350 @@
+"""``fuse`` and the network it returns: the trained modules, computed as an integer-only network computes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lsquant import reference_integer as reference
+from lsquant._util.batches import require_one_process
+from lsquant._util.errors import UsageError
+from lsquant.dataflow import Node, dataflow
+from lsquant.fusion.arithmetic import Codes, Folded, codes_grid, codes_of, fold_layer, layer_output, requantized
+from lsquant.joining import STORED
+from lsquant.nn import quantizers
+from lsquant.program import Kind, Program, Step, program_of
+from lsquant.quantizer import Quantizer
+from lsquant.tied import TiedQuantizer
+
+MOST_PASSES = 1000
+
+
+def fuse(model: nn.Module) -> FusedNetwork:
+    """Return the integer-only form of a prepared model, which shares its parameters.
+
+    model: prepared with ``Recipe(..., joins=8)`` and calibrated.
+    Returns: FusedNetwork.  In it BatchNorm keeps its running statistics.
+    Raises: UsageError for a model whose joins are not quantized, or with a step that is not set.
+    """
+    model = require_one_process(model, "fuse")
+    joins = vars(model).get(STORED)
+    if joins is None:
+        raise UsageError(
+            "fuse: the tensors between the layers of this model are floating point; call lsquant.prepare(model, "
+            "Recipe(..., joins=8)), and lsquant.trace(model, example_inputs) before where its forward adds by functions"
+        )
+    for _, quantizer in quantizers(model):
+        quantizer.require_initialized()
+    return FusedNetwork(model, program_of(dataflow(model, "fuse"), joins))
+
+
+class Tap(nn.Module):
+    """Where the codes of a stored tensor can be seen: they go through it, whole float32 numbers, where it has hooks."""
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return codes
+
+
+class FusedNetwork(nn.Module):
+    """A trained network, computed by (M13) to (M18): nothing between two layers is floating point but one factor.
+
+    Its parameters are those of the model, so it can be trained; dropout does nothing and BatchNorm's statistics are
+    fixed.  The forward pass gives the outputs of the integer program in training mode and in eval mode.
+
+    model: the trained model, in eval mode; it is what is saved.
+    program: the steps.
+    taps: name of a stored tensor, that of the module which makes it -> where its codes can be seen.
+    """
+
+    model: nn.Module
+    taps: dict[str, Tap]
+
+    def __init__(self, model: nn.Module, program: Program) -> None:
+        super().__init__()
+        self.model = model
+        self.program = program
+        self.__dict__["joins"] = vars(model)[STORED]
+        self.train(model.training)
+        ends = dict.fromkeys(step.end for step in program.steps if program.stored[step.end] is not None)
+        self.__dict__["taps"] = {node.name: Tap() for node in ends}  # no submodules: they have no state
+
+    def train(self, mode: bool = True) -> FusedNetwork:
+        """Set the mode; the model in it is in eval mode always, for BatchNorm's statistics and dropout."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedNetwork:
+        return fuse(copy.deepcopy(self.model, memo)).train(self.training)
+
+    def __reduce__(self) -> Any:
+        return _fused_again, (self.model, self.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if vars(self.model).get(STORED) is not self.joins:
+            raise UsageError("the model was prepared or reverted after fuse: call lsquant.fuse(model) again")
+        return Run(self.program, taps=self.taps).outputs(self.given(args, kwargs))
+
+    @torch.no_grad()
+    def constants(self) -> dict[str, Folded]:
+        """Return what every layer multiplies with and adds, by its name."""
+        run = Run(self.program)
+        return {step.name: run.folded(step) for step in self.program.steps if step.kind is Kind.LAYER}
+
+    def stored_steps(self) -> dict[str, Tensor]:
+        """Return the step of every stored tensor, () float32, by the name of the module that makes it."""
+        run = Run(self.program)
+        return {s.end.name: run.step_of(s.end) for s in self.program.steps if self.program.stored[s.end] is not None}
+
+    def layer(self, name: str) -> Any:
+        """Return a layer by its name."""
+        return self._step(name).module
+
+    def read_step(self, name: str) -> Tensor:
+        """Return the step of what a layer multiplies, () float32."""
+        return Run(self.program).read_grid(self._step(name)).step.detach()
+
+    def _step(self, name: str) -> Step:
+        return next(step for step in self.program.steps if step.kind is Kind.LAYER and step.name == name)
+
+    def codes(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the codes of every stored tensor, int64, by the name of the module that makes it."""
+        with torch.no_grad():
+            run = Run(self.program)
+            run.outputs(self.given(args, kwargs))
+        return {
+            node.name: codes_of(value, run.step_of(node)).to(torch.int64)
+            for node, value in run.stored.items()
+            if isinstance(value, Tensor)
+        }
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Node, Any]:
+        """Return the inputs of a forward pass by their nodes."""
+        bound = inspect.signature(self.model.forward).bind(*args, **kwargs)
+        bound.apply_defaults()
+        inputs = [node for node in self.program.flow.nodes if node.kind == "input"]
+        return dict(zip(inputs, bound.arguments.values(), strict=True))
+
+
+def _fused_again(model: nn.Module, training: bool) -> FusedNetwork:
+    return fuse(model).train(training)
+
+
+class Run:
+    """One forward pass.
+
+    stored: node -> v_hat, codes times step.
+    real: node -> values in floating point.
+    constants: the step of a layer -> what it multiplied with and added.
+    steps: of ``safe_steps``, made anew where not given.
+    """
+
+    def __init__(
+        self, program: Program, steps: dict[Quantizer, Tensor] | None = None, taps: dict[str, Tap] | None = None
+    ) -> None:
+        self.program, self.taps = program, taps or {}
+        self.stored: dict[Node, Any] = {}
+        self.real: dict[Node, Any] = {}
+        self.constants: dict[Step, Folded] = {}
+        self.steps = safe_steps(program) if steps is None else steps
+
+    def outputs(self, given: dict[Node, Any]) -> Any:
+        self.real.update(given)
+        device = next((v.device.type for v in given.values() if isinstance(v, Tensor)), "cpu")
+        with torch.autocast(device, enabled=False):
+            for step in self.program.steps:
+                self.compute(step)
+                self._show(step.end)
+        end = next(node for node in reversed(self.program.flow.nodes) if node.kind == "output")
+        return self.mapped(end.call.args[0])
+
+    def compute(self, step: Step) -> None:
+        """Compute one step: its output, and the constants of a layer."""
+        _COMPUTE[step.kind](self, step)
+
+    def _show(self, node: Node) -> None:
+        tap = self.taps.get(node.name)
+        if tap is not None and tap._forward_hooks and isinstance(self.stored[node], Tensor):
+            tap(codes_of(self.stored[node], self.step_of(node)))
+
+    # ---- values ----
+
+    def mapped(self, arguments: Any) -> Any:
+        """Put real values in the place of calls."""
+        return fx.map_arg(arguments, lambda call: self.real_of(self.program.flow.of[call]))
+
+    def real_of(self, node: Node) -> Any:
+        return self.real[node] if node in self.real else self.stored[node]
+
+    def grid(self, node: Node) -> Codes:
+        """Return the codes of a stored tensor."""
+        quantizer = self.program.stored[node]
+        assert quantizer is not None
+        return codes_grid(quantizer, self.steps.get(_owner(quantizer)))
+
+    def step_of(self, node: Node) -> Tensor:
+        return self.grid(node).step.detach()
+
+    # ---- steps ----
+
+    def quantize(self, step: Step) -> None:
+        out, x = self.grid(step.end), self.real[step.node].float()
+        u = x.detach() / out.step.detach()
+        self.stored[step.end] = requantized(x, u, out)
+
+    def layer(self, step: Step) -> None:
+        layer, source = step.module, step.node.inputs[0]
+        v, read = self.stored[source], self.read_grid(step)
+        if layer.stored_quantizer is not None:  # (M17)
+            v = layer.input_quantizer(v)
+        out = None if self.program.stored[step.end] is None else self.limited(step)
+        value, self.constants[step] = layer_output(layer, step.norm, v, read, out)
+        if out is not None:
+            self.stored[step.end] = value
+        else:
+            self.real[step.end] = value if step.limit is None else step.limit(value)
+
+    def read_grid(self, step: Step) -> Codes:
+        """Return the codes that a layer multiplies: those of its input, or fewer (M17)."""
+        layer = step.module
+        return self.grid(step.node.inputs[0]) if layer.stored_quantizer is None else codes_grid(layer.input_quantizer)
+
+    def folded(self, step: Step) -> Folded:
+        """Return what a layer multiplies with and adds."""
+        out = None if self.program.stored[step.end] is None else self.grid(step.end)
+        return fold_layer(step.module, step.norm, self.read_grid(step), out)[1]
+
+    def limited(self, step: Step) -> Codes:
+        """Return the codes of a step's output within the limit behind it."""
+        out = self.grid(step.end)
+        return out if step.limit is None else out.within(*limits_of(step.limit))
+
+    def add(self, step: Step) -> None:
+        a, b = (self.stored[source] for source in step.node.inputs)
+        s = self.step_of(step.node.inputs[0])
+        out = self.limited(step)
+        total = (codes_of(a, s) + codes_of(b, s)).double()  # (M15), the quotient exact but for 2^-44
+        u = total * s.double() / out.step.detach().double()
+        y = a + b
+        self.stored[step.end] = requantized(y, torch.round(u).float() if not y.requires_grad else u.float(), out)
+
+    def cat(self, step: Step) -> None:
+        self.stored[step.end] = torch.cat([self.stored[source] for source in step.node.inputs], step.module.dim)
+
+    def average(self, step: Step) -> None:
+        source, out = step.node.inputs[0], self.limited(step)
+        v, s = self.stored[source], self.step_of(source)
+        codes = codes_of(v, s)
+        dims, keep = averaged(step.module, v)
+        total = codes.double().sum(dims, keepdim=keep).float()
+        count = v.numel() // max(total.numel(), 1)
+        u = total * (s / (out.step.detach() * count))
+        self.stored[step.end] = requantized(v.mean(dims, keepdim=keep), u, out)
+
+    def function(self, step: Step) -> None:
+        source, out = step.node.inputs[0], self.grid(step.end)
+        v, read = self.stored[source], self.grid(source)
+        table = function_values(step.module, read) / out.step.detach()
+        u = table[(codes_of(v, read.step) - read.low).long()]
+        y = plain_function(step.module)(v) if v.requires_grad else u
+        self.stored[step.end] = requantized(y, u, out)
+
+    def move(self, step: Step) -> None:
+        def value(call: fx.Node) -> Any:
+            return self.stored[self.program.flow.of[call]]
+
+        call = step.node.call
+        args, kwargs = fx.map_arg(call.args, value), fx.map_arg(call.kwargs, value)
+        function: Any = step.module if step.module is not None else call.target
+        self.stored[step.end] = function(*args, **kwargs)
+
+    def real_step(self, step: Step) -> None:
+        call = step.node.call
+        args, kwargs = self.mapped(call.args), self.mapped(call.kwargs)
+        if step.module is not None:
+            self.real[step.end] = step.module(*args, **kwargs)
+        elif call.op == "call_method":
+            self.real[step.end] = getattr(args[0], str(call.target))(*args[1:], **kwargs)
+        else:
+            function: Any = call.target
+            self.real[step.end] = function(*args, **kwargs)
+
+
+_COMPUTE: dict[Kind, Callable[[Run, Step], None]] = {
+    Kind.QUANTIZE: Run.quantize,
+    Kind.LAYER: Run.layer,
+    Kind.ADD: Run.add,
+    Kind.CAT: Run.cat,
+    Kind.AVERAGE: Run.average,
+    Kind.FUNCTION: Run.function,
+    Kind.MOVE: Run.move,
+    Kind.FLOAT: Run.real_step,
+}
+
+
+def _owner(quantizer: Quantizer) -> Quantizer:
+    return quantizer.owner if isinstance(quantizer, TiedQuantizer) else quantizer
+
+
+@torch.no_grad()
+def safe_steps(program: Program) -> dict[Quantizer, Tensor]:
+    """(M15) Return the steps behind additions that had to be raised: owner -> () float32."""
+    raised: dict[Quantizer, Tensor] = {}
+
+    def step(owner: Quantizer) -> Tensor:
+        return raised[owner] if owner in raised else owner.effective_step().reshape(())
+
+    additions = [s for s in program.steps if s.kind is Kind.ADD]
+    for _ in range(MOST_PASSES):
+        changed = False
+        for one in additions:
+            a, b = (program.stored[source] for source in one.node.inputs)
+            out = program.stored[one.end]
+            assert a is not None
+            assert b is not None
+            assert out is not None
+            largest = sum(max(abs(q.q_min), abs(q.q_max)) for q in (a, b))
+            before = step(_owner(out))
+            if _owner(out) is _owner(a):
+                continue  # the quotient is 1
+            after = reference.safe_output_step(float(step(_owner(a))), float(before), largest)
+            if after != float(before):
+                raised[_owner(out)] = torch.tensor(after, device=before.device)
+                changed = True
+        if not changed:
+            return raised
+    raise UsageError("fuse: the steps of additions that depend on each other in a circle find no values")
+
+
+def plain_function(module: Any) -> Callable[[Tensor], Tensor]:
+    """Return the function of a module without its quantizers."""
+    return lambda x: module.float_type.forward(module, x)
+
+
+@torch.no_grad()
+def function_values(module: Any, read: Codes) -> Tensor:
+    """(M18) Return ``fl32(f(fl32(q s)))`` of every code q of the input, ascending; f is computed in float64."""
+    codes = torch.arange(read.low, read.high + 1, dtype=torch.float32, device=read.step.device)
+    return plain_function(module)((codes * read.step.detach()).double()).float()
+
+
+def limits_of(module: nn.Module) -> tuple[float | None, float | None]:
+    """Return (lowest, highest) value that a limit lets through."""
+    if isinstance(module, nn.ReLU):
+        return 0.0, None
+    if isinstance(module, nn.Hardtanh):  # ReLU6 is one
+        return float(module.min_val), float(module.max_val)
+    clip: Any = module
+    return clip.min, clip.max
+
+
+def averaged(module: Any, x: Tensor) -> tuple[list[int], bool]:
+    """Return the dimensions that are averaged, and whether they stay."""
+    if hasattr(module, "keepdim"):
+        return [int(d) for d in module.dim], module.keepdim
+    return list(range(x.dim() - module.dims, x.dim())), True

@@ -1,0 +1,146 @@
+"""The program of an integer-only network: which steps run, in order, and which tensors between them are codes.
+
+A layer, the BatchNorm behind it and the limit (ReLU, ReLU6, clip) behind that are one step, where nothing else reads
+what lies between them.  So are an addition or an average and the limit behind it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import nn
+
+from lsquant.dataflow import Flow, Node, Role
+from lsquant.joining import Storage, storages
+from lsquant.nn import ExactBatchNorm, QuantizedLayer, StoredInputs
+from lsquant.quantizer import Quantizer
+from lsquant.spec import QuantSpec
+
+
+class Kind(Enum):
+    """What a step computes; see docs/integer-only.md."""
+
+    QUANTIZE = "quantize"
+    LAYER = "layer"
+    ADD = "add"
+    CAT = "cat"
+    AVERAGE = "average"
+    FUNCTION = "function"
+    MOVE = "move"
+    FLOAT = "float"
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step.
+
+    node: the call that it begins with; of QUANTIZE, the one whose output becomes codes.
+    end: the call whose output it makes.
+    norm: the BatchNorm that is folded into a layer.
+    limit: the module that bounds the output.
+    """
+
+    kind: Kind
+    node: Node
+    end: Node
+    norm: ExactBatchNorm | None = None
+    limit: nn.Module | None = None
+
+    @property
+    def name(self) -> str:
+        return self.node.name
+
+    @property
+    def module(self) -> Any:
+        return self.node.module
+
+
+@dataclass(frozen=True)
+class Program:
+    """The steps in order of execution.
+
+    stored: node -> the quantizer of the codes that its output is stored as; None for floating point.
+    """
+
+    flow: Flow
+    steps: list[Step]
+    stored: dict[Node, Quantizer | None]
+
+    @property
+    def floats(self) -> list[Step]:
+        """The steps that compute in floating point."""
+        return [step for step in self.steps if step.kind is Kind.FLOAT]
+
+
+def program_of(flow: Flow, joins: QuantSpec) -> Program:
+    """Return the program of a prepared model."""
+    found = storages(flow, joins)
+    of_storage = {storage: _quantizer_of(storage) for storage in dict.fromkeys(found.values())}
+    stored = {node: of_storage[found[node]] for node in flow.nodes}
+    steps: list[Step] = []
+    folded: set[Node] = set()
+    for node in flow.nodes:
+        if node in folded or node.kind == "output":
+            continue
+        step = _step(flow, node, stored)
+        if step is None:
+            if node.kind != "input":
+                steps.append(Step(Kind.FLOAT, node, node))
+            if stored[node] is not None:
+                steps.append(Step(Kind.QUANTIZE, node, node))
+            continue
+        steps.append(step)
+        folded.update(_path(flow, node, step.end))
+    return Program(flow, steps, stored)
+
+
+def _quantizer_of(storage: Storage) -> Quantizer | None:
+    for reader, place in storage.ports:
+        module = reader.module
+        if isinstance(module, StoredInputs):
+            return module.quantizer_of(place)
+        if isinstance(module, QuantizedLayer):
+            return module.input_quantizer if module.stored_quantizer is None else module.stored_quantizer
+    return None
+
+
+def _step(flow: Flow, node: Node, stored: dict[Node, Quantizer | None]) -> Step | None:
+    """Return the step that computes a node on codes; None where it has to be floating point."""
+    if node.role is None or any(stored[source] is None for source in node.inputs):
+        return None
+    if node.role is Role.LAYER:
+        layer = node.module
+        if not isinstance(layer, QuantizedLayer) or layer.weight_quantizer is None or layer.input_quantizer is None:
+            return None
+        norm = _only_reader(flow, node, Role.NORM)
+        if norm is not None and not isinstance(norm.module, ExactBatchNorm):
+            norm = None
+        limit = _only_reader(flow, norm or node, Role.LIMIT)
+        batch_norm: Any = None if norm is None else norm.module
+        end = limit or norm or node
+        return Step(Kind.LAYER, node, end, batch_norm, None if limit is None else limit.module)
+    if node.role in (Role.ADD, Role.AVERAGE):
+        limit = _only_reader(flow, node, Role.LIMIT)
+        end = limit or node
+        kind = Kind.ADD if node.role is Role.ADD else Kind.AVERAGE
+        if len(node.inputs) > 2 or stored[end] is None:
+            return None
+        return Step(kind, node, end, None, None if limit is None else limit.module)
+    kind = {Role.CAT: Kind.CAT, Role.FUNCTION: Kind.FUNCTION, Role.MOVE: Kind.MOVE}.get(node.role)
+    return None if kind is None or stored[node] is None else Step(kind, node, node)
+
+
+def _only_reader(flow: Flow, node: Node, role: Role) -> Node | None:
+    """Return the node that alone reads a tensor, where it has this role."""
+    readers = flow.readers[node]
+    return readers[0][0] if len(readers) == 1 and readers[0][0].role is role else None
+
+
+def _path(flow: Flow, node: Node, end: Node) -> list[Node]:
+    """Return the nodes from one to another, of which each is the only reader of the one before."""
+    path = [node]
+    while path[-1] is not end:
+        path.append(flow.readers[path[-1]][0][0])
+    return path

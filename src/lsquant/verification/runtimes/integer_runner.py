@@ -1,0 +1,86 @@
+"""An integer-only ONNX file in a runtime: as it is, and with all its stored tensors as outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from lsquant._util.batches import Forward
+from lsquant._util.errors import UsageError
+from lsquant._util.optional import require
+from lsquant.formats.onnx.graph import UINT8, LayerTrace, array
+from lsquant.formats.onnx.row import OnnxFile
+from lsquant.fusion import FusedNetwork
+from lsquant.verification.recorder import Call, LayerCall
+from lsquant.verification.runtimes.onnx_runner import feeds_of
+from lsquant.verification.runtimes.onnx_session import Arrays, Engine
+from lsquant.verification.runtimes.protocol import Observed
+
+
+class IntegerRunner:
+    """Two sessions on one file: unmodified, and with the codes of all stored tensors as outputs.
+
+    The level ``layers`` compares the codes that a step makes where those that it reads are the trained ones.
+    """
+
+    def __init__(self, engine: Engine, file: OnnxFile, network: FusedNetwork, options: dict[str, str]) -> None:
+        self.file = file
+        self.traces = {trace.layer: trace for trace in file.traces if trace.codes is not None}
+        if odd := sorted(set(self.traces) ^ set(network.taps)):
+            raise UsageError(f"{file.path} is of another model: {odd[0]!r} is stored in one of the two only")
+        self.reads = {
+            step.end.name: [source.name for source in step.node.inputs if network.program.stored[source] is not None]
+            for step in network.program.steps
+            if step.end.name in self.traces
+        }
+        self.whole = engine.open(file.path, options)
+        self.outputs = [value.name for value in file.proto.graph.output]
+        self.values = list(dict.fromkeys(str(trace.codes) for trace in self.traces.values()))
+        self.shown = engine.open(_with_codes(file.proto, self.values), options)
+
+    def run(self, calls: list[Call], batch: Any, forward: Forward | None) -> Iterator[Observed]:
+        """Yield what the file gives for each call."""
+        for call in calls:
+            feeds = feeds_of(self.file.path, self.whole.inputs, call)
+            codes = self._codes(feeds)
+            wanted = {name: array(recorded.output) for (name, _), recorded in call.layers.items()}
+            equal = {name for name, found in codes.items() if np.array_equal(found, wanted.get(name, found))}
+            layers: list[tuple[LayerCall, Any, Any]] = [
+                ((name, 0), codes[name], codes[name]) for name in self.traces if equal.issuperset(self.reads[name])
+            ]
+            outputs = self.whole.run(self.outputs, feeds)
+            first = next((name for name in self.traces if name not in equal), "")
+            yield Observed(
+                layers,
+                [((name, 0), found) for name, found in codes.items()],
+                list(zip(self.outputs, outputs, strict=True)),
+                partial(_explain, first),
+            )
+
+    def _codes(self, feeds: Arrays) -> dict[str, np.ndarray]:
+        got = dict(zip(self.values, self.shown.run(self.values, feeds), strict=True))
+        return {name: _codes_of(got[str(trace.codes)], trace) for name, trace in self.traces.items()}
+
+
+def _codes_of(stored: np.ndarray, trace: LayerTrace) -> np.ndarray:
+    return stored.astype(np.float32) - np.float32(trace.stored_shift)
+
+
+def _explain(first: str) -> str:
+    if not first:
+        return "all stored tensors are equal: what differs comes after the last of them"
+    return f"the codes of {first!r} differ first: it is given equal values"
+
+
+def _with_codes(proto: Any, names: list[str]) -> bytes:
+    """Return the model with these uint8 values as further outputs, serialized."""
+    onnx = require("onnx", extra="onnx")
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    present = {value.name for value in model.graph.output}
+    extra = [onnx.helper.make_tensor_value_info(name, UINT8, None) for name in names if name not in present]
+    model.graph.output.extend(extra)
+    return model.SerializeToString()

@@ -1,0 +1,165 @@
+"""Profile integer: random integer-only networks are equal, bit for bit, in ONNX Runtime, in both forms."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lsquant
+from helpers.integer_nets import drawn
+from lsquant import Recipe, UsageError
+from lsquant.nn import Chunk
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+
+FAST, PER_TEST = 40, 10
+LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
+
+
+def check(seed: int, folder: Path, forms: tuple[str, ...]) -> None:
+    network, _, x = drawn(seed)
+    assert network.program.floats == [], seed
+    for form in forms:
+        path = lsquant.export_onnx(network, folder / f"{form}.onnx", x, profile="integer", form=form)
+        verdict = lsquant.verify(network, path, [x, 2 * torch.randn(3, 3, 8, 8)])
+        assert verdict.exact, f"seed {seed}, {form}\n{verdict}"
+        assert all(c.compared for c in verdict.checks)
+
+
+@pytest.mark.parametrize("first", range(0, FAST, PER_TEST))
+def test_trained_fused_and_file_are_equal(first: int, tmp_path: Path) -> None:
+    for seed in range(first, first + PER_TEST):
+        check(seed, tmp_path, ("qdq",) if seed % 2 else ("qoperator",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 1000, 50))
+def test_many_trained_fused_and_file_are_equal(first: int, tmp_path: Path) -> None:
+    for seed in range(first, first + 50):
+        check(seed, tmp_path, ("qdq", "qoperator"))
+
+
+def operators(path: Path, level: str, x: np.ndarray, folder: Path) -> tuple[Counter[str], np.ndarray]:
+    """The operators of the runtime's optimised graph, and the output."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+    options.optimized_model_filepath, options.log_severity_level = str(folder / "optimised.onnx"), 4
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    output = session.run(None, {session.get_inputs()[0].name: x})[0]
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node), np.asarray(output)
+
+
+class Small(nn.Module):
+    """A residual block, an average and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.relu = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        self.a, self.b, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.norm(self.stem(x)))
+        x = torch.relu(self.b(torch.relu(self.a(x))) + x)
+        return self.head(torch.flatten(self.pool(x), 1))
+
+
+def ready(preset: str) -> tuple[Any, torch.Tensor]:
+    torch.manual_seed(1)
+    model, x = Small().eval(), torch.randn(4, 3, 9, 9)
+    lsquant.trace(model, x)
+    lsquant.prepare(model, Recipe.preset(preset, integer_only=True), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    return model, x
+
+
+@pytest.mark.parametrize("preset", ["w4a8", "w4a4"])
+def test_the_runtime_computes_nothing_in_floating_point(preset: str, tmp_path: Path) -> None:
+    model, x = ready(preset)
+    wanted = lsquant.fuse(model)(x).detach().numpy()
+    for form, levels in (("qdq", LEVELS[2:]), ("qoperator", LEVELS)):
+        path = lsquant.export_onnx(model, tmp_path / f"{form}.onnx", x, profile="integer", form=form)
+        for level in levels:
+            found, output = operators(path, level, x.numpy(), tmp_path)
+            assert output.tobytes() == wanted.tobytes(), (form, level)
+            assert found["QLinearConv"] == 3
+            assert found["QLinearAdd"] == found["QGemm"] == found["QLinearGlobalAveragePool"] == 1
+            assert not set(found) & {"Conv", "Add", "Gemm", "Mul", "Relu", "BatchNormalization", "GlobalAveragePool"}
+
+
+def test_what_the_file_says_is_compared(tmp_path: Path) -> None:
+    model, x = ready("w4a8")
+    path = lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile="integer")
+    verdict = lsquant.verify(model, path, [x])
+    assert (verdict.level, verdict.profile, verdict.layers) == ("outputs", "integer", 7)
+    for name, level in (("a.weight", "none"), ("a.bias", "none"), ("a.weight_step", "none"), ("head.bias", "none")):
+        proto = onnx.load(path)
+        tensor = next(t for t in proto.graph.initializer if t.name == name)
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        values.reshape(-1)[0] += values.dtype.type(1)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, name))
+        onnx.save(proto, tmp_path / "other.onnx")
+        other = lsquant.verify(model, tmp_path / "other.onnx", [x])
+        assert (other.level, other.checks[0].worst) == (level, name.split(".")[0])
+    with torch.no_grad():
+        model.norm.bias.add_(0.5)
+    moved = lsquant.verify(model, path, [x])
+    assert (moved.level, moved.checks[0].worst) == ("none", "stem")
+
+
+def test_a_difference_is_found_where_it_begins(tmp_path: Path) -> None:
+    model, x = ready("w4a8")
+    path = lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile="integer", form="qoperator")
+    proto = onnx.load(path)
+    add = next(node for node in proto.graph.node if node.op_type == "QLinearAdd")
+    add.input[1] = add.input[6]  # another scale, which is no part of what is stored under a name
+    onnx.save(proto, tmp_path / "m.onnx")
+    verdict = lsquant.verify(model, tmp_path / "m.onnx", [x])
+    assert verdict.level == "weights"
+    assert any("'relu_3' differ first" in remark for remark in verdict.remarks), verdict.remarks
+
+
+def test_what_has_no_form_is_named(tmp_path: Path) -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.chunk, self.end = nn.Conv2d(3, 4, 1), Chunk(2), nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.end(self.chunk(self.conv(x))[0])
+
+    x = torch.randn(2, 3, 4, 4)
+    cases = [
+        (Halves(), "chunk: Chunk gives several tensors"),
+        (nn.Sequential(nn.ConvTranspose2d(3, 2, 3), nn.Conv2d(2, 2, 1)), "0: a transposed convolution has no integer"),
+        (nn.Sequential(nn.Conv2d(3, 2, 3, padding_mode="reflect"), nn.Conv2d(2, 2, 1)), "0: padding_mode='reflect'"),
+    ]
+    for model, says in cases:
+        lsquant.prepare(model, Recipe(8, 8, joins=8), example_inputs=x)
+        lsquant.calibrate(model, [x])
+        assert lsquant.fuse(model)(x).shape
+        with pytest.raises(UsageError, match=says):
+            lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile="integer")
+    model, x = ready("w4a8")
+    with pytest.raises(UsageError, match=r"form='both'; choose from 'qdq', 'qoperator'"):
+        lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile="integer", form="both")
+    with pytest.raises(UsageError, match="a fused network is written by profile='integer', not 'exact'"):
+        lsquant.export_onnx(lsquant.fuse(model), tmp_path / "m.onnx", x)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_linear_layer_over_positions_and_a_batch_of_one(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    x = torch.randn(1, 7, 6)
+    lsquant.prepare(model, Recipe(4, 8, joins=8), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    for form in ("qdq", "qoperator"):
+        path = lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile="integer", form=form)
+        assert lsquant.verify(model, path, [x, torch.randn(5, 7, 6)]).exact
