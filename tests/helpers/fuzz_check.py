@@ -106,6 +106,7 @@ MAY_REFUSE: list[tuple[str, Callable[[Case, set[str]], bool], str]] = [
     ("prepare again", lambda c, t: True, "all input values of layer .* are zero"),
     ("calibrate", lambda c, t: c.extreme == "zero channel", "weight_quantizer': all values are zero"),
     ("prepare again", lambda c, t: c.extreme == "zero channel", "weight_quantizer': all values are zero"),
+    ("onnx", lambda c, t: any(n.options.get("divisor_override") for n in c.nodes), "leaves out divisor_override=5"),
     ("load_packed", lambda c, t: c.dtype == "float16", "steps of .* are too small or large for torch.float16"),
     ("onnx", lambda c, t: any(n.options.get("ceil_mode") for n in c.nodes), "with ceil_mode=True: PyTorch and ONNX"),
     *((form, lambda c, t: c.late == "replace", "has no quantized layer") for form in FORMS),
