@@ -11,6 +11,8 @@ matters to the time.  Before it is timed every file is compared with the trained
 many outputs differ.  Rows go to results/bench/deploy.csv.
 
 ``exact, ConvInteger`` is no profile but the file as `exact` would be if no convolution added up in float32.
+``integer`` is the integer-only form of the same network, prepared with 8-bit joins, in both of its forms; ``static`` is
+ONNX Runtime's own static quantization of the float file (8 bits, per channel), calibrated on the same images.
 """
 
 from __future__ import annotations
@@ -36,26 +38,33 @@ from torch import Tensor, nn
 
 import lsquant
 from lsquant.formats.onnx import exact
+from lsquant.formats.onnx.integer import FORMS
 from lsquant.verification.runtimes.openvino import OPENVINO
 
 PROFILES = ("exact", "small", "qdq")
 FLOAT = "float, ONNX Runtime"
 
 
-def trained(workload: Workload, bits: str, x: Tensor) -> nn.Module:
+def trained(workload: Workload, bits: str, x: Tensor, integer_only: bool = False) -> nn.Module:
     """A quantized network with BatchNorm statistics and steps that belong to its weights."""
     torch.manual_seed(0)
     model = workload.make()
     with torch.no_grad():
         for _ in range(3):
             model(x[:16])
-    lsquant.prepare(model, lsquant.Recipe.preset(bits, first_last=workload.first_last), x[:2])
+    if integer_only:
+        lsquant.trace(model.eval(), x[:2])
+    recipe = lsquant.Recipe.preset(bits, first_last=workload.first_last, integer_only=integer_only)
+    lsquant.prepare(model, recipe, x[:2])
     lsquant.calibrate(model, [x[:16]])
     return model.eval()
 
 
-def files(model: nn.Module, x: Tensor, folder: Path) -> dict[str, Path]:
-    """Name -> file: the float network of the same weights, and every profile."""
+def files(model: nn.Module, network: lsquant.FusedNetwork, x: Tensor, folder: Path) -> dict[str, Path]:
+    """Name -> file: the float network of the same weights, every profile, and ONNX Runtime's own quantization.
+
+    network: the integer-only form.
+    """
     plain = lsquant.revert(copy.deepcopy(model)).eval()
     found = {"float": folder / "float.onnx"}
     batch = torch.export.Dim("batch")
@@ -67,7 +76,33 @@ def files(model: nn.Module, x: Tensor, folder: Path) -> dict[str, Path]:
         found[profile] = lsquant.export_onnx(model, folder / f"{profile}.onnx", x[:2], profile=profile)
     with in_integers():
         found["exact, ConvInteger"] = lsquant.export_onnx(model, folder / "integers.onnx", x[:2])
+    for form in FORMS:
+        path = folder / f"integer-{form}.onnx"
+        found[f"integer, {form}"] = lsquant.export_onnx(network, path, x[:2], profile="integer", form=form)
+    found["static"] = folder / "static.onnx"
+    quantized_statically(found["float"], found["static"], x[:16])
     return found
+
+
+def quantized_statically(source: Path, target: Path, x: Tensor) -> None:
+    """ONNX Runtime's static quantization in its QDQ form: uint8 activations, int8 weights per channel."""
+    tools = __import__("onnxruntime.quantization", fromlist=["quantize_static"])
+    name = onnxruntime.InferenceSession(source).get_inputs()[0].name
+
+    class Reader(tools.CalibrationDataReader):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            self.batches = iter([{name: x.numpy()}])
+
+        def get_next(self) -> Any:
+            return next(self.batches, None)
+
+    logging.disable(logging.WARNING)
+    tools.quant_pre_process(source, target)
+    kinds = tools.QuantType
+    tools.quantize_static(
+        target, target, Reader(), per_channel=True, activation_type=kinds.QUInt8, weight_type=kinds.QInt8
+    )
+    logging.disable(logging.NOTSET)
 
 
 @contextmanager
@@ -82,7 +117,7 @@ def in_integers() -> Iterator[None]:
 
 def onnx_runtime(path: Path, x: np.ndarray, threads: int) -> Callable[[], np.ndarray]:
     options: dict[str, Any] = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
-    if path.stem == "float":
+    if path.stem in ("float", "static"):
         settings = onnxruntime.SessionOptions()
         for name, value in options.items():
             setattr(settings, name, value)
@@ -100,10 +135,12 @@ def openvino_(path: Path, x: np.ndarray, threads: int) -> Callable[[], np.ndarra
     return lambda: model(x)[0]
 
 
-def contenders(model: nn.Module, paths: dict[str, Path], x: Tensor, threads: int) -> Iterator[Contender]:
+def contenders(
+    model: nn.Module, network: nn.Module, paths: dict[str, Path], x: Tensor, threads: int
+) -> Iterator[Contender]:
     """Both runtimes on every file, each checked; one that refuses a file is left out with its reason."""
     with torch.no_grad():
-        expected = model(x).numpy()
+        of_layers, fused = model(x).numpy(), network(x).numpy()
     for runtime, load in (("ONNX Runtime", onnx_runtime), ("OpenVINO", openvino_)):
         for name, path in paths.items():
             try:
@@ -114,9 +151,9 @@ def contenders(model: nn.Module, paths: dict[str, Path], x: Tensor, threads: int
                 reason = " ".join(last.split())[:100]
                 yield Contender(f"{name}, {runtime}", None, FLOAT, check=f"left out: {reason}")
                 continue
-            share = 100 * float((got != expected).mean())
+            share = 100 * float((got != (fused if name.startswith("integer") else of_layers)).mean())
             check = f"{path.stat().st_size:,} bytes"
-            check += "" if name == "float" else f"; other than trained: {share:.2f}% of outputs"
+            check += "" if name in ("float", "static") else f"; other than trained: {share:.2f}% of outputs"
             yield Contender(f"{name}, {runtime}", call, FLOAT, check=check)
 
 
@@ -139,9 +176,9 @@ def operators(path: Path, x: np.ndarray, threads: int, passes: int = 20) -> dict
 def say_operators(name: str, bits: str, batch: int, tiny: bool) -> None:
     workload = WORKLOADS[name]
     x = torch.randn(max(batch, 16), *(workload.tiny if tiny else workload.shape)[1:])
-    model = trained(workload, bits, x)
+    model, network = trained(workload, bits, x), lsquant.fuse(trained(workload, bits, x, integer_only=True))
     with tempfile.TemporaryDirectory() as folder:
-        for kind, path in files(model, x, Path(folder)).items():
+        for kind, path in files(model, network, x, Path(folder)).items():
             times = operators(path, x[:batch].numpy(), torch.get_num_threads())
             parts = ", ".join(f"{op} {ms:.1f}" for op, ms in list(times.items())[:6])
             say(f"{workload.what}, {bits}, batch {batch}, {kind}: {sum(times.values()):.1f} ms: {parts}")
@@ -152,11 +189,11 @@ def run(name: str, bits: str, batches: Sequence[int], options: Options) -> Itera
     workload = WORKLOADS[name]
     shape = workload.tiny if options.tiny else workload.shape
     x = torch.randn(max(*batches, 16), *shape[1:])
-    model = trained(workload, bits, x)
+    model, network = trained(workload, bits, x), lsquant.fuse(trained(workload, bits, x, integer_only=True))
     with tempfile.TemporaryDirectory() as folder:
-        paths = files(model, x, Path(folder))
+        paths = files(model, network, x, Path(folder))
         for batch in batches:
-            found = list(contenders(model, paths, x[:batch].contiguous(), torch.get_num_threads()))
+            found = list(contenders(model, network, paths, x[:batch].contiguous(), torch.get_num_threads()))
             found = [c for c in found if options.selects(c.name) or c.name == FLOAT]
             measure(found, options)
             text = f"{workload.what}, {bits}, batch {batch}"
