@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,26 @@ def script(folder: Path) -> list[str]:
     return [sys.executable, str(file)]
 
 
+RUNNING: list[subprocess.Popen[str]] = []
+PATIENCE = 600 if os.environ.get("LSQUANT_SANITIZE") else 60  # seconds; sanitizers make all of it slower
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_alive() -> Iterator[None]:
+    """A test that fails leaves no process behind, which would compute beside all tests that follow."""
+    yield
+    for process in RUNNING:
+        process.kill()
+    RUNNING.clear()
+
+
 def started(command: list[str], folder: Path) -> subprocess.Popen[str]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, text=True, **pipes)
+    RUNNING.append(subprocess.Popen(command, cwd=folder, text=True, **pipes))
+    return RUNNING[-1]
 
 
-def waited(process: subprocess.Popen[str], condition: Any, seconds: float = 60.0) -> None:
+def waited(process: subprocess.Popen[str], condition: Any, seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -58,7 +73,7 @@ def test_ctrl_c_while_pytorch_is_imported(mapped: str, number: signal.Signals, h
     maps = Path(f"/proc/{process.pid}/maps")
     waited(process, lambda: mapped in maps.read_text())
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out, err) == (130, "", "lsquant: interrupted\n")
     assert [entry.name for entry in tmp_path.iterdir() if entry.name != "bin"] == []
 
@@ -68,7 +83,7 @@ def test_ctrl_c_while_a_run_is_trained(tmp_path: Path) -> None:
     process = started([*script(tmp_path), *TRAIN, "--out", "run"], tmp_path)
     waited(process, lambda: (tmp_path / "run" / "last" / "float.safetensors").exists())
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert (process.returncode, out) == (130, "")
     assert err == "lsquant: interrupted; go on with: lsquant train --resume --out run\n"
     left = [path.name for path in (tmp_path / "run").rglob("*")]
@@ -90,7 +105,7 @@ def test_ctrl_c_before_there_is_a_run_gives_no_hint(tmp_path: Path, monkeypatch)
 
 def test_no_other_program_gets_handlers() -> None:
     code = "import signal; before = signal.getsignal(2); import lsquant; assert signal.getsignal(2) is before"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=2 * PATIENCE)
 
 
 # ---- stdout and stderr ----
@@ -107,7 +122,7 @@ def test_no_other_program_gets_handlers() -> None:
 )
 def test_a_stdout_that_takes_nothing(redirection: str, says: str, code: int, tmp_path: Path) -> None:
     line = f'"{sys.executable}" -m lsquant env {redirection}'
-    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=2 * PATIENCE)
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith(says)
     assert done.stderr.count("\n") == bool(says)
@@ -118,7 +133,7 @@ def test_a_reader_that_has_gone(arguments: list[str], tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "lsquant", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=2 * PATIENCE)
     os.close(writer)
     if arguments == ["--help"]:  # argparse keeps the error of its own writing to itself
         assert (done.returncode in (0, 3), "Traceback" in done.stderr) == (True, False)
@@ -131,7 +146,7 @@ def test_a_stderr_whose_reader_has_gone_costs_the_message_only(tmp_path: Path) -
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "lsquant", "eval", "none"]
-    done = subprocess.run(command, cwd=tmp_path, stderr=writer, stdout=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, stderr=writer, stdout=subprocess.PIPE, text=True, timeout=2 * PATIENCE)
     os.close(writer)
     assert (done.returncode, done.stdout) == (3, "")
 
