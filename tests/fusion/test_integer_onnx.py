@@ -99,6 +99,8 @@ def test_what_the_file_says_is_compared(tmp_path: Path) -> None:
     path = lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile="integer")
     verdict = lsquant.verify(model, path, [x])
     assert (verdict.level, verdict.profile, verdict.layers) == ("outputs", "integer", 7)
+    assert "compared with the fused form of the model, lsquant.fuse(model)" in str(verdict)  # not with the model itself
+    assert lsquant.verify(lsquant.fuse(model), path, [x]).remarks == ()
     for name, level in (("a.weight", "none"), ("a.bias", "none"), ("a.weight_step", "none"), ("head.bias", "none")):
         proto = onnx.load(path)
         tensor = next(t for t in proto.graph.initializer if t.name == name)

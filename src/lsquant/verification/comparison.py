@@ -26,6 +26,12 @@ from lsquant.verification.runtimes.pytorch import engine_of, opened_model
 from lsquant.verification.verdict import Check, Differences, Verdict
 
 
+OTHER_FORM = (
+    "compared with the fused form of the model, lsquant.fuse(model), from which the model's own outputs differ a little "
+    "where it was not trained in that form"
+)
+
+
 def verify(
     model: nn.Module,
     path: str | os.PathLike[str] | nn.Module,
@@ -62,12 +68,13 @@ def verify(
     content = row.read(path)
     row = file_format(row.profile(content))
     name = _runtime(row, path, runtime)
-    file, model = os.fspath(path), row.counterpart(model)
+    file, trained, model = os.fspath(path), model, row.counterpart(model)
     weights = compare_weights(file, row.pairs(content, model))
     if name is None:
         return Verdict(file, row.name, "no runtime: codes and steps only", {}, len(watched(model)), 0, 0, (weights,))
     with RUNTIMES[name].open(file, content, model, node_modules) as opened:
-        return compare(model, opened, (file, row.name), weights, batches, forward, max_batches)
+        verdict = compare(model, opened, (file, row.name), weights, batches, forward, max_batches)
+    return verdict if model is trained else replace(verdict, remarks=(*verdict.remarks, OTHER_FORM))
 
 
 def _runtime(row: FileFormat, path: Any, wanted: str | None) -> str | None:
