@@ -25,10 +25,9 @@ from lsquant.verification.runtimes import RUNTIMES, Observed, Opened
 from lsquant.verification.runtimes.pytorch import engine_of, opened_model
 from lsquant.verification.verdict import Check, Differences, Verdict
 
-
 OTHER_FORM = (
-    "compared with the fused form of the model, lsquant.fuse(model), from which the model's own outputs differ a little "
-    "where it was not trained in that form"
+    "compared with the fused form of the model, lsquant.fuse(model), from which the model's own outputs differ a "
+    "little where it was not trained in that form"
 )
 
 
