@@ -154,3 +154,14 @@ def test_half_precision_behind_token_ids_is_refused(tmp_path: Path) -> None:
     lsquant.export_onnx(model, tmp_path / "m.onnx", x)
     with pytest.raises(UsageError, match=r"0.weight is of type torch.float16; give a float32 model"):
         lsquant.export_onnx(model.half(), tmp_path / "n.onnx", x)
+
+
+def test_an_output_padding_that_onnx_runtime_refuses(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    layers = [nn.Conv2d(3, 3, 1), nn.ConvTranspose2d(3, 2, (1, 1), output_padding=(0, 1), dilation=(1, 2))]
+    model = ready(nn.Sequential(*layers), Recipe(4, 4, [Rule("1", None, None)]), x).eval()
+    with pytest.raises(UsageError, match=r"1: ONNX Runtime refuses a transposed convolution whose output_padding"):
+        lsquant.export_onnx(model, tmp_path / "m.onnx", x)
+    quantized = ready(nn.Sequential(*layers), Recipe(4, 4), x).eval()
+    lsquant.export_onnx(quantized, tmp_path / "m.onnx", x)
+    assert lsquant.verify(quantized, tmp_path / "m.onnx", [x]).exact

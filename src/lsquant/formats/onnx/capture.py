@@ -39,6 +39,7 @@ def captured(
     if not layers:
         raise UsageError("export_onnx: this model has no quantized layer; call lsquant.prepare on it first")
     _write_divisors(frozen)
+    _require_output_padding(frozen)
     return exported(frozen, example_inputs, opset, dynamic_batch, changing), layers
 
 
@@ -79,6 +80,18 @@ def _write_divisors(frozen: nn.Module) -> None:
         exact = EXACT_TYPES.get(type(module))
         if exact is not None and getattr(module, "divisor_override", None) and not exact.unsupported(module):
             module.__class__ = exact
+
+
+def _require_output_padding(frozen: nn.Module) -> None:
+    """Raise UsageError for a float transposed convolution that ONNX has no form for; quantized ones are written."""
+    for name, module in frozen.named_modules():
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            pairs = zip(module.output_padding, module.stride, strict=True)
+            if any(extra >= stride for extra, stride in pairs):
+                raise UsageError(
+                    f"export_onnx: {name}: ONNX Runtime refuses a transposed convolution whose output_padding is not "
+                    "below its stride; quantize this layer, which is then written in another way, or choose other sizes"
+                )
 
 
 def _require_divisors(program: torch.export.ExportedProgram) -> None:
