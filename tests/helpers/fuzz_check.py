@@ -102,8 +102,9 @@ def _only_weights(case: Case, node: Any) -> bool:
 
 def extra_of_a_stride(node: Any) -> bool:
     """Tell whether a node is a transposed convolution that adds a stride or more to its output."""
-    pairs = zip(node.options.get("extra") or (), node.options.get("stride") or (), strict=False)
-    return node.kind.startswith("convt") and any(extra >= stride for extra, stride in pairs)
+    if not node.kind.startswith("convt"):
+        return False
+    return any(extra >= stride for extra, stride in zip(node.options["extra"], node.options["stride"], strict=True))
 
 
 FORMS = ("integer model", "save", "packed file", "onnx")
