@@ -85,9 +85,10 @@ def onnx_model(
     require("onnx", extra="onnx")
     require("onnxscript", extra="onnx")
     require_opset(opset)
-    halves = [(name, p.dtype) for name, p in model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]
-    if halves and not any(t.is_floating_point() for t in tensors_in(model_inputs(example_inputs))):  # as of token ids
-        raise UsageError(f"export_onnx: {halves[0][0]} is of type {halves[0][1]}; give a float32 model: model.float()")
+    floats = [(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point()]
+    others = [(name, dtype) for name, dtype in floats if dtype != torch.float32]
+    if others and not any(t.is_floating_point() for t in tensors_in(model_inputs(example_inputs))):  # as of token ids
+        raise UsageError(f"export_onnx: {others[0][0]} is of type {others[0][1]}; give a float32 model: model.float()")
     if form not in FORMS:
         raise UsageError(f"export_onnx: form={shown(form)}; choose from {', '.join(map(repr, FORMS))}")
     if profile == "integer":
