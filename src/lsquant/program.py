@@ -18,6 +18,8 @@ from lsquant.nn import ExactBatchNorm, QuantizedLayer, StoredInputs
 from lsquant.quantizer import Quantizer
 from lsquant.spec import QuantSpec
 
+_Conv = nn.modules.conv._ConvNd
+
 
 class Kind(Enum):
     """What a step computes; see docs/integer-only.md."""
@@ -114,6 +116,8 @@ def _step(flow: Flow, node: Node, stored: dict[Node, Quantizer | None]) -> Step 
         layer = node.module
         if not isinstance(layer, QuantizedLayer) or layer.weight_quantizer is None or layer.input_quantizer is None:
             return None
+        if layer.weight_quantizer.spec.group_size is not None or not isinstance(layer, (nn.Linear, _Conv)):
+            return None  # groups have no one scale a channel
         norm = _only_reader(flow, node, Role.NORM)
         if norm is not None and not isinstance(norm.module, ExactBatchNorm):
             norm = None

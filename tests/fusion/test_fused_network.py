@@ -213,6 +213,17 @@ def test_what_has_no_integer_form_stays_float_and_is_listed() -> None:
     assert torch.allclose(network(x), model(x), atol=0.05)
 
 
+def test_weights_in_groups_stay_float_and_are_listed() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(5, 8)
+    groups = QuantSpec(4, granularity="group", group_size=4)
+    changes = lsquant.prepare(model, Recipe(groups, 8, [lsquant.Rule("2", 8)], joins=8), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    network = lsquant.fuse(model)
+    assert [step.name for step in network.program.floats] == ["0", "1"]
+    assert [c.name for c in changes if "no integer form" in c.reason] == ["1"]
+    assert torch.allclose(network(x), model(x), atol=0.05)
+
+
 def test_fuse_needs_stored_tensors_steps_and_one_process() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(3, 4)
     lsquant.prepare(model, Recipe(4, 8))
