@@ -279,3 +279,53 @@ def test_levels() -> None:
     assert verdict("layers").level == "weights"
     assert verdict("codes").reaches("layers")
     assert not verdict("codes").reaches("outputs")
+
+
+def test_an_input_of_unknown_rank(tmp_path: Path) -> None:
+    """Shape inference cannot follow a computed shape: the probes of the layer behind it have no shape, not rank 0."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Linear(8, 600), nn.ReLU(), nn.Linear(600, 4))
+    lsquant.prepare(model, Recipe.preset("w8a8"), x)
+    lsquant.calibrate(model, [x])
+    path = lsquant.export_onnx(model.eval(), tmp_path / "m.onnx", x)
+    proto = onnx.load(path)
+    (records,) = [prop for prop in proto.metadata_props if prop.key == "lsquant.layers"]
+    layers = json.loads(records.value)
+    before, layers[1]["input"] = layers[1]["input"], "same"
+    records.value = json.dumps(layers)
+    place = [node.name for node in proto.graph.node].index("2/QuantizeLinear")
+    proto.graph.node[place].input[0] = "same"
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(4, bool), "all"))
+    make = onnx.helper.make_node
+    proto.graph.node.insert(place, make("Reshape", [before, "the_shape"], ["same"]))
+    proto.graph.node.insert(place, make("Compress", ["shape", "all"], ["the_shape"]))
+    proto.graph.node.insert(place, make("Shape", [before], ["shape"]))
+    onnx.save(proto, path)
+    verdict = lsquant.verify(model, path, [x])
+    assert verdict.exact, str(verdict)
+
+
+class SampleBySample(nn.Module):
+    """Convolutions that get the first two samples one at a time, without a batch dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 4, 3), nn.Conv1d(4, 1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.b(self.a(sample).relu()) for sample in (x[0], x[1])])
+
+
+def test_layers_without_a_batch_dimension(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x, other = torch.randn(2, 2, 3, 8).unbind()
+    model = SampleBySample()
+    lsquant.prepare(model, Recipe.preset("w4a4"), x)
+    lsquant.calibrate(model, [x])
+    path = lsquant.export_onnx(model.eval(), tmp_path / "m.onnx", x)
+    verdict = lsquant.verify(model, path, [x, other])
+    assert verdict.exact, str(verdict)
+    with torch.no_grad():
+        model.b.bias += 1  # type: ignore[operator]
+    assert lsquant.verify(model, path, [x]).level == "weights"

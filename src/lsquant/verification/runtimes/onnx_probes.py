@@ -42,11 +42,7 @@ def layers_alone(proto: Any, layers: list[LayerTrace]) -> bytes:
     constants = {tensor.name: tensor for tensor in proto.graph.initializer}
     types = _code_types(proto, [trace.codes for trace in layers if trace.codes is not None])
     nodes, inputs, outputs, used = [], [], [], set()
-    try:
-        shaped = onnx.shape_inference.infer_shapes(proto).graph
-    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
-        raise DamagedFile(f"the file's shapes do not fit together: {reason(error)}") from error
-    ranks = {v.name: [None] * len(v.type.tensor_type.shape.dim) for v in [*shaped.input, *shaped.value_info]}
+    ranks = ranks_of(proto)
     for i, trace in enumerate(layers):
         names = {trace.input: f"probe/{i}/input"}
         if trace.codes is not None:
@@ -61,13 +57,29 @@ def layers_alone(proto: Any, layers: list[LayerTrace]) -> bytes:
                     part[k] = names.get(name, name if name in constants else f"probe/{i}/{name}")
             used |= {name for name in node.input if name in constants}
             nodes.append(copy)
-        inputs.append(helper.make_tensor_value_info(f"probe/{i}/input", FLOAT, ranks.get(trace.input)))
+        shape = [None] * ranks[trace.input] if trace.input in ranks else None
+        inputs.append(helper.make_tensor_value_info(f"probe/{i}/input", FLOAT, shape))
         if trace.codes is not None:
             outputs.append(helper.make_tensor_value_info(f"probe/{i}/codes", types[trace.codes], None))
         outputs.append(helper.make_tensor_value_info(f"probe/{i}/output", FLOAT, None))
     kept = [tensor for name, tensor in constants.items() if name in used]
     graph = helper.make_graph(nodes, "layers", inputs, outputs, kept)
     return helper.make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version).SerializeToString()
+
+
+def ranks_of(proto: Any) -> dict[str, int]:
+    """Return the number of dimensions of each value for which shape inference finds it.
+
+    Raises: DamagedFile where the file's shapes contradict each other.
+    """
+    onnx = require("onnx", extra="onnx")
+    try:
+        graph = onnx.shape_inference.infer_shapes(proto).graph
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
+        raise DamagedFile(f"the file's shapes do not fit together: {reason(error)}") from error
+    tensors = {value.name: value.type.tensor_type for value in [*graph.input, *graph.value_info]}
+    # a value of unknown rank has no shape, which is not the shape of a scalar
+    return {name: len(tensor.shape.dim) for name, tensor in tensors.items() if tensor.HasField("shape")}
 
 
 def float_nodes(proto: Any, value: str, ends: set[str]) -> list[Any]:

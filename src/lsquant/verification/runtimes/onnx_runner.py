@@ -14,7 +14,7 @@ from lsquant._util.errors import UsageError
 from lsquant.formats.onnx.graph import array
 from lsquant.formats.onnx.row import OnnxFile
 from lsquant.verification.recorder import Call, LayerCall, layer_input, watched
-from lsquant.verification.runtimes.onnx_probes import ROUNDED_ONCE, float_nodes, layers_alone, with_outputs
+from lsquant.verification.runtimes.onnx_probes import ROUNDED_ONCE, float_nodes, layers_alone, ranks_of, with_outputs
 from lsquant.verification.runtimes.onnx_session import Arrays, Engine
 from lsquant.verification.runtimes.protocol import Observed
 from lsquant.verification.verdict import different
@@ -37,39 +37,52 @@ class OnnxRunner:
         self.codes = list(dict.fromkeys(trace.codes for trace in self.traces if trace.codes is not None))
         self.shown = engine.open(with_outputs(file.proto, self.codes), options)
         self.alone = engine.open(layers_alone(file.proto, self.traces), options)
+        self.ranks = ranks_of(file.proto)
 
     def run(self, calls: list[Call], batch: Any, forward: Forward | None) -> Iterator[Observed]:
         """Yield what the file gives for each call.  Raises: UsageError where it was made from another model."""
         for call in calls:
             layers = self._layers(call)
             feeds = feeds_of(self.file.path, self.whole.inputs, call)
-            codes = self._codes(feeds)
+            codes = self._codes(call, feeds)
             outputs = self.whole.run(self.outputs, feeds)
             explain = partial(self._first_difference, call, feeds)
             yield Observed(layers, codes, list(zip(self.outputs, outputs, strict=True)), explain)
 
     def _layers(self, call: Call) -> list[tuple[LayerCall, np.ndarray | None, np.ndarray]]:
-        feeds, wanted = {}, []
+        feeds, wanted, unbatched = {}, [], set()
         for i, trace in enumerate(self.traces):
             key = (trace.layer, trace.call)
             if key not in call.layers:
                 path, layer = self.file.path, trace.layer
                 raise UsageError(f"{path}: the model called layer {layer!r} less often than the exported one does")
-            feeds[f"probe/{i}/input"] = array(layer_input(self.modules[trace.layer], call.layers[key].input))
+            x = array(layer_input(self.modules[trace.layer], call.layers[key].input))
+            if self.ranks.get(trace.input) == x.ndim + 1:  # a sample without a batch dimension: the file adds it
+                unbatched.add(i)
+                x = x[None]
+            feeds[f"probe/{i}/input"] = x
             wanted += [f"probe/{i}/output"] if trace.codes is None else [f"probe/{i}/codes", f"probe/{i}/output"]
         got = dict(zip(wanted, self.alone.run(wanted, feeds), strict=True))
         found = []
         for i, trace in enumerate(self.traces):
             codes = got.get(f"probe/{i}/codes")
             codes = None if codes is None else _trained_codes(codes, trace.stored_shift)
-            found.append(((trace.layer, trace.call), codes, got[f"probe/{i}/output"]))
+            output = got[f"probe/{i}/output"]
+            recorded = call.layers[trace.layer, trace.call]
+            if i in unbatched:
+                codes = None if codes is None else _sample(codes, recorded.input.ndim)
+                output = _sample(output, recorded.output.ndim)
+            found.append(((trace.layer, trace.call), codes, output))
         return found
 
-    def _codes(self, feeds: Arrays) -> list[tuple[LayerCall, np.ndarray | None]]:
+    def _codes(self, call: Call, feeds: Arrays) -> list[tuple[LayerCall, np.ndarray | None]]:
         got = dict(zip(self.codes, self.shown.run(self.codes, feeds), strict=True)) if self.codes else {}
         found: list[tuple[LayerCall, np.ndarray | None]] = []
         for trace in self.traces:
-            codes = None if trace.codes is None else _trained_codes(got[trace.codes], trace.stored_shift)
+            codes = None
+            if trace.codes is not None:
+                codes = _trained_codes(got[trace.codes], trace.stored_shift)
+                codes = _sample(codes, call.layers[trace.layer, trace.call].input.ndim)
             found.append(((trace.layer, trace.call), codes))
         return found
 
@@ -85,7 +98,8 @@ class OnnxRunner:
         def differs(name: str, want: Tensor) -> bool:
             if name not in got:  # an input of the model
                 return False
-            return got[name].shape != tuple(want.shape) or bool(different(got[name], array(want)).any())
+            value = _sample(got[name], want.ndim)
+            return value.shape != tuple(want.shape) or bool(different(value, array(want)).any())
 
         before = ""
         for trace in self.traces:
@@ -126,6 +140,11 @@ def feeds_of(path: str, inputs: list[str], call: Call) -> Arrays:
     left = [name for name in inputs if name not in feeds]
     rest = [*call.inputs, *(t for name, t in call.keywords.items() if name.lower() not in map(str.lower, feeds))]
     return {**feeds, **dict(zip(left, map(array, rest), strict=True))}
+
+
+def _sample(values: np.ndarray, dims: int) -> np.ndarray:
+    """Return values with this many dimensions: without the batch of one sample, if they have it."""
+    return values[0] if values.ndim == dims + 1 and len(values) == 1 else values
 
 
 def _trained_codes(stored: np.ndarray, shift: int) -> np.ndarray:
