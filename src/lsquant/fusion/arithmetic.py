@@ -1,7 +1,8 @@
 """(M13) to (M18) on tensors that carry gradients: codes are whole float32 numbers, sums are exact.
 
-The forward values are those of ``lsquant.reference_integer``, bit for bit; the gradients are those of
-docs/mathematics.md, section "Integer-only arithmetic".
+A stored tensor is its codes q; the gradient that it carries is that of its value ``v_hat = q s`` times s, so that every
+step can be differentiated as a function of codes.  The forward values are those of ``lsquant.reference_integer``, bit
+for bit; the gradients are those of docs/mathematics.md, section "Integer-only arithmetic".
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from lsquant import ops
 from lsquant import reference_integer as reference
+from lsquant.kernels import Grid
 from lsquant.nn import ExactBatchNorm
 from lsquant.quantizer import Quantizer
 
@@ -44,32 +46,48 @@ class Codes(NamedTuple):
                 bounds[place] = int(max(self.low, min(self.high, code)))
         return self._replace(low=max(bounds[0], self.low), high=min(bounds[1], self.high))
 
+    def quantize(self, u: Tensor) -> Tensor:
+        """Return ``clip(rint(u), low, high)``."""
+        return ops.quantized(u, self._unit_grid(u))
+
+    def gradients(self, grad: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(M14) Return the gradients of u and of the step, from that of ``clip(rint(u), low, high)``."""
+        of_u, of_unit, _ = ops.quantized_gradients(grad, u, self._unit_grid(u))
+        return of_u, of_unit.reshape(()) / self.step.detach()
+
+    def _unit_grid(self, u: Tensor) -> Grid:
+        """Return the quantizer of quotients: that of LSQ with a step of 1."""
+        return Grid(torch.ones(1, device=u.device), self.low, self.high, self.gradient_scale)
+
 
 class _Requantize(torch.autograd.Function):
-    """``v_hat = clip(rint(u), lo, hi) s_y``, with the gradients of LSQ for the real value y and the step s_y."""
+    """Codes of quotients u, differentiable in the step and in an x with ``u = x ratio``."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, step: Tensor, u: Tensor, low: int, high: int, scale: float) -> Tensor:
-        ctx.save_for_backward(u)
-        ctx.bounds, ctx.scale = (low, high), scale
-        return torch.round(u).clamp(low, high) * step
+    def forward(ctx: Any, x: Tensor, step: Tensor, u: Tensor, ratio: Tensor, codes: Codes) -> Tensor:
+        ctx.save_for_backward(u, ratio)
+        ctx.codes = codes
+        return codes.quantize(u)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,), (u,) = grads, ctx.saved_tensors
-        inside, term = reference.requantize_terms(u, 0, *ctx.bounds)
-        step = (grad.double() * term.double()).sum() * ctx.scale if ctx.needs_input_grad[1] else None
-        return grad * inside, None if step is None else step.float(), None, None, None, None
+        u, ratio = ctx.saved_tensors
+        of_u, of_step = ctx.codes.gradients(grads[0], u)
+        return of_u * ratio, of_step, None, None, None
 
 
-def requantized(y: Tensor, u: Tensor, codes: Codes) -> Tensor:
-    """(M14) Return ``v_hat`` of the real value y, whose quotient by the step is u in the arithmetic of the network."""
-    v: Any = _Requantize.apply(y, codes.step, u, codes.low, codes.high, codes.gradient_scale)
-    return v
+def requantized(x: Tensor, ratio: Tensor, u: Tensor, codes: Codes) -> Tensor:
+    """(M14) Return codes of the quotients u, as the network computes them.
+
+    x: what they are differentiated by; as real numbers ``u = x ratio``.
+    ratio: () float32.
+    """
+    q: Any = _Requantize.apply(x, codes.step, u, ratio, codes)
+    return q
 
 
 def codes_of(v: Tensor, step: Tensor) -> Tensor:
-    """Return the codes of a stored tensor, whole float32 numbers: ``v / s`` is one up to its rounding."""
+    """Return the codes of values ``v_hat``, whole float32 numbers: ``v / s`` is one up to its rounding."""
     return torch.round(v.detach() / step.detach()) + 0.0  # no -0.0
 
 
@@ -207,34 +225,81 @@ def fold_layer(layer: Any, norm: ExactBatchNorm | None, read: Codes, out: Codes 
     return Folding(fake, alpha, beta), constants
 
 
-def layer_output(
-    layer: Any, norm: ExactBatchNorm | None, v: Tensor, read: Codes, out: Codes | None
-) -> tuple[Tensor, Folded]:
-    """(M13, M14) Compute one layer, with BatchNorm: ``v_hat`` of the stored output, or a real one where out is None.
+class End(NamedTuple):
+    """(M14) What is done to the sums of a layer's products of codes.
 
-    v: stored input, ``q_x s_x``, with the bits that the layer reads.
-    read: the codes of the input.
+    bias: (C,) float64 whole numbers.
+    factor: (C,) float32, M, or ``fl32(s_x s_w)`` of a last layer.
+    scale: (C,) float32, the value of a sum of 1 before BatchNorm, ``s_x s_w``.
+    axis: of the channels.
+    codes: of the output; None for a real one.
+    """
+
+    bias: Tensor
+    factor: Tensor
+    scale: Tensor
+    axis: int
+    codes: Codes | None
+
+    def quotients(self, sums: Tensor) -> Tensor:
+        """Return ``u = fl32(fl32(acc + b) M)``."""
+        view = [1] * sums.dim()
+        view[self.axis] = -1
+        # a float32 addition of two whole numbers that float32 holds rounds their sum once
+        small = sums.dtype == torch.float32 and float(self.bias.abs().max()) < EXACT_IN_FLOAT32
+        kind = torch.float32 if small else torch.float64
+        return (sums.to(kind) + self.bias.to(kind).reshape(view)).float() * self.factor.reshape(view)
+
+
+class _Ended(torch.autograd.Function):
+    """Codes, or real values, of sums, with the gradients of ``y = alpha scale sums + shift``."""
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, alpha: Tensor, shift: Tensor, step: Tensor, end: End) -> Tensor:
+        u = end.quotients(sums)
+        ctx.save_for_backward(sums, alpha, *(() if end.codes is None else (u,)))
+        ctx.end = end
+        return u if end.codes is None else end.codes.quantize(u)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        sums, alpha, *saved = ctx.saved_tensors
+        end, (grad,), of_step = ctx.end, grads, None
+        scale = end.scale
+        if end.codes is not None:
+            grad, of_step = end.codes.gradients(grad, saved[0])
+            step = end.codes.step.detach()
+            scale = scale / step
+        channels = list(range(sums.dim()))
+        del channels[end.axis]
+        view = [1] * sums.dim()
+        view[end.axis] = -1
+        of_shift = grad.sum(channels)
+        of_alpha = (grad * sums.float()).sum(channels) * scale if ctx.needs_input_grad[1] else None
+        of_sums = (grad * (scale * alpha).reshape(view)).to(sums.dtype) if ctx.needs_input_grad[0] else None
+        return of_sums, of_alpha, of_shift if end.codes is None else of_shift / step, of_step, None
+
+
+def layer_output(
+    layer: Any, norm: ExactBatchNorm | None, x: Tensor, read: Codes, out: Codes | None
+) -> tuple[Tensor, Folded]:
+    """(M13, M14) Compute one layer, with BatchNorm: codes of the stored output, or a real one where out is None.
+
+    x: codes of the input, as the layer reads them.
+    read: what they may be.
     """
     (fake, alpha, beta), constants = fold_layer(layer, norm, read, out)
     shape = [-1] + [1] * (fake.dim() - 1)
     s_x = read.step.detach()
-    s_y = torch.ones_like(s_x) if out is None else out.step.detach()
     largest = max(abs(read.low), abs(read.high))
     exact = float(constants.codes.abs().reshape(len(fake), -1).sum(1).max()) * largest < EXACT_IN_FLOAT32
-    kind = torch.float32 if exact and v.is_cpu else torch.float64  # other devices may multiply otherwise
-    x_codes = with_values(v / s_x, codes_of(v, s_x)).to(kind)
-    scale = constants.step / torch.where(alpha == 0, torch.ones_like(alpha), alpha)  # s_w, raised where it was
-    w_codes = with_values(fake / scale.detach().reshape(shape), constants.codes).to(kind)
-    sums = product(layer, x_codes, w_codes)
-    axis = -1 if isinstance(layer, nn.Linear) else 1
-    view = [1] * sums.dim()
-    view[axis] = -1
-    total = (sums.detach().double() + constants.bias.reshape(view)).float()
+    kind = torch.float32 if exact and x.is_cpu else torch.float64  # other devices may multiply otherwise
+    scale = constants.step / torch.where(alpha == 0, torch.ones_like(alpha), alpha).detach()  # s_w, raised where it was
+    w_codes = with_values(fake / scale.reshape(shape), constants.codes).to(kind)
+    sums = product(layer, x.to(kind), w_codes)
     scales = s_x * constants.step
-    factor = scales if out is None else scales / s_y
-    u = total * factor.reshape(view)
-    if not torch.is_grad_enabled():
-        return (u if out is None else requantized(u, u, out)), constants
+    factor = scales if out is None else scales / out.step.detach()
+    end = End(constants.bias, factor, s_x * scale, sums.dim() - 1 if isinstance(layer, nn.Linear) else 1, out)
     shift = beta if layer.bias is None else beta + alpha * layer.bias
-    y = sums.float() * (s_x * scale.detach()).reshape(view) * alpha.reshape(view) + shift.reshape(view)
-    return (with_values(y, u) if out is None else requantized(y, u, out)), constants
+    y: Any = _Ended.apply(sums, alpha, shift, s_x if out is None else out.step, end)
+    return y, constants

@@ -14,7 +14,16 @@ from lsquant import reference_integer as reference
 from lsquant._util.batches import require_one_process
 from lsquant._util.errors import UsageError
 from lsquant.dataflow import Node, dataflow
-from lsquant.fusion.arithmetic import Codes, Folded, codes_grid, codes_of, fold_layer, layer_output, requantized
+from lsquant.fusion.arithmetic import (
+    Codes,
+    Folded,
+    codes_grid,
+    codes_of,
+    fold_layer,
+    layer_output,
+    requantized,
+    with_values,
+)
 from lsquant.joining import STORED
 from lsquant.nn import quantizers
 from lsquant.program import Kind, Program, Step, program_of
@@ -117,11 +126,7 @@ class FusedNetwork(nn.Module):
         with torch.no_grad():
             run = Run(self.program)
             run.outputs(self.given(args, kwargs))
-        return {
-            node.name: codes_of(value, run.step_of(node)).to(torch.int64)
-            for node, value in run.stored.items()
-            if isinstance(value, Tensor)
-        }
+        return {node.name: q.to(torch.int64) for node, q in run.stored.items() if isinstance(q, Tensor)}
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Node, Any]:
         """Return the inputs of a forward pass by their nodes."""
@@ -138,7 +143,7 @@ def _fused_again(model: nn.Module, training: bool) -> FusedNetwork:
 class Run:
     """One forward pass.
 
-    stored: node -> v_hat, codes times step.
+    stored: node -> codes, whole float32 numbers.
     real: node -> values in floating point.
     constants: the step of a layer -> what it multiplied with and added.
     steps: of ``safe_steps``, made anew where not given.
@@ -170,7 +175,7 @@ class Run:
     def _show(self, node: Node) -> None:
         tap = self.taps.get(node.name)
         if tap is not None and tap._forward_hooks and isinstance(self.stored[node], Tensor):
-            tap(codes_of(self.stored[node], self.step_of(node)))
+            tap(self.stored[node].detach() + 0.0)  # no -0.0
 
     # ---- values ----
 
@@ -179,7 +184,12 @@ class Run:
         return fx.map_arg(arguments, lambda call: self.real_of(self.program.flow.of[call]))
 
     def real_of(self, node: Node) -> Any:
-        return self.real[node] if node in self.real else self.stored[node]
+        return self.real[node] if node in self.real else self.value(node)
+
+    def value(self, node: Node) -> Any:
+        """Return ``v_hat`` of a stored tensor, or of each of several."""
+        codes, step = self.stored[node], self.step_of(node)
+        return codes * step if isinstance(codes, Tensor) else type(codes)(part * step for part in codes)
 
     def grid(self, node: Node) -> Codes:
         """Return the codes of a stored tensor."""
@@ -194,16 +204,17 @@ class Run:
 
     def quantize(self, step: Step) -> None:
         out, x = self.grid(step.end), self.real[step.node].float()
-        u = x.detach() / out.step.detach()
-        self.stored[step.end] = requantized(x, u, out)
+        s = out.step.detach()
+        self.stored[step.end] = requantized(x, 1.0 / s, x.detach() / s, out)
 
     def layer(self, step: Step) -> None:
         layer, source = step.module, step.node.inputs[0]
-        v, read = self.stored[source], self.read_grid(step)
+        x, read = self.stored[source], self.read_grid(step)
         if layer.stored_quantizer is not None:  # (M17)
-            v = layer.input_quantizer(v)
+            v = layer.input_quantizer(self.value(source))
+            x = with_values(v / read.step.detach(), codes_of(v, read.step))
         out = None if self.program.stored[step.end] is None else self.limited(step)
-        value, self.constants[step] = layer_output(layer, step.norm, v, read, out)
+        value, self.constants[step] = layer_output(layer, step.norm, x, read, out)
         if out is not None:
             self.stored[step.end] = value
         else:
@@ -226,33 +237,29 @@ class Run:
 
     def add(self, step: Step) -> None:
         a, b = (self.stored[source] for source in step.node.inputs)
-        s = self.step_of(step.node.inputs[0])
-        out = self.limited(step)
-        total = (codes_of(a, s) + codes_of(b, s)).double()  # (M15), the quotient exact but for 2^-44
-        u = total * s.double() / out.step.detach().double()
-        y = a + b
-        self.stored[step.end] = requantized(y, torch.round(u).float() if not y.requires_grad else u.float(), out)
+        out, total = self.limited(step), a + b
+        # (M15): no sum within the bounds comes so close to a tie that two roundings to float32 matter (safe_steps)
+        ratio = (self.step_of(step.node.inputs[0]).double() / out.step.detach().double()).float()
+        self.stored[step.end] = requantized(total, ratio, total.detach() * ratio, out)
 
     def cat(self, step: Step) -> None:
         self.stored[step.end] = torch.cat([self.stored[source] for source in step.node.inputs], step.module.dim)
 
     def average(self, step: Step) -> None:
         source, out = step.node.inputs[0], self.limited(step)
-        v, s = self.stored[source], self.step_of(source)
-        codes = codes_of(v, s)
-        dims, keep = averaged(step.module, v)
-        total = codes.double().sum(dims, keepdim=keep).float()
-        count = v.numel() // max(total.numel(), 1)
-        u = total * (s / (out.step.detach() * count))
-        self.stored[step.end] = requantized(v.mean(dims, keepdim=keep), u, out)
+        codes, s, s_y = self.stored[source], self.step_of(source), out.step.detach()
+        dims, keep = averaged(step.module, codes)
+        total = codes.detach().double().sum(dims, keepdim=keep).float()
+        count = codes.numel() // max(total.numel(), 1)
+        self.stored[step.end] = requantized(codes.mean(dims, keepdim=keep), s / s_y, total * (s / (s_y * count)), out)
 
     def function(self, step: Step) -> None:
         source, out = step.node.inputs[0], self.grid(step.end)
-        v, read = self.stored[source], self.grid(source)
-        table = function_values(step.module, read) / out.step.detach()
-        u = table[(codes_of(v, read.step) - read.low).long()]
-        y = plain_function(step.module)(v) if v.requires_grad else u
-        self.stored[step.end] = requantized(y, u, out)
+        codes, read, s_y = self.stored[source], self.grid(source), out.step.detach()
+        table = function_values(step.module, read) / s_y
+        u = table[(codes.detach() - read.low).long()]
+        y = plain_function(step.module)(self.value(source)) if codes.requires_grad else u
+        self.stored[step.end] = requantized(y, 1.0 / s_y, u, out)
 
     def move(self, step: Step) -> None:
         def value(call: fx.Node) -> Any:

@@ -82,9 +82,7 @@ def _over_codes(p: Product, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _centred_codes(v: Tensor, grid: Grid) -> Tensor:
     """Compute ``q - z`` as float32 integers."""
     step, offset = grid.step, grid.offset
-    codes = reference.codes(
-        v, step, grid.q_min, grid.q_max, axis=grid.axis, group_size=grid.group_size, offset=offset
-    )
+    codes = reference.codes(v, step, grid.q_min, grid.q_max, axis=grid.axis, group_size=grid.group_size, offset=offset)
     if offset is None:
         return codes
     return codes.sub_(reference.zero_point(step, offset, grid.q_min, grid.q_max).reshape(()))
@@ -93,9 +91,7 @@ def _centred_codes(v: Tensor, grid: Grid) -> Tensor:
 # ---- backward ----
 
 
-def _backward(
-    grad: Tensor, p: Product, need_x: bool, has_bias: bool, autocast_dtype: torch.dtype | None
-) -> Gradients:
+def _backward(grad: Tensor, p: Product, need_x: bool, has_bias: bool, autocast_dtype: torch.dtype | None) -> Gradients:
     """Compute the gradients.
 
     autocast_dtype: of the two products instead of float32; steps, codes and sums over codes stay float32.

@@ -43,12 +43,12 @@ def _grid(
 
 
 def _forward(x: Tensor, *numbers: Any) -> Tensor:
-    return _quantized(x, _grid(*numbers))
+    return quantized(x, _grid(*numbers))
 
 
 def _backward(grad: Tensor, x: Tensor, *numbers: Any) -> tuple[Tensor, Tensor, Tensor]:
     require_gradient(grad, x.shape, x)
-    return _gradients(grad, x, _grid(*numbers))
+    return quantized_gradients(grad, x, _grid(*numbers))
 
 
 def _fake_forward(x: Tensor, *numbers: Any) -> Tensor:
@@ -98,11 +98,12 @@ _backward_op.refuse_derivative()
 # ---- what the ops compute ----
 
 
-def _quantized(x: Tensor, grid: Grid) -> Tensor:
+def quantized(x: Tensor, grid: Grid) -> Tensor:
+    """Fake-quantize, not differentiable; the engine checks what it is given."""
     return laid_out_like(engine_for(x.device.type, x.dtype).quantize(x, grid), x)
 
 
-def _gradients(grad: Tensor, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+def quantized_gradients(grad: Tensor, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, step and offset; the last is empty without an offset."""
     of_x, of_step, of_offset = engine_for(x.device.type, x.dtype).quantize_backward(grad, x, grid)
     return laid_out_like(of_x, x), of_step, grid.step.new_empty(0) if of_offset is None else of_offset
