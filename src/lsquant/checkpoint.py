@@ -28,7 +28,7 @@ from lsquant._util.rollback import unchanged_on_error
 from lsquant._util.tensors import on_meta, read_tensors, write_tensors
 from lsquant._version import __version__ as VERSION
 from lsquant.convert import prepare, resolved_recipe
-from lsquant.joining import STORED
+from lsquant.joining import require_outermost
 from lsquant.nn import QuantizedLayer, quantized_layers, quantizers
 from lsquant.recipe import Recipe, recipe_of_file
 from lsquant.tied import TiedQuantizer
@@ -66,10 +66,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, 
     model = unwrapped(model)
     if not any(True for _ in quantized_layers(model)):
         raise UsageError("save: the model has no quantized layer; call lsquant.prepare(model, recipe) first")
-    if any(STORED in vars(module) for module in model.modules() if module is not model):
-        raise UsageError(
-            f"save: a model inside this {type(model).__name__} was prepared with joins; give that one, as network.model"
-        )
+    require_outermost(model, "save")
     if empty := on_meta(model):
         raise UsageError(f"save: {empty[0]!r} is on the meta device and holds no values; load a state first")
     require_one_quantizer_each(model)

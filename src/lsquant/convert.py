@@ -25,7 +25,7 @@ from lsquant._util.products import ProductCounter, recurrent_products
 from lsquant._util.rollback import unchanged_on_error
 from lsquant.changes import Change, Changes
 from lsquant.dataflow import Flow, dataflow
-from lsquant.joining import STORED, connect, separate
+from lsquant.joining import STORED, connect, require_outermost, separate
 from lsquant.nn import (
     EXACT_TYPES,
     QUANTIZED_TYPES,
@@ -174,7 +174,9 @@ def _check_arguments(model: Any, recipe: Any, steps: Any) -> nn.Module:
         raise UsageError(f"prepare: recipe is {recipe!r}; give lsquant.Recipe(...) or lsquant.Recipe.preset('w4a4')")
     if steps not in ("rescale", "recalibrate"):
         raise UsageError(f"prepare: steps={steps!r}; use 'rescale' or 'recalibrate'")
-    return require_one_process(model, "prepare")
+    inside = require_one_process(model, "prepare")
+    require_outermost(inside, "prepare")
+    return inside
 
 
 def _layers(model: nn.Module) -> Names:
@@ -497,6 +499,7 @@ def revert(model: nn.Module) -> nn.Module:
         after any other exception.
     """
     inside = require_one_process(model, "revert")
+    require_outermost(inside, "revert")
     _require_own_classes("revert", inside)
     with _all_or_nothing(inside):
         separate(inside)

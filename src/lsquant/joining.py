@@ -33,6 +33,15 @@ STORED = "_lsquant_stored"
 JOINS = (Role.ADD, Role.CAT, Role.AVERAGE, Role.FUNCTION)
 
 
+def require_outermost(model: nn.Module, caller: str) -> None:
+    """Raise UsageError where joins are those of a model inside this one, as in a ``FusedNetwork``."""
+    if any(STORED in vars(module) for module in model.modules() if module is not model):
+        raise UsageError(
+            f"{caller}: a model inside this {type(model).__name__} was prepared with joins; give that one, as "
+            "network.model"
+        )
+
+
 class Sets(Generic[T]):
     """Disjoint sets; the earliest member of a set speaks for it."""
 

@@ -293,6 +293,79 @@ def test_what_was_none_stays_none_when_the_default_is_another():
     assert Later.from_dict({"clip_norm": 2.0}).clip_norm == 2.0
 
 
+# ---- integer-only ----
+
+JOINED = lsquant.Recipe.preset("w4a8", integer_only=True)
+
+
+def test_the_last_epochs_train_the_integer_only_form(files, tmp_path, fits):
+    options = {"epochs": 4, "fold_epochs": 2, "fold_lr": 0.004, "lr": 0.02, "progressive": (8,), "ema": 0.9}
+    run = replace(small(tmp_path / "a", files, **options), recipe=JOINED)
+    with pytest.raises(UsageError, match="leave none of epochs=3"):
+        replace(run.settings, epochs=3)
+    metrics = run_training(run, quiet=True)
+    assert [(call["label"], call["epochs"]) for call in fits] == [("lsq-8", 1), ("lsq", 1), ("fold", 2)]
+    assert {group["initial_lr"] if "initial_lr" in group else group["lr"] for group in fits[2]["groups"]} == {0.004}
+    assert list(metrics)[3:] == ["float", "rounded", "raw", "lsq", "folded", "fused", "seconds"]
+
+    network = run.network()
+    assert isinstance(network, lsquant.FusedNetwork)
+    assert run.task.metric(network) == metrics["fused"]
+    state = load_state(run.file("last/fold.safetensors"))["model"]["state"]
+    assert all(torch.equal(state[f"model.{key}"], value) for key, value in run.model().state_dict().items())
+    before = load_state(run.file("last/lsq.safetensors"))["extras"]["average"]
+    assert before
+    rows = untimed(run.file("log.jsonl"))
+    assert [row["phase"] for row in rows] == ["lsq-8", "lsq", "fold", "fold"]
+    assert rows[1]["quantizers"].keys() == rows[3]["quantizers"].keys()
+    assert "add.input_quantizers.0" in rows[3]["quantizers"]
+    assert rows[3]["accuracy"] == metrics["fused"]["accuracy"]
+
+
+def test_an_integer_only_run_without_training_in_that_form(files, tmp_path, fits):
+    run = replace(small(tmp_path / "a", files), recipe=JOINED)
+    metrics = run_training(run, quiet=True)
+    assert [call["label"] for call in fits] == ["lsq"]
+    assert "folded" not in metrics
+    assert metrics["fused"] == run.task.metric(lsquant.fuse(run.model()))
+    assert run_training(run, resume=True, quiet=True) == metrics
+
+
+def test_integer_only_on_the_command_line(files, tmp_path, capsys):
+    """What is exported, verified and measured without further options is the integer-only form."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    run = tmp_path / "a"
+    options = ["--weight-bits", "4", "--activation-bits", "8", "--integer-only", "--epochs", "2", "--fold-epochs", "1"]
+    assert main(["train", "digits", *options, "--float-epochs", "1", "--out", str(run), "--quiet"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2].startswith("integer-only, not trained in this form")
+    assert told[-1].startswith("integer-only  ")
+    assert open_run(run).recipe == JOINED
+    assert main(["eval", str(run)]) == 0
+    assert capsys.readouterr().out.strip() == told[-1].removeprefix("integer-only").strip()
+    assert main(["export", str(run)]) == 0
+    assert (run / "export" / "integer.onnx").is_file()
+    assert main(["verify", str(run)]) == 0
+    assert "(profile integer) in ONNX Runtime" in capsys.readouterr().out
+    assert main(["export", str(run), "--profile", "exact"]) == 0
+    assert main(["report", str(run)]) == 0
+
+
+def test_integer_only_settings_that_make_no_sense(files, tmp_path, capsys):
+    with pytest.raises(UsageError, match=r"fold_epochs=1: the recipe has no joins.*--integer-only"):
+        run_training(small(tmp_path / "a", files, epochs=2, fold_epochs=1), quiet=True)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(UsageError, match="fold_epochs=3: they are the last of epochs=2"):
+        Settings(epochs=2, fold_epochs=3)
+    for words, says in (
+        (["--bits", "4", "--fold-lr", "0.1"], "--fold-lr has no effect without --fold-epochs"),
+        (["--recipe", "r.toml", "--integer-only"], "a recipe says joins = 8"),
+    ):
+        assert main(["train", "digits", "--out", str(tmp_path / "x"), *words]) == 2
+        assert says in capsys.readouterr().err
+
+
 # ---- the command line ----
 
 OTHER = Settings(
@@ -300,7 +373,7 @@ OTHER = Settings(
     step_lr=0.001, weight_decay=3e-4, weight_decay_by_bits=True, warmup=11, clip_norm=2.5, distill=False,
     distill_weight=0.5, distill_temperature=4.0, progressive=(8, 4), progressive_epochs=2, ema=0.99, bn_batches=12,
     weight_init="mse", activation_init="paper", calibration_batches=5, threads=1, optimizer="adam",
-    transition_rate=0.004,
+    transition_rate=0.004, fold_epochs=3, fold_lr=0.002,
 )  # fmt: skip
 
 

@@ -82,6 +82,7 @@ def test_killed_at_20_points_resumes_to_the_same_bits(tmp_path, seed):
 
 # everything that has a state of its own: phases by bits, a teacher's file, averages, statistics estimated at the end
 ALL = "--progressive 8,4 --distill-weight 0.5 --ema 0.9 --bn-batches 3 --clip-norm 1 --warmup 3 --weight-init mse"
+ALL += " --integer-only --fold-epochs 1"
 
 
 def kill_digits(tmp_path: Path, kills: int, seed: int) -> None:
@@ -96,7 +97,7 @@ def kill_digits(tmp_path: Path, kills: int, seed: int) -> None:
     assert lines[-1] == f"{kills} of {kills} runs ended with the bits of the run that was not killed"
     assert len([line for line in lines if line.endswith(": equal")]) == kills
     phases = [row["phase"] for row in untimed(tmp_path / "runs" / "whole" / "log.jsonl")]
-    assert phases == ["float", "float", "lsq-8", "lsq-4", "lsq", "lsq"]
+    assert phases == ["float", "float", "lsq-8", "lsq-4", "lsq", "fold"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

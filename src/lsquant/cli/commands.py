@@ -57,7 +57,7 @@ def evaluate(a: Namespace) -> Outcome:
         run = run_of(a, "--task TASK")
         if a.model is not None or (a.task is not None and ":" not in a.task):
             raise UsageError(f"{a.path} is a run and brings its own model: leave out --task and --model")
-        task, model = run.task, run.model()
+        task, model = run.task, run.network()
     else:
         task = get_task(a.task, **given(a, "data", "model"))
         model = loader_of(a.path)(task.model(), a.path)
@@ -103,7 +103,8 @@ def calibrate(a: Namespace) -> Outcome:
 
 def export(a: Namespace) -> Outcome:
     """Write the integers of a run or FILE in a profile's format, where --out says or in the usual place."""
-    subject, row = subject_of(a), file_format(a.profile)
+    subject = subject_of(a)
+    row = file_format(a.profile or subject.profile)
     model = subject.model()
     path = Path(a.out) if a.out else subject.exported(row)
     if not a.out:
@@ -130,7 +131,8 @@ def export(a: Namespace) -> Outcome:
 
 def verify_(a: Namespace) -> Outcome:
     """Compare an exported file with the model; the verdict is kept beside a file in its usual place."""
-    subject, row = subject_of(a), file_format(a.profile)
+    subject = subject_of(a)
+    row = file_format(a.profile or subject.profile)
     model = subject.model()
     path = Path(a.file) if a.file else subject.exported(row)
     _check_verifiable(a, subject, path, row)

@@ -18,7 +18,7 @@ from lsquant._version import __version__
 from lsquant.cli import commands
 from lsquant.cli.reporting import report
 from lsquant.cli.training import train
-from lsquant.formats import DEFAULT, file_formats
+from lsquant.formats import DEFAULT, INTEGER_ONLY, file_formats
 from lsquant.formats.onnx.integer import FORMS
 from lsquant.runs import is_run
 from lsquant.runs.settings import Optimizer
@@ -101,7 +101,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _profile(sub: argparse.ArgumentParser) -> None:
     known = file_formats()
-    sub.add_argument("--profile", choices=known, metavar="P", help=f"one of {', '.join(known)} (default {DEFAULT})")
+    about = f"one of {', '.join(known)} (default {DEFAULT}; of an integer-only RUN {INTEGER_ONLY})"
+    sub.add_argument("--profile", choices=known, metavar="P", help=about)
 
 
 def _subject(sub: argparse.ArgumentParser) -> None:
@@ -127,6 +128,8 @@ def _bits(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--weight-bits", type=int, metavar="N", help="bits of weights alone")
     sub.add_argument("--activation-bits", type=int, metavar="N", help="bits of activations alone")
     sub.add_argument("--recipe", metavar="FILE", help="a recipe in TOML instead of --bits")
+    about = "8-bit codes between all layers, additions included: an integer-only network (docs/integer-only.md)"
+    sub.add_argument("--integer-only", action="store_true", help=about)
 
 
 def _train(sub: argparse.ArgumentParser) -> None:
@@ -168,12 +171,14 @@ _WHOLE = {
     "batch-size": "samples in a training batch",
     "warmup": "iterations in which learning rates rise",
     "progressive-epochs": "epochs at each of --progressive, taken from --epochs",
+    "fold-epochs": "the last of --epochs, in the integer-only form (with --integer-only)",
     "bn-batches": "estimate BatchNorm statistics anew on N training batches at the end",
     "calibration-batches": "batches that set the activation steps",
 }
 _REAL = {
     "lr": "learning rate at low bits",
     "step-lr": "learning rate of the steps (default --lr)",
+    "fold-lr": "learning rate of --fold-epochs",
     "float-lr": "learning rate of the float network",
     "momentum": "of SGD",
     "weight-decay": "at low bits",

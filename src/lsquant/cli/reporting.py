@@ -119,7 +119,7 @@ def trained(run: Run, missing: list[str]) -> nn.Module:
         if not checkpoints:
             raise
         missing.append(f"{error}; shown is the checkpoint {checkpoints[-1].name}")
-    model = run.task.model()
+    model = run.float_model()
     prepare(model, run.recipe, example_inputs=run.task.example_input())
     load_model_state(model, load_model_part(checkpoints[-1]))
     return model.eval()

@@ -15,7 +15,7 @@ from lsquant._util.errors import UsageError
 from lsquant._util.files import require_no_link
 from lsquant.cli.user_model import UserModel
 from lsquant.cli.words import VECTORS
-from lsquant.formats import FileFormat
+from lsquant.formats import DEFAULT, INTEGER_ONLY, FileFormat
 from lsquant.runs import Run, is_run
 from lsquant.tasks import open_run
 
@@ -28,6 +28,11 @@ class Subject(Protocol):
     @property
     def more_options(self) -> str:
         """What stands for the options that `lsquant export PATH` needs besides."""
+        ...
+
+    @property
+    def profile(self) -> str:
+        """What is exported and verified unless the user says otherwise."""
         ...
 
     def model(self) -> nn.Module:
@@ -62,6 +67,10 @@ class RunModel:
 
     run: Run
     more_options = ""
+
+    @property
+    def profile(self) -> str:
+        return DEFAULT if self.run.recipe.joins is None else INTEGER_ONLY
 
     def model(self) -> nn.Module:
         return self.run.model()

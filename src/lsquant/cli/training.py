@@ -53,6 +53,8 @@ def _settings(a: Namespace, task: Task) -> Settings:
         raise UsageError("--teacher is a file to distill from: leave out --distill and --no-distill")
     if a.teacher is None and a.distill is None and not settings.distill:
         _refuse_idle(a, ("distill_weight", "distill_temperature"), "without --teacher FILE or --distill")
+    if not settings.fold_epochs:
+        _refuse_idle(a, ("fold_lr",), "without --fold-epochs")
     return settings
 
 
@@ -73,7 +75,7 @@ def _refuse_changes(a: Namespace, run: Run) -> None:
         "start": run.start,
     }
     differ = [f"{name} is {has.get(name)!r}, not {value!r}" for name, value in asked.items() if has.get(name) != value]
-    if (a.recipe or a.bits or a.weight_bits or a.activation_bits) and recipe_of(a) != run.recipe:
+    if (a.recipe or a.bits or a.weight_bits or a.activation_bits or a.integer_only) and recipe_of(a) != run.recipe:
         differ.append("its recipe has other bits")
     if a.teacher is not None and Path(a.teacher).is_file() and sha256(a.teacher) != run.teacher_sha256:
         differ.append(f"{a.teacher} is not the file it was")
@@ -84,8 +86,8 @@ def _refuse_changes(a: Namespace, run: Run) -> None:
 def recipe_of(a: Namespace) -> Recipe:
     """Return the recipe of --recipe, or of the bits."""
     if a.recipe is not None:
-        if a.bits or a.weight_bits or a.activation_bits:
-            raise UsageError("give --recipe or bits, not both")
+        if a.bits or a.weight_bits or a.activation_bits or a.integer_only:
+            raise UsageError("give --recipe or bits, not both; a recipe says joins = 8 instead of --integer-only")
         if not Path(a.recipe).is_file():
             raise MissingFile(f"the recipe {a.recipe} does not exist")
         return recipe_of_file(read_text(a.recipe, LARGEST_TOML), a.recipe, UsageError)
@@ -94,4 +96,4 @@ def recipe_of(a: Namespace) -> Recipe:
         raise UsageError("give --bits N, or --weight-bits and --activation-bits, or --recipe FILE")
     if bad := [bits for bits in (weight, activation) if not 2 <= bits <= 8]:
         raise UsageError(f"--bits {bad[0]}: bits are 2 to 8")
-    return Recipe.preset(f"w{weight}a{activation}")
+    return Recipe.preset(f"w{weight}a{activation}", integer_only=a.integer_only)

@@ -16,7 +16,7 @@ from lsquant._util.batches import take
 from lsquant._util.errors import UsageError
 from lsquant._util.nested import map_tensors
 from lsquant.cli.words import VECTORS
-from lsquant.formats import FileFormat
+from lsquant.formats import DEFAULT, FileFormat
 from lsquant.runs import is_run
 from lsquant.tasks.user_objects import call, load_object
 from lsquant.training.seeds import seed_everything
@@ -61,6 +61,7 @@ class UserModel:
     data: str | None
     seed: int | None
     more_options = " ..."
+    profile = DEFAULT
 
     @classmethod
     def of(cls, a: Namespace, path: str) -> UserModel:

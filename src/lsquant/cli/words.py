@@ -20,6 +20,8 @@ _NAMES = {
     "start": "as it starts",
     "raw": "trained, as the optimizer left it",
     "lsq": "trained with learned steps",
+    "folded": "integer-only, not trained in this form",
+    "fused": "integer-only",
 }
 
 

@@ -12,6 +12,7 @@ from lsquant.formats.packed import load_packed as load_packed
 from lsquant.formats.packed import read_packed as read_packed
 from lsquant.formats.table import DEFAULT as DEFAULT
 from lsquant.formats.table import FORMATS as FORMATS
+from lsquant.formats.table import INTEGER_ONLY as INTEGER_ONLY
 from lsquant.formats.table import file_format as file_format
 from lsquant.formats.table import file_formats as file_formats
 from lsquant.formats.table import format_of as format_of

@@ -24,6 +24,8 @@ ROWS: tuple[Format, ...] = (
 FORMATS: dict[str, Format] = {row.name: row for row in ROWS}
 """Name -> row."""
 DEFAULT = "exact"
+INTEGER_ONLY = "integer"
+"""The profile of networks with quantized joins."""
 """The format of ``lsquant export`` where none is named."""
 
 

@@ -15,6 +15,7 @@ from lsquant.training.loop import Loss
 
 FLOAT = "float"  # the phase of the float network
 LAST = "lsq"  # the phase at the recipe's own bits; "lsq-8" and the like come before it
+FOLD = "fold"  # the phase in the integer-only form, after it
 STEP_LR_OF_ADAM = 3.0  # of `lr`, relative to the size of the step
 
 
@@ -48,12 +49,13 @@ def float_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimiz
 def low_bit_optimizer(model: nn.Module, settings: Settings, phase: str) -> torch.optim.Optimizer:
     """Build `settings.optimizer` for a low-bit phase; the last one has a group "low_bit" for a transition rate."""
     relative = settings.optimizer != "sgd" and settings.step_lr is None
+    lr = settings.fold_lr if phase == FOLD else settings.lr
     groups = param_groups(
         model,
-        settings.lr,
+        lr,
         settings.weight_decay,
         step_lr=settings.step_lr,
-        relative_step_lr=STEP_LR_OF_ADAM * settings.lr if relative else None,
+        relative_step_lr=STEP_LR_OF_ADAM * lr if relative else None,
         weight_decay_by_bits=settings.weight_decay_by_bits,
         low_bit=phase == LAST and settings.transition_rate is not None,
     )

@@ -5,7 +5,7 @@ recipe.toml        bits by layer
 env.json           versions and hardware, as the run was started
 log.jsonl          one row an epoch: loss, learning rates, metrics, time, every quantizer's step, R, guards, clip rate,
                    oscillation
-metrics.json       the results: float, teacher, rounded (the float network at these bits, untrained), lsq
+metrics.json       the results: float, teacher, rounded (the float network at these bits, untrained), lsq, fused
 model.safetensors  the trained network: weights, steps, recipe
 last/              what a killed run is resumed from: float.safetensors, lsq.safetensors, teacher.safetensors,
                    start.safetensors, and for progressive bits lsq-8.safetensors and the like
@@ -42,12 +42,14 @@ from lsquant._util.files import (
 from lsquant._util.toml import to_toml
 from lsquant._version import __version__
 from lsquant.diagnostics.environment import environment
+from lsquant.fusion import fuse
 from lsquant.nn import quantizers
 from lsquant.recipe import Recipe, recipe_of_file
 from lsquant.runs.lock import HOLDER, LOCK, RunLock
 from lsquant.runs.log_reader import latest, log_rows
 from lsquant.runs.settings import Settings
 from lsquant.runs.task import Task
+from lsquant.tracing import trace
 
 KIND = "lsquant run"
 TEACHER = "last/teacher.safetensors"
@@ -114,6 +116,21 @@ class Run:
         """Whether it trains its float network: it has neither `init` nor `start`."""
         return self.init is None and self.start is None
 
+    def network(self) -> nn.Module:
+        """Load what the run is judged by: the trained network, for a recipe with joins in its integer-only form."""
+        model = self.model()
+        return model if self.recipe.joins is None else fuse(model)
+
+    def float_model(self) -> nn.Module:
+        """Build the task's network; for a recipe with joins with modules in the place of functions (`trace`).
+
+        Raises: UsageError naming what cannot be traced.
+        """
+        model = self.task.model()
+        if self.recipe.joins is not None:
+            trace(model, self.task.example_input())
+        return model
+
     def file(self, name: str) -> Path:
         return self.path / name
 
@@ -126,7 +143,7 @@ class Run:
             raise MissingFile(
                 f"{self.path} has no model.safetensors: the run is not finished; --resume goes on with it"
             )
-        model = checkpoint.load(self.task.model(), self.file("model.safetensors"))
+        model = checkpoint.load(self.float_model(), self.file("model.safetensors"))
         logged = latest(log_rows(self.file("log.jsonl"), []))
         for name, quantizer in quantizers(model):
             quantizer.guarded.fill_(int(min(2**53, max(0, logged.get(name, {}).get("guarded", 0)))))

@@ -24,12 +24,15 @@ _LEAST = {
     "warmup": 0,
     "bn_batches": 0,
     "progressive_epochs": 1,
+    "fold_epochs": 0,
 }
 LARGEST = 1e30
 """Of a rate or a factor: PyTorch's optimizers fail where it leaves float32."""
 MOST_THREADS = 1024
 """With many more the process may crash: each needs a stack, and the operating system has a limit."""
-_FROM_ZERO = ("lr", "float_lr", "step_lr", "momentum", "weight_decay", "float_weight_decay", "distill_weight")
+_FROM_ZERO = (
+    "lr", "float_lr", "fold_lr", "step_lr", "momentum", "weight_decay", "float_weight_decay", "distill_weight",
+)  # fmt: skip
 _ABOVE_ZERO = ("clip_norm", "distill_temperature")
 
 
@@ -51,7 +54,7 @@ class Settings:
         float_epochs, float_lr, float_weight_decay: its length, learning rate and weight decay
 
     Low-bit phases:
-        epochs: their number, `progressive` included
+        epochs: their number, `progressive` and `fold_epochs` included
         lr, weight_decay: of everything but the steps
         step_lr: learning rate of the steps; None means `lr` for SGD, and for Adam and AdamW 3 * `lr` times the size of
             the step (`relative_step_lr` of `param_groups`)
@@ -64,7 +67,10 @@ class Settings:
         distill_weight, distill_temperature: as for `distillation_loss`; they count for another teacher too
         progressive: more bits first, e.g. (8, 4)
         progressive_epochs: epochs at each of these, taken from `epochs`
-        ema: decay of an average of the weights (`WeightAverage`) in the last phase, which is evaluated and kept
+        fold_epochs: the last of `epochs`, in the integer-only form of `lsquant.fuse`; for a recipe with joins
+        fold_lr: learning rate of these
+        ema: decay of an average of the weights (`WeightAverage`) at the recipe's bits before `fold_epochs`, which is
+            evaluated and kept
         bn_batches: training batches on which BatchNorm statistics are estimated anew at the end; 0 leaves them
         weight_init, activation_init: rule of the initial steps
         calibration_batches: batches that set the activation steps
@@ -92,6 +98,8 @@ class Settings:
     distill_temperature: float = 1.0
     progressive: tuple[int, ...] = ()
     progressive_epochs: int = 1
+    fold_epochs: int = 0
+    fold_lr: float = 1e-3
     ema: float | None = None
     bn_batches: int = 0
     weight_init: Method = "paper"
@@ -154,6 +162,11 @@ class Settings:
         bits = self.progressive
         if any(not 2 <= b <= 8 for b in bits) or any(a <= b for a, b in pairwise(bits)):
             raise UsageError(f"progressive={bits}: bits from 8 to 2, each fewer than before")
+        if self.fold_epochs and self.last_epochs < 0:
+            raise UsageError(
+                f"fold_epochs={self.fold_epochs}: they are the last of epochs={self.epochs}, of which the other phases "
+                "leave fewer"
+            )
         if bits and self.last_epochs < 1:
             raise UsageError(
                 f"progressive={bits}: {self.progressive_epochs} epochs each leave none of epochs={self.epochs} for the "
@@ -162,8 +175,8 @@ class Settings:
 
     @property
     def last_epochs(self) -> int:
-        """Epochs at the recipe's own bits."""
-        return self.epochs - len(self.progressive) * self.progressive_epochs
+        """Epochs at the recipe's own bits before `fold_epochs`."""
+        return self.epochs - len(self.progressive) * self.progressive_epochs - self.fold_epochs
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -68,7 +68,8 @@ class BringsOptimizer(Protocol):
     def make_optimizer(self, model: nn.Module, settings: Settings, phase: str) -> torch.optim.Optimizer:
         """Build the optimizer of a phase.
 
-        phase: "float"; "lsq-8" and the like at the bits of `settings.progressive`; "lsq" at the recipe's own. With
+        phase: "float"; "lsq-8" and the like at the bits of `settings.progressive`; "lsq" at the recipe's own; "fold"
+            in the integer-only form (`settings.fold_epochs`; model is a `FusedNetwork`). With
             `settings.transition_rate` the last one needs the group "low_bit" of `param_groups(..., low_bit=True)`.
         """
         ...

@@ -16,9 +16,10 @@ from lsquant._util.errors import DamagedFile, MissingFile, UsageError
 from lsquant._util.files import write_json
 from lsquant.calibration import calibrate
 from lsquant.convert import prepare
+from lsquant.fusion import FusedNetwork, fuse
 from lsquant.nn import quantized_layers, quantizers
 from lsquant.recipe import Recipe
-from lsquant.runs.defaults import FLOAT, LAST, make_loss, make_optimizer
+from lsquant.runs.defaults import FLOAT, FOLD, LAST, make_loss, make_optimizer
 from lsquant.runs.directory import FORMAT, START, TEACHER, Run, check_teacher, is_run, read_run, sha256, start_run
 from lsquant.runs.log_reader import read_metrics
 from lsquant.runs.network_files import load_float, load_start, load_teacher
@@ -62,6 +63,8 @@ def run_training(
     start: the network of `run.start`
     raw: trained with learned steps, as the optimizer left it; where `ema` or `bn_batches` change it afterwards
     lsq: trained with learned steps, as it is kept
+    folded: its integer-only form, for a recipe with joins; where it is not trained in this form, this is `fused`
+    fused: the integer-only form as it is kept
 
     The same seed gives the same numbers ("seconds" apart).
 
@@ -116,13 +119,18 @@ def _check_inputs(run: Run) -> None:
     """Raise the errors of a wrong checkpoint or recipe, or of missing data, before anything is written or trained."""
     settings = run.settings
     run.task.steps_per_epoch(settings.batch_size)
-    model = run.task.model()
+    model = run.float_model()
     if run.init is not None:
         load_float(model, run.init)
     if run.teacher is not None:
         load_teacher(run.task, run.teacher)
     if settings.bn_batches and not batchnorms(model):
         raise UsageError("bn_batches: this network has no BatchNorm that keeps running statistics; leave it out")
+    if settings.fold_epochs and run.recipe.joins is None:
+        raise UsageError(
+            f"fold_epochs={settings.fold_epochs}: the recipe has no joins, so there is no integer-only form "
+            "(--integer-only, or Recipe(..., joins=8))"
+        )
     for bits in settings.progressive:
         if widened(run.recipe, bits) == run.recipe:
             raise UsageError(f"progressive={settings.progressive}: the recipe has no quantizer below {bits} bits")
@@ -177,6 +185,8 @@ class _Training:
                 self._quantize(model, run.recipe)
             self._measure("start", model, "as it starts")
         self._last_phase(model, teacher)
+        if run.recipe.joins is not None:
+            self._fold(model, teacher)
 
         checkpoint.save(model.eval(), run.file("model.safetensors"), {"task": run.task.name})
         metrics = {
@@ -193,7 +203,7 @@ class _Training:
         """Return the float network: of `init`, or trained, or fresh where the run has neither."""
         run, settings = self.run, self.run.settings
         seed_everything(settings.seed, run.task.name, "float")
-        model = run.task.model()
+        model = run.float_model()
         if run.init is not None:
             self._load_init(model, run.init)
         elif run.trains_float:
@@ -236,6 +246,14 @@ class _Training:
             batches = task.batches("train", batch_size=settings.batch_size, seed=settings.seed, epoch=settings.epochs)
             reestimate_batchnorm(model, batches, max_batches=settings.bn_batches)
         self._measure(LAST, model, "with learned steps")
+
+    def _fold(self, model: nn.Module, teacher: nn.Module | None) -> None:
+        """Train on in the integer-only form, as the settings say."""
+        network = fuse(model)
+        if self.run.settings.fold_epochs:
+            self._measure("folded", network, "integer-only, not trained in this form")
+            self._phase(network, FOLD, self.run.settings.fold_epochs, teacher)
+        self._measure("fused", network, "integer-only")
 
     def _measure(self, what: str, network: nn.Module, words: str) -> None:
         self.results[what] = self.run.task.metric(network)
@@ -286,7 +304,8 @@ class _Training:
         def evaluate(network: nn.Module) -> dict[str, Any]:
             sample = task.batches("calibration", batch_size=min(SAMPLE, settings.batch_size), seed=settings.seed)
             with nullcontext() if average is None else average.swapped():
-                return {**task.metric(network), "quantizers": clip_rates(network, sample, max_batches=1)}
+                prepared = network.model if isinstance(network, FusedNetwork) else network
+                return {**task.metric(network), "quantizers": clip_rates(prepared, sample, max_batches=1)}
 
         self.progress = fit(
             model,

@@ -18,6 +18,7 @@ from torch import nn
 from lsquant._util.batches import run_batch
 from lsquant._util.entry import Entry, shown
 from lsquant._util.errors import DamagedFile, LsquantError, UsageError
+from lsquant.fusion import FusedNetwork
 from lsquant.training.distillation import classification_loss, hits
 from lsquant.training.facts import quantizer_facts
 from lsquant.training.log import Log
@@ -107,7 +108,8 @@ def fit(
     teacher: a network in eval mode, which is not trained
     clip_norm: largest norm of the gradient of all parameters together
     evaluate: `evaluate(model)` gives metrics for the log at the end of an epoch
-    observe: `observe(model)` gives facts by quantizer, between backward and step in an epoch's last iteration
+    observe: `observe(model)` (of a `FusedNetwork` the model in it) gives facts by quantizer, between backward and step
+        in an epoch's last iteration
     after_step: `after_step(iteration)` is called after every optimizer step
     extras: other things to checkpoint, by name
     transition: sets the learning rate of the low-bit weights, after `schedule`; K, R and U join the log and the bar
@@ -136,7 +138,8 @@ def fit(
                 f"fit: transition was made for steps={transition.steps}; this training has {epochs * steps_per_epoch}"
             )
         extras["transition"] = transition
-    oscillation = Oscillation(model, oscillation_every)
+    prepared = model.model if isinstance(model, FusedNetwork) else model
+    oscillation = Oscillation(prepared, oscillation_every)
     run = {"label": label, "epochs": epochs, "steps_per_epoch": steps_per_epoch}
     epoch_rng, at = rng_state(), TrainProgress(log_position=rows.position)
     if resume and checkpoint is not None and Path(checkpoint).exists():
@@ -186,7 +189,7 @@ def fit(
             value.backward()
             at.step += 1
             if at.step == steps_per_epoch:
-                facts = observe(model)
+                facts = observe(prepared)
             if clip_norm is not None:
                 sums[2] += torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
             optimizer.step()

@@ -17,5 +17,5 @@ def widened(recipe: Recipe, bits: int) -> Recipe:
     def all_wide(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
         return tuple(replace(r, weight=wide(r.weight), activation=wide(r.activation)) for r in rules)  # type: ignore[arg-type]
 
-    halves = {"weight": wide(recipe.weight), "activation": wide(recipe.activation)}
+    halves = {name: wide(getattr(recipe, name)) for name in ("weight", "activation", "joins")}
     return Recipe(**halves, rules=all_wide(tuple(recipe.rules)), preset_rules=all_wide(tuple(recipe.preset_rules)))  # type: ignore[arg-type]
