@@ -1,4 +1,4 @@
-"""The networks that are timed: ResNet-20 of lsquant's own task, and a ResNet-18 and transformer blocks written here."""
+"""The networks that are timed: ResNet-20 of lsquant's own task, and others in the shapes of well-known ones."""
 
 from __future__ import annotations
 
@@ -51,6 +51,123 @@ class ResNet18(nn.Module):
         return self.linear(torch.flatten(self.average(x), 1))
 
 
+def unit(channels: int, out: int, kernel: int, stride: int, act: nn.Module | None, groups: int = 1) -> nn.Sequential:
+    """A convolution, BatchNorm, and an activation function or none."""
+    conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out), *([] if act is None else [act]))
+
+
+class MobileNetV1(nn.Module):
+    """The shapes of MobileNetV1, width 1 (arXiv:1704.04861, table 1), with ReLU6.  (N, 3, 224, 224) to (N, 1000)."""
+
+    WIDTHS = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
+    STRIDED = (2, 4, 6, 12)
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [unit(3, 32, 3, 2, nn.ReLU6())]
+        for i, (a, b) in enumerate(pairwise(self.WIDTHS), 1):
+            parts += [unit(a, a, 3, 2 if i in self.STRIDED else 1, nn.ReLU6(), a), unit(a, b, 1, 1, nn.ReLU6())]
+        self.features = nn.Sequential(*parts)
+        self.average = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(1024, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.flatten(self.average(self.features(x)), 1))
+
+
+class Inverted(nn.Module):
+    """1x1 to six times the width, depthwise 3x3, 1x1 without activation function, plus the input where shapes allow."""
+
+    def __init__(self, channels: int, out: int, stride: int, times: int) -> None:
+        super().__init__()
+        wide = channels * times
+        first = [unit(channels, wide, 1, 1, nn.ReLU6())] if times > 1 else []
+        self.parts = nn.Sequential(*first, unit(wide, wide, 3, stride, nn.ReLU6(), wide), unit(wide, out, 1, 1, None))
+        self.adds = stride == 1 and channels == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.parts(x) if self.adds else self.parts(x)
+
+
+class MobileNetV2(nn.Module):
+    """The shapes of MobileNetV2, width 1 (arXiv:1801.04381, table 2).  (N, 3, 224, 224) to (N, 1000)."""
+
+    STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts: list[nn.Module] = [unit(3, 32, 3, 2, nn.ReLU6())]
+        channels = 32
+        for times, out, count, stride in self.STAGES:
+            for i in range(count):
+                parts.append(Inverted(channels, out, stride if i == 0 else 1, times))
+                channels = out
+        self.features = nn.Sequential(*parts, unit(320, 1280, 1, 1, nn.ReLU6()))
+        self.average = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(1280, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(torch.flatten(self.average(self.features(x)), 1))
+
+
+class Stage(nn.Module):
+    """A cross-stage-partial block: two 1x1 branches, one through residual pairs of 1x1 and 3x3, concatenated."""
+
+    def __init__(self, channels: int, out: int, count: int, adds: bool = True) -> None:
+        super().__init__()
+        half = out // 2
+        self.left, self.right = unit(channels, half, 1, 1, nn.SiLU()), unit(channels, half, 1, 1, nn.SiLU())
+        pairs = [nn.Sequential(unit(half, half, 1, 1, nn.SiLU()), unit(half, half, 3, 1, nn.SiLU())) for _ in range(count)]
+        self.pairs, self.adds = nn.ModuleList(pairs), adds
+        self.end = unit(out, out, 1, 1, nn.SiLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.left(x)
+        for pair in self.pairs:
+            y = y + pair(y) if self.adds else pair(y)
+        return self.end(torch.cat([y, self.right(x)], 1))
+
+
+class Detector(nn.Module):
+    """A detector in the shape of the small YOLOs, 1.8 M parameters: SiLU, concatenations, pooling pyramid, two heads.
+
+    The boxes of both heads are decoded in floating point: centres by sigmoid in units of the stride, sizes by exp.
+    (N, 3, 320, 320) to (N, 500, 4 + 1 + classes).
+    """
+
+    def __init__(self, width: int = 16, classes: int = 80) -> None:
+        super().__init__()
+        w = width
+        silu = nn.SiLU
+        self.stem = nn.Sequential(unit(3, w, 3, 2, silu()), unit(w, 2 * w, 3, 2, silu()), Stage(2 * w, 2 * w, 1))
+        self.low = nn.Sequential(unit(2 * w, 4 * w, 3, 2, silu()), Stage(4 * w, 4 * w, 2))
+        self.mid = nn.Sequential(unit(4 * w, 8 * w, 3, 2, silu()), Stage(8 * w, 8 * w, 2))
+        self.high = nn.Sequential(unit(8 * w, 16 * w, 3, 2, silu()), Stage(16 * w, 16 * w, 1))
+        self.narrow, self.pool = unit(16 * w, 8 * w, 1, 1, silu()), nn.MaxPool2d(5, 1, 2)
+        self.pyramid, self.lateral = unit(32 * w, 16 * w, 1, 1, silu()), unit(16 * w, 8 * w, 1, 1, silu())
+        self.up = nn.Upsample(scale_factor=2)
+        self.merge, self.down = Stage(16 * w, 8 * w, 1, adds=False), unit(8 * w, 8 * w, 3, 2, silu())
+        self.last = Stage(16 * w, 16 * w, 1, adds=False)
+        outputs = 4 + 1 + classes
+        self.near, self.far = nn.Conv2d(8 * w, outputs, 1), nn.Conv2d(16 * w, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mid = self.mid(self.low(self.stem(x)))
+        y = self.narrow(self.high(mid))
+        a = self.pool(y)
+        b = self.pool(a)
+        lateral = self.lateral(self.pyramid(torch.cat([y, a, b, self.pool(b)], 1)))
+        near = self.merge(torch.cat([self.up(lateral), mid], 1))
+        far = self.last(torch.cat([self.down(near), lateral], 1))
+        return torch.cat([self.decoded(self.near(near), 16.0), self.decoded(self.far(far), 32.0)], 1)
+
+    @staticmethod
+    def decoded(x: Tensor, stride: float) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        return torch.cat([x[..., :2].sigmoid() * stride, x[..., 2:4].exp() * stride, x[..., 4:].sigmoid()], -1)
+
+
 class Block(nn.Module):
     """One transformer block: attention and a GELU MLP of four times the width.  (N, tokens, width) to the same.
 
@@ -97,6 +214,9 @@ class Workload(NamedTuple):
 WORKLOADS = {
     "resnet20": Workload("ResNet-20", lambda: cifar_resnet("resnet20"), (128, 3, 32, 32), (3, 3, 16, 16)),
     "resnet18": Workload("ResNet-18", ResNet18, (8, 3, 224, 224), (2, 3, 64, 64)),
+    "mobilenetv1": Workload("MobileNetV1", MobileNetV1, (8, 3, 224, 224), (2, 3, 64, 64)),
+    "mobilenetv2": Workload("MobileNetV2", MobileNetV2, (8, 3, 224, 224), (2, 3, 64, 64)),
+    "detector": Workload("detector, 320 x 320", Detector, (8, 3, 320, 320), (2, 3, 64, 64)),
     "vit": Workload(
         "block of ViT-Small", lambda: Block(384, 6, norm_first=True), (8, 197, 384), (2, 5, 384), None, images=False
     ),

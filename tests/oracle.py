@@ -9,6 +9,7 @@ neighbours in row-major order. `z` (the integer zero point), `b` (LSQ+'s offset)
 """
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -424,3 +425,13 @@ def integer_table(f, q_min, q_max, z_x, s, s_y, z, low, high):
     """One code for each code of the input; f: on Python floats."""
     values = [F32(f(float(F32(F32(q - z_x) * F32(s))))) for q in range(q_min, q_max + 1)]
     return np.array([_code(v / F32(s_y), z, low, high) for v in values])
+
+
+def integer_silu(q_min, q_max, s, s_y, low, high):
+    """(M18) SiLU: the sigmoid in units of 1/256, an integer, times the code."""
+    codes = []
+    for q in range(q_min, q_max + 1):
+        gate = round(256 / (1 + math.exp(-float(F32(q) * F32(s)))))
+        product = Fraction(q) * min(gate, 255) * Fraction(float(s)) / 256 / Fraction(float(s_y))
+        codes.append(min(max(round(product), low), high))
+    return np.array(codes)

@@ -118,6 +118,22 @@ class Flow:
             for place, source in enumerate(node.inputs):
                 yield node, place, source
 
+    def before_layers(self) -> set[Node]:
+        """Return the calls from which a layer that takes codes is reached, layers included; all calls of a module."""
+        calls: dict[nn.Module, list[Node]] = {}
+        for node in self.nodes:
+            if node.module is not None:
+                calls.setdefault(node.module, []).append(node)
+        found: set[Node] = set()
+        waiting = [node for node in self.nodes if node.role is Role.LAYER]
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting += node.inputs
+                waiting += [] if node.module is None else calls[node.module]
+        return found
+
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -1,7 +1,8 @@
 """Stored tensors: which tensors of a network are codes, and which of them have one step.
 
 Every tensor that a quantized layer, an addition, a concatenation, an average or an elementwise function reads is stored
-as codes.  Its quantizer is shared by all who read it at its bits.  Two relations join tensors:
+as codes, up to the last layer: what leads only to the outputs stays floating point.  Its quantizer is shared by all who
+read it at its bits.  Two relations join tensors:
 
 - What only moves values (max pooling, slices, padding, flatten) and concatenation have inputs and outputs of one step
   and one sign: one quantizer.  Such tensors are a *storage*.
@@ -85,12 +86,15 @@ def storages(flow: Flow, joins: QuantSpec | None) -> dict[Node, Storage]:
     joins: of what joins read; None: they read floating point.
     Returns: node -> the storage of its output.
     """
+    before = flow.before_layers()
     tensors = Sets(flow.nodes)
     by_port: dict[tuple[nn.Module, int], Node] = {}
     for reader, place, source in flow.ports():
-        if reader.role in (Role.MOVE, Role.CAT) and (reader.role is Role.MOVE or joins is not None):
+        joined = joins is not None and reader in before
+        if reader.role is Role.MOVE or (reader.role is Role.CAT and joined):
             tensors.join(reader, source)
-        if reader.module is not None and (reader.role is Role.LAYER or reader.role in JOINS):  # a module called twice
+        # a module called twice
+        if reader.module is not None and (reader.role is Role.LAYER or (reader.role in JOINS and joined)):
             tensors.join(by_port.setdefault((reader.module, place), source), source)
     found: dict[Node, Storage] = {}
     for node in flow.nodes:
@@ -99,13 +103,14 @@ def storages(flow: Flow, joins: QuantSpec | None) -> dict[Node, Storage]:
         storage.tensors.append(node)
     seen: set[tuple[nn.Module, int]] = set()
     for reader, place, source in flow.ports():
-        if (bits := _bits_read(reader, joins)) is None or reader.module is None or (reader.module, place) in seen:
+        bits = _bits_read(reader, joins if reader in before else None)
+        if bits is None or reader.module is None or (reader.module, place) in seen:
             continue
         seen.add((reader.module, place))
         storage = found[source]
         storage.ports.append((reader, place))
         storage.bits = max(bits, storage.bits or 0)
-    _tie(flow, found, joins)
+    _tie([node for node in flow.nodes if node in before], found, joins)
     return found
 
 
@@ -117,12 +122,12 @@ def _bits_read(reader: Node, joins: QuantSpec | None) -> int | None:
     return joins.bits if joins is not None and reader.role in JOINS else None
 
 
-def _tie(flow: Flow, found: dict[Node, Storage], joins: QuantSpec | None) -> None:
+def _tie(nodes: list[Node], found: dict[Node, Storage], joins: QuantSpec | None) -> None:
     """Give the storages of the operands of additions one owner and one number of bits."""
     order = list(dict.fromkeys(found.values()))
     groups = Sets(order)
     if joins is not None:
-        for node in flow.nodes:
+        for node in nodes:
             if node.role is Role.ADD:
                 first, *others = (found[source] for source in node.inputs)
                 for other in others:

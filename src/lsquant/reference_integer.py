@@ -25,6 +25,9 @@ TIE_MARGIN = Fraction(1, 2**13)
 """No possible sum of an addition comes closer than this to a rounding tie."""
 
 STEP_FACTOR = 1.0 + 1e-6
+FUNCTION_MARGIN = 2.0**-12
+GATE_STEP = 2.0**-8
+MOST_RAISES = 100_000
 """What the output step of an addition is multiplied by until the margin is kept."""
 
 DEAD_CHANNEL = 2.0**-10
@@ -151,7 +154,28 @@ def safe_output_step(step: float, output_step: float, largest: int) -> float:
         quotient = n * s.double() / s_y.double()  # its error, 2^-44 of at most 2^9, does not count beside the margin
         if not bool(((quotient - quotient.floor() - 0.5).abs() <= margin).any()):
             return float(s_y)
-        s_y = torch.maximum(s_y * STEP_FACTOR, torch.nextafter(s_y, torch.tensor(torch.inf)))
+        s_y = raised(s_y)
+
+
+def raised(step: Tensor) -> Tensor:
+    """Return a step times 1 + 1e-6, at least the next float32."""
+    return torch.maximum(step * STEP_FACTOR, torch.nextafter(step, torch.full_like(step, torch.inf)))
+
+
+def near_a_tie(quotients: Tensor, low: int, high: int) -> bool:
+    """(M18) Tell whether a quotient between the bounds lies within 2^-12 of a tie.  quotients: float64."""
+    inside = (quotients > low - 1) & (quotients < high + 1)
+    return bool((inside & ((quotients - quotients.floor() - 0.5).abs() <= FUNCTION_MARGIN)).any())
+
+
+def gate_quotients(codes: Tensor, step: Tensor) -> Tensor:
+    """(M18) Return ``sigmoid(fl32(q s)) / s_g``, float64, with ``s_g = 1 / 256``: the sigmoid in SiLU."""
+    return torch.sigmoid((codes.to(torch.float32) * step).double()) / GATE_STEP
+
+
+def gate_codes(codes: Tensor, step: Tensor) -> Tensor:
+    """(M18) Return ``q_g = clip(rint(sigmoid(fl32(q s)) / s_g), 0, 255)``, float64 whole numbers."""
+    return torch.round(gate_quotients(codes, step)).clamp(0, 255)
 
 
 def average(

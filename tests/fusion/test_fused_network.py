@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -180,8 +181,43 @@ def test_functions_are_tables(function: Any) -> None:
     quotient = (function()(values).float() / steps["1"]).double()
     reads: Any = model[2]
     low, high = reads.input_quantizer.q_min, reads.input_quantizer.q_max
-    assert codes["1"].tolist() == quotient.round().clamp(low, high).long().tolist()
+    wanted = quotient.round().clamp(low, high).long()
+    if function is nn.SiLU:
+        s, s_y = (np.float32(float(steps[name])) for name in ("0", "1"))
+        table = torch.tensor(oracle.integer_silu(-128, 127, s, s_y, low, high))
+        assert int((table[codes["0"] + 128] - wanted).abs().max()) == 1  # near SiLU, not SiLU
+        wanted = table[codes["0"] + 128]
+    assert codes["1"].tolist() == wanted.tolist()
     assert network.program.floats == []
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_a_function_rounds_is_no_tie(function: Any) -> None:
+    """At the steps with which it would be one: runtimes compute functions with errors."""
+    model: Any = nn.Sequential(nn.Linear(4, 6), function(), nn.Linear(6, 2)).eval()
+    x = torch.randn(50, 4)
+    lsquant.prepare(model, Recipe(8, 8, joins=8), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    reads = [model[1].input_quantizers[0], model[2].input_quantizer]
+    at = float(100 * reads[0].step.detach())
+    value = float(function()(torch.tensor(at).double()))
+    if function is nn.SiLU:
+        value = at * round(256 / (1 + math.exp(-at))) / 256
+    with torch.no_grad():
+        reads[1].step.fill_(value / 20.5)  # the code 100 gives 20.5
+    steps = lsquant.fuse(model).stored_steps()
+    moved = [float((steps[name] / quantizer.step).detach()) for name, quantizer in zip("01", reads, strict=True)]
+    assert all(1.0 <= factor < 1.001 for factor in moved)
+    assert max(moved) > 1.0
+    s, s_y = (float(steps[name]) for name in "01")
+    for q in range(-128, 128):
+        at = float(np.float32(q) * np.float32(s))
+        quotients = [float(function()(torch.tensor(at).double())) / s_y]
+        if function is nn.SiLU:
+            gate = 256 / (1 + math.exp(-at))
+            quotients = [gate, q * min(round(gate), 255) * s / 256 / s_y]
+        for quotient in quotients:
+            assert abs(quotient - math.floor(quotient) - 0.5) > 2.0**-12.5 or not -129 < quotient < 256
 
 
 def test_averages_equal_the_oracle() -> None:

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 import lsquant
+from helpers.benchmarks import bench as bench
 from helpers.integer_nets import drawn
 from lsquant import Recipe, UsageError
-from lsquant.nn import Chunk
+from lsquant.nn import Add, Chunk
+from lsquant.nn.stored import FUNCTIONS
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -92,6 +94,69 @@ def test_the_runtime_computes_nothing_in_floating_point(preset: str, tmp_path: P
             assert found["QLinearConv"] == 3
             assert found["QLinearAdd"] == found["QGemm"] == found["QLinearGlobalAveragePool"] == 1
             assert not set(found) & {"Conv", "Add", "Gemm", "Mul", "Relu", "BatchNormalization", "GlobalAveragePool"}
+
+
+def test_functions_at_every_level(tmp_path: Path) -> None:
+    """In the runtime's own operators, and as tables where those are too coarse for a small step."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, 6)
+    layers = [part for kind in FUNCTIONS for part in (nn.Conv2d(3, 3, 3, padding=1), kind())]
+    model = nn.Sequential(*layers, nn.Conv2d(3, 2, 1)).eval()
+    with torch.no_grad():
+        for layer in layers[::2]:
+            layer.weight.mul_(3.0)  # type: ignore[union-attr, operator]
+            layer.bias.mul_(3.0)  # type: ignore[union-attr, operator]
+        layers[-2].weight.mul_(1e-4)  # type: ignore[union-attr, operator]
+        layers[-2].bias.mul_(1e-4)  # type: ignore[union-attr, operator]
+    lsquant.prepare(model, Recipe.preset("w8a8", integer_only=True), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    network = lsquant.fuse(model)
+    assert network.program.floats == []
+    with torch.no_grad():
+        wanted = network(x).numpy()
+    for form, levels in (("qoperator", LEVELS), ("qdq", LEVELS[2:])):
+        path = lsquant.export_onnx(network, tmp_path / "m.onnx", x, profile="integer", form=form)
+        assert lsquant.verify(network, path, [x, 3 * x]).exact
+        for level in levels:
+            found, output = operators(path, level, x.numpy(), tmp_path)
+            assert output.tobytes() == wanted.tobytes(), (form, level)
+        assert (found["QLinearSigmoid"], found["QLinearMul"]) == (2, 1)
+        assert found["Gather"] == 2  # Mish, and the last one, whose step is small
+        assert found["HardSigmoid"] == 2  # HardSwish is x times it
+        assert found["Tanh"] == found["Elu"] == found["Erf"] == 1
+
+
+def test_a_detector_is_integer_up_to_its_heads(bench: Any, tmp_path: Path) -> None:
+    """SiLU, concatenations, a pooling pyramid, upsampling; its boxes are decoded in floating point."""
+    torch.manual_seed(0)
+    model, x = bench("networks").Detector(width=4, classes=3), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for _ in range(2):
+            model(x)
+    lsquant.trace(model.eval(), x)
+    lsquant.prepare(model, Recipe.preset("w8a8", integer_only=True), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    network = lsquant.fuse(model)
+    assert not [step for step in network.program.floats if isinstance(step.module, (nn.Conv2d, nn.SiLU, Add))]
+    for form in ("qdq", "qoperator"):
+        path = lsquant.export_onnx(network, tmp_path / "m.onnx", x, profile="integer", form=form)
+        verdict = lsquant.verify(network, path, [x])
+        assert verdict.reaches("codes"), str(verdict)
+        operators(path, "ORT_ENABLE_ALL", x.numpy(), tmp_path)
+        graph = onnx.load(tmp_path / "optimised.onnx").graph
+        makers = {name: node for node in graph.node for name in node.output}
+        waiting = [name for node in graph.node if node.op_type == "ConvInteger" for name in node.input]
+        before: dict[int, Any] = {}
+        while waiting:
+            if (node := makers.get(waiting.pop())) is not None and id(node) not in before:
+                before[id(node)] = node
+                waiting += node.input
+        kinds = Counter(node.op_type for node in before.values())
+        assert (kinds["QLinearConv"], kinds["QLinearSigmoid"], kinds["QLinearMul"]) == (43, 43, 43)
+        allowed = {"QLinearConv", "QLinearSigmoid", "QLinearMul", "QLinearAdd", "Concat", "Transpose", "Resize"}
+        assert not kinds.keys() - allowed - {"NhwcMaxPool", "MaxPool", "QuantizeLinear"}
+        assert kinds["QuantizeLinear"] == 1
+        assert kinds["Transpose"] <= 5
 
 
 def test_what_the_file_says_is_compared(tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from lsquant.fusion.arithmetic import (
     requantized,
     with_values,
 )
+from lsquant.fusion.functions import all_codes, function_quotients, plain_function, safe_function_steps
 from lsquant.joining import STORED
-from lsquant.nn import quantizers
+from lsquant.nn import StoredInputs, quantizers
 from lsquant.program import Kind, Program, Step, program_of
 from lsquant.quantizer import Quantizer
 from lsquant.tied import TiedQuantizer
@@ -256,8 +257,8 @@ class Run:
     def function(self, step: Step) -> None:
         source, out = step.node.inputs[0], self.grid(step.end)
         codes, read, s_y = self.stored[source], self.grid(source), out.step.detach()
-        table = function_values(step.module, read) / s_y
-        u = table[(codes.detach() - read.low).long()]
+        table = function_quotients(step.module, all_codes(read.low, read.high, codes.device), read.step.detach(), s_y)
+        u = table.float()[(codes.detach() - read.low).long()]
         y = plain_function(step.module)(self.value(source)) if codes.requires_grad else u
         self.stored[step.end] = requantized(y, 1.0 / s_y, u, out)
 
@@ -273,7 +274,9 @@ class Run:
     def real_step(self, step: Step) -> None:
         call = step.node.call
         args, kwargs = self.mapped(call.args), self.mapped(call.kwargs)
-        if step.module is not None:
+        if isinstance(step.module, StoredInputs):  # what is read has gone through the quantizer
+            self.real[step.end] = step.module.float_type.forward(step.module, *args, **kwargs)
+        elif step.module is not None:
             self.real[step.end] = step.module(*args, **kwargs)
         elif call.op == "call_method":
             self.real[step.end] = getattr(args[0], str(call.target))(*args[1:], **kwargs)
@@ -300,44 +303,48 @@ def _owner(quantizer: Quantizer) -> Quantizer:
 
 @torch.no_grad()
 def safe_steps(program: Program) -> dict[Quantizer, Tensor]:
-    """(M15) Return the steps behind additions that had to be raised: owner -> () float32."""
+    """(M15, M18) Return the steps around additions and functions that had to be raised: owner -> () float32."""
     raised: dict[Quantizer, Tensor] = {}
 
     def step(owner: Quantizer) -> Tensor:
         return raised[owner] if owner in raised else owner.effective_step().reshape(())
 
-    additions = [s for s in program.steps if s.kind is Kind.ADD]
+    def changed(owner: Quantizer, after: Tensor) -> bool:
+        if bool(after == step(owner)):
+            return False
+        raised[owner] = after
+        return True
+
+    def quantizer(node: Node) -> Quantizer:
+        found = program.stored[node]
+        assert found is not None
+        return found
+
+    def settle_addition(one: Step) -> bool:
+        a, b = (quantizer(source) for source in one.node.inputs)
+        source, target = _owner(a), _owner(quantizer(one.end))
+        if target is source:
+            return False  # the quotient is 1
+        largest = sum(max(abs(q.q_min), abs(q.q_max)) for q in (a, b))
+        after = reference.safe_output_step(float(step(source)), float(step(target)), largest)
+        return changed(target, torch.tensor(after, device=step(target).device))
+
+    def settle_function(one: Step) -> bool:
+        read, out = quantizer(one.node.inputs[0]), quantizer(one.end)
+        source, target = _owner(read), _owner(out)
+        s, s_y = step(source), None if target is source else step(target)
+        codes = all_codes(read.q_min, read.q_max, s.device)
+        s, s_y = safe_function_steps(one.module, codes, (out.q_min, out.q_max), s, s_y)
+        moved = changed(source, s)
+        return (s_y is not None and changed(target, s_y)) or moved
+
+    settle = {Kind.ADD: settle_addition, Kind.FUNCTION: settle_function}
+    steps = [one for one in program.steps if one.kind in settle]
     for _ in range(MOST_PASSES):
-        changed = False
-        for one in additions:
-            a, b = (program.stored[source] for source in one.node.inputs)
-            out = program.stored[one.end]
-            assert a is not None
-            assert b is not None
-            assert out is not None
-            largest = sum(max(abs(q.q_min), abs(q.q_max)) for q in (a, b))
-            before = step(_owner(out))
-            if _owner(out) is _owner(a):
-                continue  # the quotient is 1
-            after = reference.safe_output_step(float(step(_owner(a))), float(before), largest)
-            if after != float(before):
-                raised[_owner(out)] = torch.tensor(after, device=before.device)
-                changed = True
-        if not changed:
+        moved = [settle[one.kind](one) for one in steps]
+        if not any(moved):
             return raised
-    raise UsageError("fuse: the steps of additions that depend on each other in a circle find no values")
-
-
-def plain_function(module: Any) -> Callable[[Tensor], Tensor]:
-    """Return the function of a module without its quantizers."""
-    return lambda x: module.float_type.forward(module, x)
-
-
-@torch.no_grad()
-def function_values(module: Any, read: Codes) -> Tensor:
-    """(M18) Return ``fl32(f(fl32(q s)))`` of every code q of the input, ascending; f is computed in float64."""
-    codes = torch.arange(read.low, read.high + 1, dtype=torch.float32, device=read.step.device)
-    return plain_function(module)((codes * read.step.detach()).double()).float()
+    raise UsageError("fuse: the steps of additions and functions that depend on each other find no values")
 
 
 def limits_of(module: nn.Module) -> tuple[float | None, float | None]:

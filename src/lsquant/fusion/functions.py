@@ -1,0 +1,73 @@
+"""(M18) Elementwise functions between two quantizers: one code of the output for each code of the input.
+
+SiLU is ``x sigmoid(x)`` with the sigmoid in codes of 8 bits, as integer runtimes compute it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsquant import reference_integer as reference
+from lsquant._util.errors import UsageError
+
+
+def plain_function(module: Any) -> Callable[[Tensor], Tensor]:
+    """Return the function of a module without its quantizers."""
+    return lambda x: module.float_type.forward(module, x)
+
+
+def all_codes(low: int, high: int, device: torch.device) -> Tensor:
+    """Return every code of a tensor, ascending, float32."""
+    return torch.arange(low, high + 1, dtype=torch.float32, device=device)
+
+
+def has_gate(module: nn.Module) -> bool:
+    """Tell whether a function is its input times a sigmoid in codes."""
+    return isinstance(module, nn.SiLU)
+
+
+@torch.no_grad()
+def function_quotients(module: Any, codes: Tensor, step: Tensor, output_step: Tensor) -> Tensor:
+    """(M18) Return what is rounded to codes of the output, float64.
+
+    ``u = fl32(fl32(f(fl32(q s))) / s_y)``, f computed in float64; for SiLU ``u = q q_g s s_g / s_y``.
+
+    codes: of the input.
+    step, output_step: () float32.
+    """
+    if has_gate(module):
+        gate = reference.gate_codes(codes, step)
+        return codes.double() * gate * (step.double() * reference.GATE_STEP / output_step.double())
+    values = plain_function(module)((codes * step).double()).float()
+    return (values / output_step).double()
+
+
+@torch.no_grad()
+def safe_function_steps(
+    module: Any, codes: Tensor, bounds: tuple[int, int], step: Tensor, output_step: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Raise the steps of a function's input and output until nothing that is rounded comes close to a tie.
+
+    Runtimes compute functions with errors of some 1e-7; away from ties they find the same codes.
+
+    codes: every code of the input.
+    bounds: of the output.
+    output_step: None where it is ``step`` itself.
+    Returns: (step, output_step).
+    """
+    for _ in range(reference.MOST_RAISES):
+        own = step if output_step is None else output_step
+        if has_gate(module) and reference.near_a_tie(reference.gate_quotients(codes, step), 0, 255):
+            step = reference.raised(step)
+        elif reference.near_a_tie(function_quotients(module, codes, step, own), *bounds):
+            if output_step is None:
+                step = reference.raised(step)
+            else:
+                output_step = reference.raised(output_step)
+        else:
+            return step, output_step
+    raise UsageError(f"fuse: no step of {type(module).__name__} near {float(step)} keeps its values away from ties")
