@@ -220,6 +220,37 @@ def test_what_a_function_rounds_is_no_tie(function: Any) -> None:
             assert abs(quotient - math.floor(quotient) - 0.5) > 2.0**-12.5 or not -129 < quotient < 256
 
 
+def test_what_folding_changed_is_told() -> None:
+    model, network, x = one_layer(3)
+    batches = [x, 2 * x, -x]
+    found = network.changes(batches, metric=lambda y, batch: float(y.sum()), max_batches=2)
+    with torch.no_grad():
+        trained = [model[3].input_quantizer.codes(model[:3](b)).long() for b in batches[:2]]
+        outputs = [(model(b), network(b)) for b in batches[:2]]
+    distances = [(t - network.codes(b)["2"]).abs() for t, b in zip(trained, batches, strict=False)]
+    assert [row.name for row in found.stored] == ["input_1", "2"]
+    assert (found.stored[0].elements, found.stored[0].different) == (2 * x.numel(), 0)
+    row = found.stored[1]
+    assert row.elements == sum(d.numel() for d in distances)
+    assert row.different == sum(int((d > 0).sum()) for d in distances)
+    assert row.different > 0
+    assert row.largest == max(int(d.max()) for d in distances)
+    assert found.largest_output == max(float((a.double() - b.double()).abs().max()) for a, b in outputs)
+    assert found.metric == tuple(sum(float(pair[i].sum()) for pair in outputs) / 2 for i in (0, 1))
+    assert found.raised == {}
+    assert f"{row.elements}" in str(found)
+    assert "as trained" in str(found)
+    assert network.training == model.training
+
+
+def test_a_raised_channel_is_told() -> None:
+    model, network, x = one_layer(2)
+    with torch.no_grad():
+        model[1].bias[1] = 1e9
+    assert "0: the step of 1 channels was raised" in str(network.changes([x]))
+    assert network.changes([x]).raised == {"0": 1}
+
+
 def test_averages_equal_the_oracle() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), Mean((2, 3)), nn.Linear(4, 2)).eval()
     x = torch.randn(3, 3, 5, 7)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from lsquant import reference_integer as reference
-from lsquant._util.batches import require_one_process
+from lsquant._util.batches import Forward, require_one_process
 from lsquant._util.errors import UsageError
 from lsquant.dataflow import Node, dataflow
 from lsquant.fusion.arithmetic import (
@@ -24,6 +24,7 @@ from lsquant.fusion.arithmetic import (
     requantized,
     with_values,
 )
+from lsquant.fusion.changes import FoldChanges, Metric, changes
 from lsquant.fusion.functions import all_codes, function_quotients, plain_function, safe_function_steps
 from lsquant.joining import STORED
 from lsquant.nn import StoredInputs, quantizers
@@ -99,6 +100,24 @@ class FusedNetwork(nn.Module):
         if vars(self.model).get(STORED) is not self.joins:
             raise UsageError("the model was prepared or reverted after fuse: call lsquant.fuse(model) again")
         return Run(self.program, taps=self.taps).outputs(self.given(args, kwargs))
+
+    def changes(
+        self,
+        batches: Iterable[Any],
+        *,
+        metric: Metric | None = None,
+        max_batches: int | None = 32,
+        forward: Forward | None = None,
+    ) -> FoldChanges:
+        """Compare this form with the model as it was trained: codes of stored tensors, outputs and a metric.
+
+        batches: as for ``calibrate``.
+        metric: ``metric(output, batch)`` gives a number; the mean over batches counts.
+        max_batches: run at most so many; None: all.
+        forward: ``forward(model, batch)`` runs a model on one batch.
+        Returns: FoldChanges; prints as a table.
+        """
+        return changes(self, batches, metric, max_batches, forward)
 
     @torch.no_grad()
     def constants(self) -> dict[str, Folded]:
