@@ -96,6 +96,26 @@ def test_the_runtime_computes_nothing_in_floating_point(preset: str, tmp_path: P
             assert not set(found) & {"Conv", "Add", "Gemm", "Mul", "Relu", "BatchNormalization", "GlobalAveragePool"}
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("form", ["qdq", "qoperator"])
+def test_weights_of_few_bits_take_few_bits(form: str, bits: int, tmp_path: Path) -> None:
+    """And what runs is the same: the Cast behind them is computed when the file is loaded."""
+    model, x = ready(f"w{bits}a8")
+    wanted = lsquant.fuse(model)(x).detach().numpy()
+    types = onnx.TensorProto
+    small = types.INT4 if bits <= 4 else types.INT8
+    for opset, kind in ((None, small), (18, types.INT8), (21, small), (25, types.INT2 if bits == 2 else small)):
+        path = lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile="integer", form=form, opset=opset)
+        proto = onnx.load(path)
+        held = {t.name: t.data_type for t in proto.graph.initializer if t.name.endswith(".weight")}
+        assert held == {"stem.weight": types.INT8, "a.weight": kind, "b.weight": kind, "head.weight": types.INT8}
+        assert proto.opset_import[0].version == (opset or (21 if bits <= 4 else 13))
+        found, output = operators(path, "ORT_ENABLE_EXTENDED", x.numpy(), tmp_path)
+        assert output.tobytes() == wanted.tobytes()
+        assert (found["QLinearConv"], found["QLinearAdd"], found["QGemm"], found["Cast"]) == (3, 1, 1, 0)
+        assert lsquant.verify(model, path, [x]).exact
+
+
 def test_functions_at_every_level(tmp_path: Path) -> None:
     """In the runtime's own operators, and as tables where those are too coarse for a small step."""
     torch.manual_seed(0)

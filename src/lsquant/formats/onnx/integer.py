@@ -24,8 +24,9 @@ from lsquant._util.batches import model_inputs
 from lsquant._util.errors import UsageError
 from lsquant._util.optional import require
 from lsquant.dataflow import Node
-from lsquant.formats.onnx.capture import exported
-from lsquant.formats.onnx.graph import FLOAT, INT32, Graph, LayerTrace, array
+from lsquant.formats.onnx.capture import TORCH_OPSET, exported
+from lsquant.formats.onnx.codes import NARROW, narrow_type
+from lsquant.formats.onnx.graph import FLOAT, INT8, INT32, Graph, LayerTrace, array
 from lsquant.fusion.arithmetic import Codes
 from lsquant.fusion.functions import all_codes, function_quotients
 from lsquant.fusion.network import FusedNetwork, Run, averaged
@@ -37,6 +38,7 @@ FORMS = ("qdq", "qoperator")
 MICROSOFT = "com.microsoft"
 MOST_SCALED = 2.0**-32, 2.0**8
 """Between these has to be what ONNX Runtime's average multiplies sums by."""
+INT4_SINCE = dict(NARROW)[4]
 SHIFT = 128
 """What is added to a signed code for storage as uint8."""
 _MICROSOFT_OPERATORS = (
@@ -117,10 +119,12 @@ class Writer:
     graph: that is written.
     run: of the network over an example, with its constants.
     form: one of FORMS.
+    opset: of the file, which decides whether weights of few bits are INT4 or INT2.
     """
 
-    def __init__(self, graph: Graph, run: Run, form: str) -> None:
-        self.graph, self.run, self.form = graph, run, form
+    def __init__(self, graph: Graph, run: Run, form: str, opset: int) -> None:
+        self.graph, self.run, self.form, self.opset = graph, run, form, opset
+        self.has_narrow = False
         self.steps = run.program.steps
         self.nodes = {node.name: node for node in run.program.flow.nodes}
 
@@ -219,7 +223,7 @@ class Writer:
         codes = layer.from_rows(constants.codes).to(torch.int8)
         low, high = int(codes.min()), int(codes.max())
         assert -128 <= low <= high <= 127
-        weight = self.graph.constant(f"{name}.weight", array(codes))
+        weight = self._weight(name, array(codes), narrow_type(low, high, self.opset))
         steps = self.graph.constant(f"{name}.weight_step", array(constants.step))
         zeros = self.graph.constant(f"{name}.weight_zero_point", np.zeros(len(constants.step), np.int8))
         bias = self.graph.constant(f"{name}.bias", array(constants.bias).astype(np.int32))
@@ -237,6 +241,12 @@ class Writer:
         operator = "Gemm" if is_linear else "Conv"
         y = self.node(operator, [real, w, b], output if grid is None else f"{name}/sum", **geometry)
         return y if grid is None or out is None else self._codes(y, out, grid, output)
+
+    def _weight(self, name: str, codes: np.ndarray, narrow: Any) -> str:
+        """Write the codes of a weight; as INT4 or INT2 with a Cast, which runtimes compute once."""
+        self.has_narrow = self.has_narrow or narrow is not None
+        held = self.graph.constant(f"{name}.weight", codes if narrow is None else codes.astype(narrow))
+        return held if narrow is None else self.node("Cast", [held], f"{name}/weight_codes", "Cast_weight", to=INT8)
 
     def _layer_operator(
         self,
@@ -256,21 +266,21 @@ class Writer:
         elif out is not None:
             operator, operands = "QLinearConv", [*operands, out.step, out.zero, bias]
         else:
-            return self._real_sums(step, x, scale, output, geometry)
+            return self._real_sums(step, x, weight, scale, output, geometry)
         if out is None or grid is None:
             return self.node(operator, operands, output, **geometry)
         clipped = self._clip_nodes(grid, out)
         raw = self.node(operator, operands, f"{output}/raw" if clipped else output, **geometry)
         return self._within(raw, clipped, output)
 
-    def _real_sums(self, step: Step, x: str, scale: Scale, output: str, geometry: Any) -> str:
+    def _real_sums(self, step: Step, x: str, weight: str, scale: Scale, output: str, geometry: Any) -> str:
         """Write a last convolution: ``fl32(fl32(acc + b) fl32(s_x s_w))``."""
         constants, name, graph = self.run.constants[step], step.name, self.graph
         shape = [-1] + [1] * (constants.codes.dim() - 2)
         bias = graph.constant(f"{name}.shaped_bias", array(constants.bias).astype(np.int32).reshape(shape))
         factor = self.run.read_grid(step).step * constants.step
         scales = graph.constant(f"{name}.scale", array(factor).reshape(shape))
-        sums = self.node("ConvInteger", [x, f"{name}.weight", scale.zero], f"{name}/sums", **geometry)
+        sums = self.node("ConvInteger", [x, weight, scale.zero], f"{name}/sums", **geometry)
         total = self.node("Add", [sums, bias], f"{name}/total", "Add_bias")
         real = self.node("Cast", [total], f"{name}/float", to=FLOAT)
         return self.node("Mul", [real, scales], output)
@@ -464,18 +474,21 @@ _LOWER = {
 }
 
 
-def integer_proto(network: FusedNetwork, example_inputs: Any, form: str, opset: int, dynamic_batch: bool) -> Any:
-    """Return (ModelProto, traces) of a fused network, its marked nodes lowered.
+def integer_proto(
+    network: FusedNetwork, example_inputs: Any, form: str, opset: int | None, dynamic_batch: bool
+) -> tuple[Any, list[LayerTrace], int | None]:
+    """Return (ModelProto, traces, operator set) of a fused network, its marked nodes lowered.
 
+    opset: None: the lowest one that serves, with INT4 where weights have at most 4 bits.
     traces: one for each step over codes; of a stored tensor under the name of its tap.
     """
     args, kwargs = model_inputs(example_inputs)
     run = Run(network.program)
     with torch.no_grad():
         run.outputs(network.given(args, kwargs))
-    proto = exported(MarkedNetwork(network, run), example_inputs, opset, dynamic_batch)
+    proto = exported(MarkedNetwork(network, run), example_inputs, opset or TORCH_OPSET, dynamic_batch)
     graph, renamed, traces = Graph(), {}, []
-    writer = Writer(graph, run, form)
+    writer = Writer(graph, run, form, opset or INT4_SINCE)
     for node in proto.graph.node:
         inputs = [renamed.get(name, name) for name in node.input]
         if node.domain != "lsquant":
@@ -497,4 +510,4 @@ def integer_proto(network: FusedNetwork, example_inputs: Any, form: str, opset: 
     for part, new in ((proto.graph.node, graph.nodes), (proto.graph.initializer, kept)):
         del part[:]
         part.extend(new)
-    return proto, traces
+    return proto, traces, opset or (INT4_SINCE if writer.has_narrow else None)

@@ -52,7 +52,8 @@ def export_onnx(
     profile: "exact", integer sums equal to the trained layers; "small", the same with weights of 2 bits as INT2 or
         UINT2 and of 3 and 4 bits as INT4 or UINT4 (opset 25 and 21; with opset=21 all of 4 bits); "qdq", standard
         QuantizeLinear and DequantizeLinear around float operators; or "integer", the integer-only form of a network
-        that was prepared with ``Recipe(..., joins=8)`` (docs/integer-only.md).
+        that was prepared with ``Recipe(..., joins=8)`` (docs/integer-only.md), its weights of at most 4 bits as INT4
+        (opset 21; with opset=25 those of 2 bits as INT2, with less bytes).
     opset: the file's operator set; default: the lowest one that has all the operators and types used.
     form: of profile "integer": "qdq", QuantizeLinear and DequantizeLinear, which runtimes fuse to integer operators; or
         "qoperator", integer operators of ONNX Runtime.
@@ -95,7 +96,7 @@ def onnx_model(
         network = model if isinstance(model, FusedNetwork) else fuse(model)
         with evaluating(network):
             run_batch(network, example_inputs)
-            proto, traces = integer_proto(network, example_inputs, form, opset or TORCH_OPSET, dynamic_batch)
+            proto, traces, opset = integer_proto(network, example_inputs, form, opset, dynamic_batch)
         return _finished(network, proto, traces, profile, opset)
     if isinstance(model, FusedNetwork):
         raise UsageError(f"export_onnx: a fused network is written by profile='integer', not {profile!r}")
