@@ -109,7 +109,8 @@ def test_weights_of_few_bits_take_few_bits(form: str, bits: int, tmp_path: Path)
         proto = onnx.load(path)
         held = {t.name: t.data_type for t in proto.graph.initializer if t.name.endswith(".weight")}
         assert held == {"stem.weight": types.INT8, "a.weight": kind, "b.weight": kind, "head.weight": types.INT8}
-        assert proto.opset_import[0].version == (opset or (21 if bits <= 4 else 13))
+        version = proto.opset_import[0].version
+        assert version == opset or (opset is None and (version == 21 if bits <= 4 else version < 18))
         found, output = operators(path, "ORT_ENABLE_EXTENDED", x.numpy(), tmp_path)
         assert output.tobytes() == wanted.tobytes()
         assert (found["QLinearConv"], found["QLinearAdd"], found["QGemm"], found["Cast"]) == (3, 1, 1, 0)

@@ -195,6 +195,8 @@ def change(state: dict, *keys: object, to: object) -> None:
         (("optimizer", "state"), {"a": 1}, "a table by numbers of parameters"),
         (("optimizer", "state", 0, "exp_avg"), torch.ones(7), r"exp_avg: shape \(7,\)"),
         (("optimizer", "state", 0, "exp_avg"), 1.0, "is no tensor"),
+        (("optimizer", "state", 1), {"step": torch.tensor(4.0)}, r"state\.1.*the key 'exp_avg' is missing"),
+        (("optimizer", "param_groups", 0, "amsgrad"), True, "the key 'max_exp_avg_sq' is missing"),
         (("optimizer", "state", 0, "step"), torch.tensor(-1000.0), "needed is a finite number from 0"),
         (("optimizer", "state", 0, "step"), torch.tensor(torch.inf), "needed is a finite number from 0"),
         (("optimizer", "param_groups", 0, "lr"), "fast", "lr is 'fast'"),

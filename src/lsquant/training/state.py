@@ -206,8 +206,12 @@ def check_optimizer_part(entry: Entry, optimizer: torch.optim.Optimizer) -> dict
     state = found["state"].value
     if not isinstance(state, dict) or not all(type(key) is int and 0 <= key < len(parameters) for key in state):
         raise found["state"].wrong("a table by numbers of parameters")
+    needed = _needed(optimizer, [group.table() for group in groups])
     for key, facts in state.items():
-        for name, fact in found["state"].at(str(key), facts).table().items():
+        of_parameter = found["state"].at(str(key), facts)
+        if facts:  # a parameter that had no gradient yet has no state
+            of_parameter.parts(*sorted(needed[key]))
+        for name, fact in of_parameter.table().items():
             value, shape = fact.value, parameters[key].shape
             if isinstance(value, torch.Tensor):
                 fits = value.shape == shape if name in MOMENTS else name != "step" or value.numel() == 1
@@ -219,6 +223,18 @@ def check_optimizer_part(entry: Entry, optimizer: torch.optim.Optimizer) -> dict
                 steps = value.item() if isinstance(value, torch.Tensor) else value
                 fact.at("number", steps).number(0.0, 2.0**53)  # torch's Adam raises its betas to this power
     return entry.value
+
+
+def _needed(optimizer: torch.optim.Optimizer, groups: list[dict[str, Entry]]) -> list[set[str]]:
+    """Return by parameter what torch's optimizers look up in its state without asking whether it is there."""
+    needed: list[set[str]] = []
+    for group, here in zip(groups, optimizer.param_groups, strict=True):
+        keys: set[str] = set()
+        if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+            keys = {"step", "exp_avg", "exp_avg_sq"}
+            keys |= {"max_exp_avg_sq"} if "amsgrad" in group and group["amsgrad"].value else set()
+        needed += [keys] * len(here["params"])
+    return needed
 
 
 def _is_number(value: Any) -> bool:
