@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,18 @@ from lsquant.nn.stored import FUNCTIONS
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 
-FAST, PER_TEST = 40, 10
+FAST, PER_TEST = 100, 20
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 
 
 def check(seed: int, folder: Path, forms: tuple[str, ...]) -> None:
-    network, _, x = drawn(seed)
+    """Trained in folded form, loaded again from the packed file, and the ONNX file: equal outputs."""
+    network, model, x = drawn(seed)
     assert network.program.floats == [], seed
+    again = drawn(seed)[1] if seed % 10 == 0 else copy.deepcopy(model)
+    lsquant.load_packed(lsquant.revert(again), lsquant.export_packed(model, folder / "packed.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(lsquant.fuse(again.eval())(x), network(x)), seed
     for form in forms:
         path = lsquant.export_onnx(network, folder / f"{form}.onnx", x, profile="integer", form=form)
         verdict = lsquant.verify(network, path, [x, 2 * torch.randn(3, 3, 8, 8)])

@@ -114,6 +114,7 @@ class Net(nn.Module):
                 blocks.append(ConvUnit(rng, c, c, act=act()))
         self.blocks = nn.Sequential(*blocks)
         self.is_head = bool(rng.random() < 0.25)
+        self.end = nn.ReLU() if rng.random() < 0.2 else nn.Identity()
         if self.is_head:
             self.head = nn.Conv2d(c, 5, 1)
         else:
@@ -123,7 +124,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.stem(x))
-        return self.head(x) if self.is_head else self.head(self.flatten(self.pool(x)))
+        return self.end(self.head(x if self.is_head else self.flatten(self.pool(x))))
 
 
 def drawn(seed: int) -> tuple[lsquant.FusedNetwork, nn.Module, Tensor]:

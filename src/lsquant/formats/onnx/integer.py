@@ -17,19 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lsquant import nn as lnn
 from lsquant._util.batches import model_inputs
 from lsquant._util.errors import UsageError
+from lsquant._util.nested import tensors_in
 from lsquant._util.optional import require
-from lsquant.dataflow import Node
+from lsquant.dataflow import Flow, Node
 from lsquant.formats.onnx.capture import TORCH_OPSET, exported
 from lsquant.formats.onnx.codes import NARROW, narrow_type
 from lsquant.formats.onnx.graph import FLOAT, INT8, INT32, Graph, LayerTrace, array
 from lsquant.fusion.arithmetic import Codes
 from lsquant.fusion.functions import all_codes, function_quotients
-from lsquant.fusion.network import FusedNetwork, Run, averaged
+from lsquant.fusion.network import FusedNetwork, Run, averaged, limits_of
 from lsquant.nn.pool import sizes_of
 from lsquant.program import Kind, Step
 from lsquant.reference_integer import FUNCTION_MARGIN, GATE_STEP
@@ -38,6 +39,8 @@ FORMS = ("qdq", "qoperator")
 MICROSOFT = "com.microsoft"
 MOST_SCALED = 2.0**-32, 2.0**8
 """Between these has to be what ONNX Runtime's average multiplies sums by."""
+END = 2**63 - 1
+"""The end of a slice that goes to the last element, whatever the size."""
 INT4_SINCE = dict(NARROW)[4]
 SHIFT = 128
 """What is added to a signed code for storage as uint8."""
@@ -65,11 +68,20 @@ class Scale:
     shift: int
 
 
+def require_single(run: Run) -> None:
+    """Raise UsageError naming a step over codes that gives several tensors."""
+    for step in run.program.steps:
+        if step.kind is not Kind.FLOAT and not isinstance(run.real_of(step.end), Tensor):
+            kind = type(step.module).__name__
+            raise UsageError(f"{step.name}: {kind} gives several tensors and has no integer form in ONNX; use Slice")
+
+
 class _MarkedRun(Run):
     """A forward pass in which every step over codes is a marked node, to be lowered."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run.program, run.steps)
+        require_single(run)
         self.example = run
         self.number = {step: str(i) for i, step in enumerate(run.program.steps)}
 
@@ -82,9 +94,6 @@ class _MarkedRun(Run):
         values = [(self.real if quantizes else self.stored)[source] for source in sources]
         is_stored = self.program.stored[step.end] is not None
         example = (self.example.stored if is_stored else self.example.real)[step.end]
-        if not isinstance(example, Tensor):
-            kind = type(step.module).__name__
-            raise UsageError(f"{step.name}: {kind} gives several tensors and has no integer form in ONNX; use Slice")
         made = self.mark("Step", values, self.number[step], example.shape)
         (self.stored if is_stored else self.real)[step.end] = made
 
@@ -125,6 +134,7 @@ class Writer:
     def __init__(self, graph: Graph, run: Run, form: str, opset: int) -> None:
         self.graph, self.run, self.form, self.opset = graph, run, form, opset
         self.has_narrow = False
+        self.traces: list[LayerTrace] = []
         self.steps = run.program.steps
         self.nodes = {node.name: node for node in run.program.flow.nodes}
 
@@ -133,11 +143,16 @@ class Writer:
         if kind == "Real":
             self.graph.prefix = name
             return self._real(inputs[0], self.scale(self.nodes[name]), f"{name}/real")
-        step = self.steps[int(name)]
-        self.graph.prefix = step.name
-        return _LOWER[step.kind](self, step, inputs, f"{step.name}/output")
+        return self.step(self.steps[int(name)], inputs)
 
-    def trace(self, step: Step, source: str, output: str) -> LayerTrace:
+    def step(self, step: Step, inputs: list[str]) -> str:
+        """Write a step over codes.  Returns the name of its output."""
+        self.graph.prefix = step.name
+        output = _LOWER[step.kind](self, step, inputs, f"{step.name}/output")
+        self.traces.append(self._trace(step, inputs[0], output))
+        return output
+
+    def _trace(self, step: Step, source: str, output: str) -> LayerTrace:
         """Return where a step is in the file."""
         trace = LayerTrace(step.name, 0, source, output)
         if self.run.program.stored[step.end] is not None:
@@ -147,11 +162,11 @@ class Writer:
             trace.weights, trace.weight_steps = [f"{step.name}.weight"], [f"{step.name}.weight_step"]
         return trace
 
-    def finish(self, traces: list[LayerTrace]) -> None:
+    def finish(self) -> None:
         """Leave out of traces and constants what no node has: a table, say, holds no step."""
         used = {name for node in self.graph.nodes for name in node.input}
         self.graph.constants = {name: value for name, value in self.graph.constants.items() if name in used}
-        for trace in traces:
+        for trace in self.traces:
             trace.weight_steps = [name for name in trace.weight_steps if name in used]
             trace.scales = [f"{name}.scale" for name in [trace.layer] if f"{name}.scale" in used]
             trace.input_step = trace.input_step if trace.input_step in used else None
@@ -203,6 +218,17 @@ class Writer:
         return self._codes(inputs[0], self.scale(step.end), self.run.grid(step.end), f"{step.name}/codes")
 
     def layer(self, step: Step, inputs: list[str], output: str) -> str:
+        """Write a layer, and the limit behind one whose output is real."""
+        if step.limit is None or self.run.program.stored[step.end] is not None:
+            return self._any_rank(step, inputs, output)
+        real = self._any_rank(step, inputs, f"{step.name}/unlimited")
+        low, high = limits_of(step.limit)
+        if isinstance(step.limit, nn.ReLU):
+            return self.node("Relu", [real], output)
+        ends = ["" if v is None else self.graph.constant(f"float_{v!r}", np.float32(v)) for v in (low, high)]
+        return self.node("Clip", [real, *ends], output)
+
+    def _any_rank(self, step: Step, inputs: list[str], output: str) -> str:
         """Write a layer; a linear one over more than two dimensions as a matrix with a row for each position."""
         shape = self.run.stored[step.node.inputs[0]].shape
         if not isinstance(step.module, nn.Linear) or len(shape) == 2:
@@ -421,9 +447,8 @@ class Writer:
                 dilations=dilation, ceil_mode=int(module.ceil_mode),
             )  # fmt: skip
         if isinstance(module, lnn.Slice) and all(isinstance(part, slice) for part in module.index):
-            shape = self.run.stored[step.node.inputs[0]].shape
-            parts = [(d, part) for d, part in enumerate(module.index) if part != slice(None)]
-            edges = [(d, *part.indices(shape[d])) for d, part in parts if isinstance(part, slice)]
+            slices: Any = [(d, part) for d, part in enumerate(module.index) if part != slice(None)]
+            edges = [(d, p.start or 0, END if p.stop is None else p.stop, p.step or 1) for d, p in slices]
             axes, starts, stops, strides = (list(c) for c in zip(*edges, strict=True))
             named = [ints(n, v) for n, v in (("starts", starts), ("ends", stops), ("axes", axes), ("steps", strides))]
             return self.node("Slice", [*inputs, *named], output)
@@ -481,14 +506,25 @@ def integer_proto(
 
     opset: None: the lowest one that serves, with INT4 where weights have at most 4 bits.
     traces: one for each step over codes; of a stored tensor under the name of its tap.
+
+    A network without floating-point steps is its program, which is written; else torch's exporter follows the model,
+    and its marked nodes are lowered.
     """
     args, kwargs = model_inputs(example_inputs)
     run = Run(network.program)
     with torch.no_grad():
         run.outputs(network.given(args, kwargs))
-    proto = exported(MarkedNetwork(network, run), example_inputs, opset or TORCH_OPSET, dynamic_batch)
-    graph, renamed, traces = Graph(), {}, []
-    writer = Writer(graph, run, form, opset or INT4_SINCE)
+    writer = Writer(Graph(), run, form, opset or INT4_SINCE)
+    proto = _whole_graph(network, writer, args, kwargs, max(opset or 0, TORCH_OPSET), dynamic_batch)
+    if proto is None:
+        proto = exported(MarkedNetwork(network, run), example_inputs, opset or TORCH_OPSET, dynamic_batch)
+        _lower_marked(proto, writer)
+    return proto, writer.traces, opset or (INT4_SINCE if writer.has_narrow else None)
+
+
+def _lower_marked(proto: Any, writer: Writer) -> None:
+    """Put what the writer writes in the place of marked nodes."""
+    graph, renamed = writer.graph, {}
     for node in proto.graph.node:
         inputs = [renamed.get(name, name) for name in node.input]
         if node.domain != "lsquant":
@@ -497,17 +533,63 @@ def integer_proto(
             graph.nodes.append(node)
             continue
         name = next(a.s.decode() for a in node.attribute if a.name == "layer")
-        output = renamed[node.output[0]] = writer.lower(node.op_type, name, inputs)
-        if node.op_type == "Step":
-            traces.append(writer.trace(writer.steps[int(name)], inputs[0], output))
+        renamed[node.output[0]] = writer.lower(node.op_type, name, inputs)
     for value in proto.graph.output:
         value.name = renamed.get(value.name, value.name)
     numpy_helper = require("onnx", extra="onnx").numpy_helper
-    writer.finish(traces)
+    writer.finish()
     used = {name for node in graph.nodes for name in node.input} | {v.name for v in proto.graph.output}
     kept = [tensor for tensor in proto.graph.initializer if tensor.name in used]
     kept += [numpy_helper.from_array(value, name) for name, value in graph.constants.items()]
     for part, new in ((proto.graph.node, graph.nodes), (proto.graph.initializer, kept)):
         del part[:]
         part.extend(new)
-    return proto, traces, opset or (INT4_SINCE if writer.has_narrow else None)
+
+
+def _whole_graph(
+    network: FusedNetwork, writer: Writer, args: Any, kwargs: Any, opset: int, dynamic_batch: bool
+) -> Any | None:
+    """Return the ModelProto of a network without floating-point steps; None where torch's exporter is needed."""
+    given, run, program = network.given(args, kwargs), writer.run, network.program
+    plain = all(isinstance(x, Tensor) and x.dtype == torch.float32 and x.dim() > 1 for x in given.values())
+    batches = {x.shape[0] for x in given.values() if isinstance(x, Tensor) and x.dim()}
+    if program.floats or not plain or len(batches) != 1:
+        return None
+    require_single(run)
+    helper, numpy_helper = (require(f"onnx.{part}", extra="onnx") for part in ("helper", "numpy_helper"))
+
+    def value(name: str, shape: torch.Size) -> Any:
+        sizes = ["batch", *shape[1:]] if dynamic_batch else list(shape)
+        return helper.make_tensor_value_info(name, FLOAT, sizes)
+
+    names: dict[Node, str] = {node: str(node.call.target) for node in given}
+    inputs = [value(names[node], x.shape) for node, x in given.items()]
+    codes: dict[Node, str] = {}
+    for step in program.steps:
+        quantizes = step.kind is Kind.QUANTIZE
+        sources = [names[step.node]] if quantizes else [codes[source] for source in step.node.inputs]
+        made = codes if program.stored[step.end] is not None else names
+        made[step.end] = writer.step(step, sources)
+    outputs = []
+    for node in _output_nodes(program.flow):
+        if node not in names:
+            names[node] = writer.lower("Real", node.name, [codes[node]])
+        outputs.append(value(names[node], run.real_of(node).shape))
+    writer.finish()
+    constants = [numpy_helper.from_array(held, name) for name, held in writer.graph.constants.items()]
+    graph = helper.make_graph(writer.graph.nodes, "lsquant", inputs, outputs, constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+
+
+def _output_nodes(flow: Flow) -> list[Node]:
+    """Return the nodes of the tensors that a model returns, as ``tensors_in`` finds them in the output."""
+    end = next(node for node in reversed(flow.nodes) if node.kind == "output")
+    stands_for: dict[int, Node] = {}
+    kept: list[Tensor] = []
+
+    def placed(call: fx.Node) -> Tensor:
+        kept.append(torch.empty(0))
+        stands_for[id(kept[-1])] = flow.of[call]
+        return kept[-1]
+
+    return [stands_for[id(tensor)] for tensor in tensors_in(fx.map_arg(end.call.args[0], placed))]
