@@ -22,6 +22,7 @@ from lsquant.formats import Packed as Packed
 from lsquant.formats import PackedQuantizer as PackedQuantizer
 from lsquant.formats import export_onnx as export_onnx
 from lsquant.formats import export_packed as export_packed
+from lsquant.formats import export_program as export_program
 from lsquant.formats import load_packed as load_packed
 from lsquant.formats import onnx_session as onnx_session
 from lsquant.formats import read_packed as read_packed
@@ -66,6 +67,7 @@ __all__ = [
     "disabled",
     "export_onnx",
     "export_packed",
+    "export_program",
     "export_vectors",
     "fake_quantize",
     "fuse",

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
 
+from lsquant._util.nested import tensors_in
 from lsquant.dataflow import Flow, Node, Role
 from lsquant.joining import Storage, storages
 from lsquant.nn import ExactBatchNorm, QuantizedLayer, StoredInputs
@@ -96,6 +98,20 @@ def program_of(flow: Flow, joins: QuantSpec) -> Program:
         steps.append(step)
         folded.update(_path(flow, node, step.end))
     return Program(flow, steps, stored)
+
+
+def output_nodes(flow: Flow) -> list[Node]:
+    """Return the nodes of the tensors that a model returns, as ``tensors_in`` finds them in its output."""
+    end = next(node for node in reversed(flow.nodes) if node.kind == "output")
+    stands_for: dict[int, Node] = {}
+    kept: list[Tensor] = []
+
+    def placed(call: fx.Node) -> Tensor:
+        kept.append(torch.empty(0))
+        stands_for[id(kept[-1])] = flow.of[call]
+        return kept[-1]
+
+    return [stands_for[id(tensor)] for tensor in tensors_in(fx.map_arg(end.call.args[0], placed))]
 
 
 def _quantizer_of(storage: Storage) -> Quantizer | None:

@@ -53,6 +53,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(x, folder / "x.pt")
     lsquant.save(model, folder / "saved")
     lsquant.export_packed(model, folder / "packed")
+    joined = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1)).eval()
+    lsquant.prepare(joined, Recipe(4, 8, joins=8), example_inputs=images(2))
+    lsquant.calibrate(joined, [images(2)])
+    lsquant.save(joined, folder / "joined")
+    lsquant.export_program(lsquant.fuse(joined), folder / "program")
     (folder / "recipe").write_text(RECIPE.to_toml())
     run_directory(folder / "run")
     training(folder / "state")
@@ -94,6 +99,17 @@ def of_packed(bases: Path, folder: Path) -> Subject:
         lsquant.load_packed(net(), target).eval()(images(2))
 
     return Subject(lambda e: edited_safetensors(e, target, parts, "lsquant.packed"), read)
+
+
+def of_program(bases: Path, folder: Path) -> Subject:
+    parts, target = read_safetensors(bases / "program"), folder / "p"
+    model = lsquant.load(nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1)).eval(), bases / "joined")
+    network = lsquant.fuse(model)
+
+    def read() -> None:
+        lsquant.verify(network, target, [images(2)])
+
+    return Subject(lambda e: edited_safetensors(e, target, parts, "lsquant.program"), read)
 
 
 # ---- ONNX ----
@@ -323,6 +339,7 @@ def of_state(bases: Path, folder: Path) -> Subject:
 SUBJECTS: dict[str, tuple[str, Callable[[Path, Path], Subject]]] = {
     "saved": ("bases", of_saved),
     "packed": ("bases", of_packed),
+    "program": ("bases", of_program),
     "exact": ("graphs", of_onnx("exact")),
     "small": ("graphs", of_onnx("small")),
     "qdq": ("graphs", of_onnx("qdq")),

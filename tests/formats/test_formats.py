@@ -77,14 +77,15 @@ def trained() -> nn.Module:
 
 
 def test_every_row_says_what_it_does() -> None:
-    assert list(file_formats()) == ["exact", "qdq", "small", "integer", "packed"]
+    assert list(file_formats()) == ["exact", "qdq", "small", "integer", "program", "packed"]
     for name, row in FORMATS.items():
         assert row.name == name
         assert row.promise in LEVELS[1:]
         assert row.about
         assert isinstance(row, ModuleFormat if name == "torchao" else FileFormat)
     assert file_format(None).name == "exact"
-    with pytest.raises(UsageError, match="'torchao'; choose from 'exact', 'qdq', 'small', 'integer', 'packed'"):
+    named = "'exact', 'qdq', 'small', 'integer', 'program', 'packed'"
+    with pytest.raises(UsageError, match=f"'torchao'; choose from {named}"):
         file_format("torchao")
 
 
@@ -118,7 +119,7 @@ def test_a_new_format_on_the_command_line(
 ) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["export", "--help"])
-    assert "one of exact, qdq, small, integer, packed, dummy" in " ".join(capsys.readouterr().out.split())
+    assert "one of exact, qdq, small, integer, program, packed, dummy" in " ".join(capsys.readouterr().out.split())
     lsquant.save(trained, tmp_path / "m.safetensors")
     (tmp_path / "own.py").write_text("from test_formats import build, data\n")
     own = [f"--model={tmp_path / 'own.py'}:build", f"--data={tmp_path / 'own.py'}:data", "--profile=dummy"]
@@ -142,7 +143,8 @@ def test_files_of_no_format(tmp_path: Path) -> None:
     assert format_of(tmp_path / "safetensors").name == "packed"
     (tmp_path / "onnx").write_bytes(b"\x08\x0a\x12\x07lsquant")
     assert format_of(tmp_path / "onnx").name == "exact"
-    with pytest.raises(DamagedFile, match=r"is of no format that lsquant reads \(exact, qdq, small, integer, packed\)"):
+    known = r"\(exact, qdq, small, integer, program, packed\)"
+    with pytest.raises(DamagedFile, match=f"is of no format that lsquant reads {known}"):
         format_of(tmp_path / "f")
 
 

@@ -34,10 +34,13 @@ def check(seed: int, folder: Path, forms: tuple[str, ...]) -> None:
     lsquant.load_packed(lsquant.revert(again), lsquant.export_packed(model, folder / "packed.safetensors"))
     with torch.no_grad():
         assert torch.equal(lsquant.fuse(again.eval())(x), network(x)), seed
+    batches = [x, 2 * torch.randn(3, 3, 8, 8)]
+    paths = [lsquant.export_program(network, folder / "program.safetensors")]
     for form in forms:
-        path = lsquant.export_onnx(network, folder / f"{form}.onnx", x, profile="integer", form=form)
-        verdict = lsquant.verify(network, path, [x, 2 * torch.randn(3, 3, 8, 8)])
-        assert verdict.exact, f"seed {seed}, {form}\n{verdict}"
+        paths.append(lsquant.export_onnx(network, folder / f"{form}.onnx", x, profile="integer", form=form))
+    for path in paths:
+        verdict = lsquant.verify(network, path, batches)
+        assert verdict.exact, f"seed {seed}, {path.name}\n{verdict}"
         assert all(c.compared for c in verdict.checks)
 
 

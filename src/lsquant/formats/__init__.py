@@ -10,6 +10,7 @@ from lsquant.formats.packed import PackedQuantizer as PackedQuantizer
 from lsquant.formats.packed import export_packed as export_packed
 from lsquant.formats.packed import load_packed as load_packed
 from lsquant.formats.packed import read_packed as read_packed
+from lsquant.formats.program import export_program as export_program
 from lsquant.formats.table import DEFAULT as DEFAULT
 from lsquant.formats.table import FORMATS as FORMATS
 from lsquant.formats.table import INTEGER_ONLY as INTEGER_ONLY

@@ -11,6 +11,7 @@ from lsquant.formats.base import FileFormat, Format
 from lsquant.formats.onnx.integer_row import IntegerOnnxFormat
 from lsquant.formats.onnx.row import OnnxFormat
 from lsquant.formats.packed.row import PackedFormat
+from lsquant.formats.program.row import ProgramFormat
 from lsquant.formats.torchao import TorchaoFormat
 
 ROWS: tuple[Format, ...] = (
@@ -18,15 +19,16 @@ ROWS: tuple[Format, ...] = (
     OnnxFormat("qdq", "ONNX, float operators over QuantizeLinear and DequantizeLinear", "weights"),
     OnnxFormat("small", "ONNX, as exact, with weights of 2 and 4 bits in initializers of that size", "layers"),
     IntegerOnnxFormat("integer", "ONNX, integer-only: no floating point between layers (joins=8)", "weights"),
+    ProgramFormat(),
     PackedFormat(),
     TorchaoFormat(),
 )
 FORMATS: dict[str, Format] = {row.name: row for row in ROWS}
 """Name -> row."""
 DEFAULT = "exact"
-INTEGER_ONLY = "integer"
-"""The profile of networks with quantized joins."""
 """The format of ``lsquant export`` where none is named."""
+INTEGER_ONLY = "integer"
+"""That of an integer-only run."""
 
 
 def file_formats() -> dict[str, FileFormat]:

@@ -49,14 +49,17 @@ class _QuantConv(QuantizedLayer):
     padding_mode: str
     groups: int
 
+    def padding_sides(self) -> list[tuple[int, int]]:
+        """Return (before, after) of the padding by spatial dimension."""
+        if not isinstance(self.padding, str):
+            return [(p, p) for p in self.padding]
+        total = [d * (k - 1) if self.padding == "same" else 0
+                 for d, k in zip(self.dilation, self.kernel_size, strict=True)]  # fmt: skip
+        return [(t // 2, t - t // 2) for t in total]
+
     def padded(self, x: Tensor) -> tuple[Tensor, list[int]]:
         """Return the input, padded where the op cannot do it, and the zero padding that is left to the op."""
-        if isinstance(self.padding, str):
-            total = [d * (k - 1) if self.padding == "same" else 0
-                     for d, k in zip(self.dilation, self.kernel_size, strict=True)]  # fmt: skip
-            sides = [(t // 2, t - t // 2) for t in total]
-        else:
-            sides = [(p, p) for p in self.padding]
+        sides = self.padding_sides()
         if self.padding_mode == "zeros" and all(left == right for left, right in sides):
             return x, [left for left, _ in sides]
         flat = [side for pair in reversed(sides) for side in pair]

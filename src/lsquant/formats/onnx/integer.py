@@ -17,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lsquant import nn as lnn
 from lsquant._util.batches import model_inputs
 from lsquant._util.errors import UsageError
-from lsquant._util.nested import tensors_in
 from lsquant._util.optional import require
-from lsquant.dataflow import Flow, Node
+from lsquant.dataflow import Node
 from lsquant.formats.onnx.capture import TORCH_OPSET, exported
 from lsquant.formats.onnx.codes import NARROW, narrow_type
 from lsquant.formats.onnx.graph import FLOAT, INT8, INT32, Graph, LayerTrace, array
@@ -32,7 +31,7 @@ from lsquant.fusion.arithmetic import Codes
 from lsquant.fusion.functions import all_codes, function_quotients
 from lsquant.fusion.network import FusedNetwork, Run, averaged, limits_of
 from lsquant.nn.pool import sizes_of
-from lsquant.program import Kind, Step
+from lsquant.program import Kind, Step, output_nodes
 from lsquant.reference_integer import FUNCTION_MARGIN, GATE_STEP
 
 FORMS = ("qdq", "qoperator")
@@ -476,12 +475,7 @@ class Writer:
 
 def _geometry(layer: Any) -> dict[str, Any]:
     """Return the attributes of a convolution."""
-    if isinstance(layer.padding, str):
-        total = [d * (k - 1) if layer.padding == "same" else 0
-                 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]  # fmt: skip
-        before, after = [t // 2 for t in total], [t - t // 2 for t in total]
-    else:
-        before = after = list(layer.padding)
+    before, after = zip(*layer.padding_sides(), strict=True)
     return {
         "kernel_shape": list(layer.kernel_size), "strides": list(layer.stride), "pads": [*before, *after],
         "dilations": list(layer.dilation), "group": layer.groups,
@@ -571,7 +565,7 @@ def _whole_graph(
         made = codes if program.stored[step.end] is not None else names
         made[step.end] = writer.step(step, sources)
     outputs = []
-    for node in _output_nodes(program.flow):
+    for node in output_nodes(program.flow):
         if node not in names:
             names[node] = writer.lower("Real", node.name, [codes[node]])
         outputs.append(value(names[node], run.real_of(node).shape))
@@ -579,17 +573,3 @@ def _whole_graph(
     constants = [numpy_helper.from_array(held, name) for name, held in writer.graph.constants.items()]
     graph = helper.make_graph(writer.graph.nodes, "lsquant", inputs, outputs, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
-
-
-def _output_nodes(flow: Flow) -> list[Node]:
-    """Return the nodes of the tensors that a model returns, as ``tensors_in`` finds them in the output."""
-    end = next(node for node in reversed(flow.nodes) if node.kind == "output")
-    stands_for: dict[int, Node] = {}
-    kept: list[Tensor] = []
-
-    def placed(call: fx.Node) -> Tensor:
-        kept.append(torch.empty(0))
-        stands_for[id(kept[-1])] = flow.of[call]
-        return kept[-1]
-
-    return [stands_for[id(tensor)] for tensor in tensors_in(fx.map_arg(end.call.args[0], placed))]

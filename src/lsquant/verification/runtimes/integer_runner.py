@@ -20,22 +20,41 @@ from lsquant.verification.runtimes.onnx_session import Arrays, Engine
 from lsquant.verification.runtimes.protocol import Observed
 
 
-class IntegerRunner:
-    """Two sessions on one file: unmodified, and with the codes of all stored tensors as outputs.
+class StoredTensors:
+    """What a runtime gives of a fused network: the codes of all stored tensors, and the outputs.
 
     The level ``layers`` compares the codes that a step makes where those that it reads are the trained ones.
     """
+
+    def __init__(self, network: FusedNetwork) -> None:
+        stored = network.program.stored
+        self.reads = {
+            step.end.name: [source.name for source in step.node.inputs if stored[source] is not None]
+            for step in network.program.steps
+            if stored[step.end] is not None
+        }
+
+    def observed(self, call: Call, codes: dict[str, np.ndarray], outputs: list[tuple[str, np.ndarray]]) -> Observed:
+        """Return what was observed for one call.  codes: by stored tensor, float32 whole numbers."""
+        wanted = {name: array(recorded.output) for (name, _), recorded in call.layers.items()}
+        equal = {name for name, found in codes.items() if np.array_equal(found, wanted.get(name, found))}
+        layers: list[tuple[LayerCall, Any, Any]] = [
+            ((name, 0), codes[name], codes[name]) for name in codes if equal.issuperset(self.reads[name])
+        ]
+        first = next((name for name in codes if name not in equal), "")
+        end_to_end = [((name, 0), found) for name, found in codes.items()]
+        return Observed(layers, end_to_end, outputs, partial(_explain, first))
+
+
+class IntegerRunner:
+    """Two sessions on one file: unmodified, and with the codes of all stored tensors as outputs."""
 
     def __init__(self, engine: Engine, file: OnnxFile, network: FusedNetwork, options: dict[str, str]) -> None:
         self.file = file
         self.traces = {trace.layer: trace for trace in file.traces if trace.codes is not None}
         if odd := sorted(set(self.traces) ^ set(network.taps)):
             raise UsageError(f"{file.path} is of another model: {odd[0]!r} is stored in one of the two only")
-        self.reads = {
-            step.end.name: [source.name for source in step.node.inputs if network.program.stored[source] is not None]
-            for step in network.program.steps
-            if step.end.name in self.traces
-        }
+        self.stored = StoredTensors(network)
         self.whole = engine.open(file.path, options)
         self.outputs = [value.name for value in file.proto.graph.output]
         self.values = list(dict.fromkeys(str(trace.codes) for trace in self.traces.values()))
@@ -46,19 +65,8 @@ class IntegerRunner:
         for call in calls:
             feeds = feeds_of(self.file.path, self.whole.inputs, call)
             codes = self._codes(feeds)
-            wanted = {name: array(recorded.output) for (name, _), recorded in call.layers.items()}
-            equal = {name for name, found in codes.items() if np.array_equal(found, wanted.get(name, found))}
-            layers: list[tuple[LayerCall, Any, Any]] = [
-                ((name, 0), codes[name], codes[name]) for name in self.traces if equal.issuperset(self.reads[name])
-            ]
             outputs = self.whole.run(self.outputs, feeds)
-            first = next((name for name in self.traces if name not in equal), "")
-            yield Observed(
-                layers,
-                [((name, 0), found) for name, found in codes.items()],
-                list(zip(self.outputs, outputs, strict=True)),
-                partial(_explain, first),
-            )
+            yield self.stored.observed(call, codes, list(zip(self.outputs, outputs, strict=True)))
 
     def _codes(self, feeds: Arrays) -> dict[str, np.ndarray]:
         got = dict(zip(self.values, self.shown.run(self.values, feeds), strict=True))

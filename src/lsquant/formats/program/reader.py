@@ -1,0 +1,100 @@
+"""Run the program of an integer-only network: this file and NumPy, at most 100 lines, the formulas of the docs."""
+
+import json
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view as views
+
+F, TYPES = np.float32, {"F32": "<f4", "I32": "<i4", "U8": "u1"}
+
+
+def load(path):
+    """Return (document, tensors) of a file of profile program: safetensors, with the program in its metadata."""
+    data = np.fromfile(path, "u1").tobytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    document = json.loads(header.pop("__metadata__")["lsquant.program"])
+    tensors = {}
+    for name, t in header.items():
+        begin, end = (start + place for place in t["data_offsets"])
+        tensors[name] = np.frombuffer(data[begin:end], TYPES[t["dtype"]]).reshape(t["shape"])
+    return document, tensors
+
+
+def unpacked(data, bits, shape):
+    """Return signed codes of a stream of bits, least significant first."""
+    stream = np.unpackbits(data, bitorder="little")[: int(np.prod(shape)) * bits].reshape(-1, bits).astype(np.int64)
+    codes = stream @ (1 << np.arange(bits))
+    return (codes - (codes >> (bits - 1) << bits)).reshape(shape)
+
+
+def windows(q, kernel, step, pad):
+    """Return (batch, channels, *positions, *kernel), the windows of a padded image."""
+    n, size = len(kernel), [(k - 1) * d + 1 for k, d in zip(kernel, step["dilation"], strict=True)]
+    q = np.pad(q, [(0, 0), (0, 0), *step["padding"]], constant_values=pad)
+    every = [slice(None, None, skipped) for skipped in (*step["stride"], *step["dilation"])]
+    return views(q, size, tuple(range(2, 2 + n)))[(..., *every)]
+
+
+def convolution(q, w, step):
+    """Return the sums of products of codes: float64, which holds whole numbers up to 2^53."""
+    n, g = w.ndim - 2, step["groups"]
+    seen = windows(q, w.shape[2:], step, 0)
+    positions = seen.shape[2 : 2 + n]
+    seen = seen.reshape(len(q), g, -1, *positions, *w.shape[2:])
+    rows = np.moveaxis(seen, 2, 2 + n).reshape(len(q), g, int(np.prod(positions)), -1).astype(np.float64)
+    sums = rows @ np.swapaxes(w.reshape(g, len(w) // g, -1), 1, 2)
+    return np.swapaxes(sums, 2, 3).reshape(len(q), len(w), *positions)
+
+
+def moved(q, step):
+    """Compute max pooling, slices, padding, flatten, upsampling and the like on codes."""
+    kind, n = step["move"], q.ndim - 2
+    if kind == "max_pool":
+        return windows(q, step["kernel"], step, -(2**31)).max(tuple(range(-n, 0)))
+    if kind in ("slice", "pad"):
+        return np.pad(q, step["padding"]) if kind == "pad" else q[tuple(slice(*part) for part in step["index"])]
+    if kind == "upsample":
+        factors = step["factors"] * (n if len(step["factors"]) == 1 else 1)
+        return np.kron(q, np.ones([1, 1, *factors], q.dtype))
+    if kind == "pixel_shuffle":
+        r, (b, c, h, w) = step["factor"], q.shape
+        return q.reshape(b, c // r**2, r, r, h, w).transpose(0, 1, 4, 2, 5, 3).reshape(b, c // r**2, h * r, w * r)
+    return q.reshape(len(q), -1)  # flatten
+
+
+def run(document, tensors, *inputs):
+    """Return (outputs, name -> codes of every stored tensor).  inputs: float32 arrays."""
+    codes, real = {}, dict(zip(document["inputs"], inputs, strict=True))
+    for step in document["steps"]:
+        name, op, t = step["name"], step["op"], tensors.get
+        x = [codes[read] for read in step["reads"] if read in codes]
+        s, s_y = t(f"{step['reads'][0]}.step"), t(f"{name}.step")
+        if op == "quantize":
+            u = real[step["reads"][0]] / s_y
+        elif op == "layer":
+            q, w = x[0], unpacked(t(f"{step['layer']}.codes"), step["bits"], step["shape"])
+            if "reader" in step:  # fewer bits than the stored tensor has
+                s_n = t(f"{step['layer']}.read_step")
+                q, s = np.clip(np.rint(q.astype(F) * s / s_n), *step["reader"]).astype(np.int64), s_n
+            acc = q.astype(np.float64) @ w.T.astype(np.float64) if w.ndim == 2 else convolution(q, w, step)
+            shape = [-1] + [1] * (w.ndim - 2)
+            total = (acc + t(f"{step['layer']}.bias").reshape(shape)).astype(F)
+            u = total * ((s * t(f"{step['layer']}.weight_step")) / (F(1) if s_y is None else s_y)).reshape(shape)
+        elif op == "add":
+            u = (x[0] + x[1]) * np.float64(s) / np.float64(s_y)
+        elif op == "average":
+            total = x[0].sum(tuple(step["axes"]), keepdims=step["keep"])
+            u = total.astype(F) * (s / (s_y * F(x[0].size // total.size)))
+        elif op == "function":
+            u = t(f"{name}.table").astype(np.int64)[x[0] - step["first"]]
+        else:
+            codes[name] = np.concatenate(x, step["axis"]) if op == "concat" else moved(x[0], step)
+            continue
+        if "low" in step:
+            codes[name] = np.clip(np.rint(u), step["low"], step["high"]).astype(np.int64)
+        else:
+            real[name] = u if "limit" not in step else np.clip(u, *step["limit"]).astype(F)
+    values = [real[n] if n in real else codes[n].astype(F) * tensors[f"{n}.step"] for n in document["outputs"]]
+    return values, codes
+

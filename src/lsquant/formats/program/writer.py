@@ -1,0 +1,156 @@
+"""Writes the program of an integer-only network: its steps as JSON, its codes and constants as tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lsquant import nn as lnn
+from lsquant._util.bits import pack
+from lsquant._util.errors import UsageError
+from lsquant._util.tensors import write_tensors
+from lsquant._version import __version__
+from lsquant.fusion.functions import all_codes, function_quotients
+from lsquant.fusion.network import FusedNetwork, Run, limits_of
+from lsquant.nn.pool import sizes_of
+from lsquant.program import Kind, Step, output_nodes
+
+FORMAT = 1
+KEY = "lsquant.program"
+Entry = dict[str, Any]
+
+
+def export_program(network: FusedNetwork, path: str | os.PathLike[str]) -> Path:
+    """Write an integer-only network as a program that needs no runtime: docs/integer-only.md has a reader.
+
+    network: a fused network.
+    path: of the file, usually ``.safetensors``.  Returned.
+
+    Raises: UsageError naming a step that is in floating point, or has no form; MissingFile; DiskFull (the old file is
+        then unchanged).
+    """
+    document, tensors = program_content(network)
+    versions = {"lsquant": __version__, "torch": torch.__version__}
+    write_tensors(path, tensors, {KEY: json.dumps({**document, "versions": versions}, separators=(",", ":"))})
+    return Path(path)
+
+
+@torch.no_grad()
+def program_content(network: FusedNetwork) -> tuple[Entry, dict[str, Tensor]]:
+    """Return (document, tensors) of a fused network.  Raises: UsageError naming a step that has no form."""
+    program = network.program
+    if program.floats:
+        step = program.floats[0]
+        raise UsageError(
+            f"{step.name}: {type(step.module).__name__} is computed in floating point, and a program has codes only; "
+            "use profile='integer'"
+        )
+    run = Run(program)
+    tensors = {f"{name}.step": step.clone() for name, step in network.stored_steps().items()}
+    steps = [_entry(run, step, tensors) for step in program.steps]
+    document = {
+        "format": FORMAT,
+        "inputs": [node.name for node in program.flow.nodes if node.kind == "input"],
+        "outputs": [node.name for node in output_nodes(program.flow)],
+        "steps": steps,
+    }
+    return document, tensors
+
+
+def _entry(run: Run, step: Step, tensors: dict[str, Tensor]) -> Entry:
+    """Return what the document says of a step; its constants join the tensors."""
+    quantizes = step.kind is Kind.QUANTIZE
+    reads = [step.node.name] if quantizes else [source.name for source in step.node.inputs]
+    entry: Entry = {"name": step.end.name, "op": step.kind.value, "reads": reads}
+    if step.kind is Kind.CAT:
+        return {**entry, "op": "concat", "axis": step.module.dim}
+    if step.kind is Kind.MOVE:
+        return {**entry, **_move(step)}
+    if run.program.stored[step.end] is not None:
+        grid = run.limited(step)
+        entry |= {"low": grid.low, "high": grid.high}
+    elif step.limit is not None:
+        entry["limit"] = list(limits_of(step.limit))
+    return {**entry, **_OF_KIND[step.kind](run, step, tensors)}
+
+
+def _layer(run: Run, step: Step, tensors: dict[str, Tensor]) -> Entry:
+    layer, constants = step.module, run.folded(step)
+    if isinstance(layer, nn.modules.conv._ConvTransposeNd) or getattr(layer, "padding_mode", "zeros") != "zeros":
+        raise UsageError(f"{step.name}: {type(layer).__name__} with these options has no form in a program")
+    codes = constants.codes.to(torch.int64).cpu().numpy()
+    bits = max(2, 1 + int(max(codes.max(initial=0), -1 - codes.min(initial=0))).bit_length())
+    tensors[f"{step.name}.codes"] = torch.from_numpy(pack(codes, bits))
+    tensors[f"{step.name}.weight_step"] = constants.step.clone()
+    tensors[f"{step.name}.bias"] = constants.bias.to(torch.int32)
+    entry: Entry = {"layer": step.name, "bits": bits, "shape": list(codes.shape)}
+    if layer.stored_quantizer is not None:
+        grid = run.read_grid(step)
+        tensors[f"{step.name}.read_step"] = grid.step.detach().clone()
+        entry["reader"] = [grid.low, grid.high]
+    if isinstance(layer, nn.Linear):
+        return entry
+    sides = [list(pair) for pair in layer.padding_sides()]
+    geometry = {"stride": list(layer.stride), "padding": sides, "dilation": list(layer.dilation)}
+    return {**entry, **geometry, "groups": layer.groups}
+
+
+def _average(run: Run, step: Step, tensors: dict[str, Tensor]) -> Entry:
+    module = step.module
+    if isinstance(module, lnn.Mean):
+        return {"axes": list(module.dim), "keep": module.keepdim}
+    return {"axes": list(range(-module.dims, 0)), "keep": True}
+
+
+def _function(run: Run, step: Step, tensors: dict[str, Tensor]) -> Entry:
+    read, out = run.grid(step.node.inputs[0]), run.grid(step.end)
+    every = all_codes(read.low, read.high, read.step.device)
+    quotients = function_quotients(step.module, every, read.step.detach(), out.step.detach())
+    tensors[f"{step.end.name}.table"] = torch.round(quotients).clamp(out.low, out.high).to(torch.int32)
+    return {"first": read.low}
+
+
+def _move(step: Step) -> Entry:
+    module, kind = step.module, type(step.module).__name__
+    n = int(kind[-2]) if kind.endswith("d") and kind[-2].isdigit() else 0
+    if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
+        return {"move": "flatten"}
+    if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)) and not module.ceil_mode:
+        options = (module.kernel_size, module.stride, module.padding, module.dilation)
+        kernel, stride, padding, dilation = (list(sizes_of(option, n) or ()) for option in options)
+        sides = [[side, side] for side in padding]
+        return {"move": "max_pool", "kernel": kernel, "stride": stride, "padding": sides, "dilation": dilation}
+    if isinstance(module, lnn.Slice) and all(isinstance(part, slice) for part in module.index):
+        slices: Any = module.index
+        return {"move": "slice", "index": [[part.start, part.stop, part.step] for part in slices]}
+    if isinstance(module, nn.Upsample) and module.size is None:
+        factor: Any = module.scale_factor
+        factors = list(factor) if isinstance(factor, tuple) else [factor]
+        if all(f == int(f) for f in factors):
+            return {"move": "upsample", "factors": [int(f) for f in factors]}
+    if isinstance(module, nn.PixelShuffle):
+        return {"move": "pixel_shuffle", "factor": module.upscale_factor}
+    if n and kind.endswith(f"Pad{n}d"):
+        pairs = list(vars(module)["padding"])
+        last = [[pairs[i], pairs[i + 1]] for i in reversed(range(0, len(pairs), 2))]
+        return {"move": "pad", "padding": [[0, 0], [0, 0], *last]}
+    raise UsageError(f"{step.name}: {kind} with these options has no form in a program")
+
+
+def _nothing(run: Run, step: Step, tensors: dict[str, Tensor]) -> Entry:
+    return {}
+
+
+_OF_KIND: dict[Kind, Callable[[Run, Step, dict[str, Tensor]], Entry]] = {
+    Kind.QUANTIZE: _nothing,
+    Kind.LAYER: _layer,
+    Kind.ADD: _nothing,
+    Kind.AVERAGE: _average,
+    Kind.FUNCTION: _function,
+}
