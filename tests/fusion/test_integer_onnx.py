@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from helpers.integer_nets import drawn
 from lsquant import Recipe, UsageError
 from lsquant.nn import Add, Chunk
 from lsquant.nn.stored import FUNCTIONS
+from lsquant.verification.runtimes.web import BROWSERS
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -187,6 +190,25 @@ def test_a_detector_is_integer_up_to_its_heads(bench: Any, tmp_path: Path) -> No
         assert not kinds.keys() - allowed - {"NhwcMaxPool", "MaxPool", "QuantizeLinear"}
         assert kinds["QuantizeLinear"] == 1
         assert kinds["Transpose"] <= 5
+
+
+def test_openvino_gives_the_codes(tmp_path: Path) -> None:
+    """With the stored tensors as outputs; the unmodified file it fuses in another way (docs/integer-only.md)."""
+    pytest.importorskip("openvino")
+    model, x = ready("w4a8")
+    path = lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile="integer")
+    assert lsquant.verify(model, path, [x, -x], runtime="openvino").reaches("codes")
+
+
+@pytest.mark.skipif(
+    not os.environ.get("LSQUANT_NODE_MODULES") or not any(map(shutil.which, BROWSERS)),
+    reason="needs Chromium, and LSQUANT_NODE_MODULES: the folder that `npm install onnxruntime-web` made",
+)
+@pytest.mark.parametrize("form", ["qdq", "qoperator"])
+def test_a_browser_gives_the_same_bits(form: str, tmp_path: Path) -> None:
+    model, x = ready("w4a8")
+    path = lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile="integer", form=form)
+    assert lsquant.verify(model, path, [x, -x], runtime="onnxruntime-web").exact
 
 
 def test_what_the_file_says_is_compared(tmp_path: Path) -> None:
