@@ -1,6 +1,6 @@
 """Latency of the exported files over the float export, in ONNX Runtime and OpenVINO.
 
-    python benchmarks/deploy_latency.py [resnet20 ...] [--bits w4a4 w2a2] [--batches 1 64] [--threads N]
+    python benchmarks/deploy_latency.py [resnet20 detector/w4a8 ...] [--bits w4a4 w2a2] [--batches 1 64] [--threads N]
     python benchmarks/deploy_latency.py --operators             # where ONNX Runtime's time goes, instead
     python benchmarks/tables.py --page docs/deployment.md       # the table
 
@@ -43,6 +43,7 @@ from lsquant.verification.runtimes.openvino import OPENVINO
 
 PROFILES = ("exact", "small", "qdq")
 FLOAT = "float, ONNX Runtime"
+IMAGES = [name for name, workload in WORKLOADS.items() if workload.images]
 
 
 def trained(workload: Workload, bits: str, x: Tensor, integer_only: bool = False) -> nn.Module:
@@ -97,7 +98,7 @@ def quantized_statically(source: Path, target: Path, x: Tensor) -> None:
             return next(self.batches, None)
 
     logging.disable(logging.WARNING)
-    tools.quant_pre_process(source, target)
+    tools.quant_pre_process(source, target, skip_symbolic_shape=True)
     kinds = tools.QuantType
     tools.quantize_static(
         target, target, Reader(), per_channel=True, activation_type=kinds.QUInt8, weight_type=kinds.QInt8
@@ -202,9 +203,16 @@ def run(name: str, bits: str, batches: Sequence[int], options: Options) -> Itera
             yield from part
 
 
+def bits_of(name: str, bits: Sequence[str]) -> Sequence[str]:
+    """The presets of a network: its own, as in ``resnet20/w4a8``, or all."""
+    own = name.partition("/")[2]
+    return [own] if own else bits
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", default=["resnet20"], help="of resnet20, resnet18")
+    about = f"of {', '.join(IMAGES)}, or NAME/BITS"
+    parser.add_argument("networks", nargs="*", default=["resnet20"], help=about)
     parser.add_argument("--bits", nargs="+", default=["w4a4", "w2a2"], help="presets")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--only", nargs="+", default=(), help="contenders with these in their names")
@@ -219,13 +227,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.simplefilter("ignore")
     if a.operators:
         for name in a.networks:
-            say_operators(name, a.bits[0], a.batches[-1], a.tiny)
+            say_operators(name.partition("/")[0], bits_of(name, a.bits)[0], a.batches[-1], a.tiny)
         return
     timing.VERSIONS = (*timing.VERSIONS, "onnx", "onnxruntime", "openvino")
     # long enough for several calls, before which one is made untimed: the threads of the session before still spin then
     seconds = 0.0 if a.tiny else 0.3
     options = Options(a.out, a.only, a.repeats, 1 if a.tiny else 3, seconds, tiny=a.tiny)
-    found = [row for name in a.networks for bits in a.bits for row in run(name, bits, a.batches, options)]
+    pairs = [(name.partition("/")[0], bits) for name in a.networks for bits in bits_of(name, a.bits)]
+    found = [row for name, bits in pairs for row in run(name, bits, a.batches, options)]
     say(f"written: {report('deploy', found, options)}")
 
 

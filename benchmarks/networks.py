@@ -118,8 +118,9 @@ class Stage(nn.Module):
         super().__init__()
         half = out // 2
         self.left, self.right = unit(channels, half, 1, 1, nn.SiLU()), unit(channels, half, 1, 1, nn.SiLU())
-        pairs = [nn.Sequential(unit(half, half, 1, 1, nn.SiLU()), unit(half, half, 3, 1, nn.SiLU())) for _ in range(count)]
-        self.pairs, self.adds = nn.ModuleList(pairs), adds
+        self.pairs, self.adds = nn.ModuleList(), adds
+        for _ in range(count):
+            self.pairs.append(nn.Sequential(unit(half, half, 1, 1, nn.SiLU()), unit(half, half, 3, 1, nn.SiLU())))
         self.end = unit(out, out, 1, 1, nn.SiLU())
 
     def forward(self, x: Tensor) -> Tensor:
