@@ -356,3 +356,11 @@ def test_a_subclass_of_a_layer_and_of_a_container():
     changes = lsquant.prepare(model, lsquant.Recipe(4, None), x)
     assert "0" not in [row.name for row in changes]
     assert model[0].conv.weight_quantizer is not None
+
+
+def test_the_random_generator_stays() -> None:
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4))
+    state = torch.get_rng_state()
+    lsquant.trace(model, torch.ones(3, 4))
+    assert torch.equal(torch.get_rng_state(), state)

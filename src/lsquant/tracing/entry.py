@@ -44,6 +44,11 @@ def trace(model: nn.Module, example_inputs: Any, *, strict: bool = True) -> Trac
     1 block traced, 2 modules inserted
     """
     _check_arguments(model, strict)
+    with torch.random.fork_rng(devices=()):
+        return _trace(model, example_inputs, strict)
+
+
+def _trace(model: nn.Module, example_inputs: Any, strict: bool) -> Traced:
     args, kwargs = model_inputs(example_inputs)
     before = Run(model)
     outputs = before.run(args, kwargs)
