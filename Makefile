@@ -1,5 +1,5 @@
 # make install   .venv with lsquant (editable) and all extras, pinned by constraints.txt
-# make demo      digits at 2 bits: train, export, verify, report (about a minute on 2 cores)
+# make demo      digits at 2 bits, integer-only: train, export, verify, report (about a minute on 2 cores)
 # make test      the tests; make test-all adds the slow ones and make test-sanitizers
 # make test-engines      the tests with each engine forced
 # make test-sanitizers   the tests with the C++ engine built under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -22,7 +22,7 @@ CONSTRAINTS ?= constraints.txt
 TORCH ?= torch
 EXTRAS ?= all
 JOBS ?= auto
-DEMO ?= runs/digits-w2a2
+DEMO ?= runs/digits-integer
 BENCH ?= --profile
 DATA ?= data
 INIT ?= resnet20.safetensors
@@ -53,8 +53,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/lsquant train digits --bits 2 --out $(DEMO) --overwrite
-	$(BIN)/lsquant export $(DEMO) --profile exact
+	$(BIN)/lsquant train digits --bits 2 --integer-only --fold-epochs 3 --out $(DEMO) --overwrite
+	$(BIN)/lsquant export $(DEMO)
 	$(BIN)/lsquant verify $(DEMO)
 	$(BIN)/lsquant report $(DEMO)
 

@@ -36,14 +36,15 @@ class Everything(nn.Module):
         self.up, self.add, self.pool = nn.Upsample(scale_factor=2), Add(), nn.MaxPool2d(3, 2, 1)
         self.left, self.right = (Slice(slice(None), slice(*ends)) for ends in ((None, 4), (4, None)))
         self.cat, self.pad, self.shuffle = Cat(1), nn.ZeroPad2d((1, 0, 2, 1)), nn.PixelShuffle(2)
-        self.tanh, self.low, self.mean, self.flatten = nn.Tanh(), nn.Conv2d(2, 6, 1), Mean((2, 3), True), nn.Flatten()
+        self.more = nn.ConstantPad3d((0, 0, 0, 0, 1, 1), 0.0)  # of channels
+        self.tanh, self.low, self.mean, self.flatten = nn.Tanh(), nn.Conv2d(4, 6, 1), Mean((2, 3), True), nn.Flatten()
         self.head, self.end = nn.Linear(6, 5), nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.relu(self.norm(self.stem(x)))
         x = self.add(x, self.up(self.silu(self.wide(self.depthwise(x)))[:, :, :4, :4]))
         x = self.pool(self.cat(self.right(x), self.left(x)))
-        x = self.low(self.shuffle(self.pad(self.tanh(x))))
+        x = self.low(self.more(self.shuffle(self.pad(self.tanh(x)))))
         return self.end(self.head(self.flatten(self.mean(x))))
 
 

@@ -30,19 +30,18 @@ def unpacked(data, bits, shape):
 
 def windows(q, kernel, step, pad):
     """Return (batch, channels, *positions, *kernel), the windows of a padded image."""
-    n, size = len(kernel), [(k - 1) * d + 1 for k, d in zip(kernel, step["dilation"], strict=True)]
+    size = [(k - 1) * d + 1 for k, d in zip(kernel, step["dilation"], strict=True)]
     q = np.pad(q, [(0, 0), (0, 0), *step["padding"]], constant_values=pad)
     every = [slice(None, None, skipped) for skipped in (*step["stride"], *step["dilation"])]
-    return views(q, size, tuple(range(2, 2 + n)))[(..., *every)]
+    return views(q, size, tuple(range(2, q.ndim)))[(..., *every)]
 
 
 def convolution(q, w, step):
     """Return the sums of products of codes: float64, which holds whole numbers up to 2^53."""
-    n, g = w.ndim - 2, step["groups"]
-    seen = windows(q, w.shape[2:], step, 0)
-    positions = seen.shape[2 : 2 + n]
+    g, seen = step["groups"], windows(q, w.shape[2:], step, 0)
+    positions = seen.shape[2 : w.ndim]
     seen = seen.reshape(len(q), g, -1, *positions, *w.shape[2:])
-    rows = np.moveaxis(seen, 2, 2 + n).reshape(len(q), g, int(np.prod(positions)), -1).astype(np.float64)
+    rows = np.moveaxis(seen, 2, w.ndim).reshape(len(q), g, int(np.prod(positions)), -1).astype(np.float64)
     sums = rows @ np.swapaxes(w.reshape(g, len(w) // g, -1), 1, 2)
     return np.swapaxes(sums, 2, 3).reshape(len(q), len(w), *positions)
 
@@ -52,14 +51,16 @@ def moved(q, step):
     kind, n = step["move"], q.ndim - 2
     if kind == "max_pool":
         return windows(q, step["kernel"], step, -(2**31)).max(tuple(range(-n, 0)))
-    if kind in ("slice", "pad"):
-        return np.pad(q, step["padding"]) if kind == "pad" else q[tuple(slice(*part) for part in step["index"])]
+    if kind == "slice":
+        return q[tuple(slice(*part) for part in step["index"])]
+    if kind == "pad":
+        return np.pad(q, [(0, 0)] * (q.ndim - len(step["padding"])) + step["padding"])
     if kind == "upsample":
         factors = step["factors"] * (n if len(step["factors"]) == 1 else 1)
         return np.kron(q, np.ones([1, 1, *factors], q.dtype))
     if kind == "pixel_shuffle":
-        r, (b, c, h, w) = step["factor"], q.shape
-        return q.reshape(b, c // r**2, r, r, h, w).transpose(0, 1, 4, 2, 5, 3).reshape(b, c // r**2, h * r, w * r)
+        r, (h, w) = step["factor"], q.shape[2:]
+        return q.reshape(len(q), -1, r, r, h, w).transpose(0, 1, 4, 2, 5, 3).reshape(len(q), -1, h * r, w * r)
     return q.reshape(len(q), -1)  # flatten
 
 
@@ -97,4 +98,3 @@ def run(document, tensors, *inputs):
             real[name] = u if "limit" not in step else np.clip(u, *step["limit"]).astype(F)
     values = [real[n] if n in real else codes[n].astype(F) * tensors[f"{n}.step"] for n in document["outputs"]]
     return values, codes
-

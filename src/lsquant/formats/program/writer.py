@@ -139,7 +139,7 @@ def _move(step: Step) -> Entry:
     if n and kind.endswith(f"Pad{n}d"):
         pairs = list(vars(module)["padding"])
         last = [[pairs[i], pairs[i + 1]] for i in reversed(range(0, len(pairs), 2))]
-        return {"move": "pad", "padding": [[0, 0], [0, 0], *last]}
+        return {"move": "pad", "padding": last}  # of the last dimensions, which may be the channels, too
     raise UsageError(f"{step.name}: {kind} with these options has no form in a program")
 
 
