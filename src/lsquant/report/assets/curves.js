@@ -125,13 +125,19 @@ function level(u, value) {
   ctx.restore();
 }
 
+/** The results of a run by their key; kept: those of the network that ships. */
+function resultsOf(run) {
+  const results = Object.fromEntries((run.results || []).map(([key, , numbers]) => [key, numbers]));
+  return { ...results, kept: results.fused || results.lsq };
+}
+
 /** Several runs: the metric against the size of all tensors, the float networks as open points. */
 function comparison(runs, metric) {
   const found = [];
   for (const run of runs) {
-    const results = Object.fromEntries((run.results || []).map(([key, , numbers]) => [key, numbers]));
+    const results = resultsOf(run);
     if (!run.sizes) continue;
-    if (results.lsq && known(results.lsq[metric])) found.push({ name: run.name, size: run.sizes.packed + run.sizes.rest, value: results.lsq[metric], open: false });
+    if (results.kept && known(results.kept[metric])) found.push({ name: run.name, size: run.sizes.packed + run.sizes.rest, value: results.kept[metric], open: false });
     const whole = run.sizes.float + run.sizes.rest;
     if (results.float && known(results.float[metric]) && !found.some((p) => p.open && p.size === whole && p.value === results.float[metric]))
       found.push({ name: "float32", size: whole, value: results.float[metric], open: true });

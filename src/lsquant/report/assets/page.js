@@ -5,8 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const LEVELS = { outputs: "exact", codes: "equal codes", layers: "equal layers", weights: "equal weights" };
 
 const section = (id, title, ...content) => el("section", { id, "aria-labelledby": id + "-title" }, el("h2", { id: id + "-title" }, title), content);
-const resultsOf = (run) => Object.fromEntries((run.results || []).map(([key, , numbers]) => [key, numbers]));
-const metricOf = (run) => Object.keys(resultsOf(run).lsq || resultsOf(run).float || {})[0];
+const metricOf = (run) => Object.keys(resultsOf(run).kept || resultsOf(run).float || {})[0];
 
 function show(run) {
   charts.clear();
@@ -50,9 +49,9 @@ const scroll = (label, ...content) => el("div.scroll", { tabindex: "0", role: "r
 const head = (...names) => el("thead", {}, el("tr", {}, names.map((name) => el("th", { scope: "col", class: name === "compared" ? "left" : null }, name))));
 const card = (title, value, ...about) => el("div.card", {}, el("h3", {}, title), el("p.figure", {}, value), el("p", {}, about));
 
-function metricCard({ float, lsq }, metric) {
+function metricCard({ float, kept }, metric) {
   if (!metric) return card("Result", "–", "no metrics yet");
-  const value = lsq && known(lsq[metric]) ? lsq[metric] : null, whole = float ? float[metric] : null;
+  const value = kept && known(kept[metric]) ? kept[metric] : null, whole = float ? float[metric] : null;
   const gap = known(value) && known(whole) ? value - whole : null;
   const signed = known(gap) ? (gap >= 0 ? "+" : "−") + (metric.includes("accuracy") ? Math.abs(gap).toFixed(2) : number(Math.abs(gap))) : "";
   return card(words(metric), known(value) ? measure(metric, value) : "–", known(whole) ? `float32 ${measure(metric, whole)}${signed && `, ${signed}`}` : "float32 not measured");
@@ -137,7 +136,7 @@ function several() {
     const results = resultsOf(run), [one] = run.verdicts || [];
     return el("tr", {}, el("th", { scope: "row" }, el("button.pick", { type: "button", onclick: () => pick(i) }, run.name)),
       el("td", {}, (run.bits || [["–"]])[0][0].replace("/", " / ")), el("td", {}, results.float && known(results.float[metric]) ? measure(metric, results.float[metric]) : "–"),
-      el("td", {}, results.lsq && known(results.lsq[metric]) ? measure(metric, results.lsq[metric]) : "–"),
+      el("td", {}, results.kept && known(results.kept[metric]) ? measure(metric, results.kept[metric]) : "–"),
       el("td", {}, run.sizes ? bytes(run.sizes.packed + run.sizes.rest) : "–"), el("td.left", {}, one ? LEVELS[one.level] || "not equal" : "–"));
   });
   return section("runs", "Runs", el("div.two", {}, scroll("Runs", el("table.plain", {}, head("run", "bits", "float32", words(metric || "metric"), "size", "verdict"), el("tbody", {}, rows))),
