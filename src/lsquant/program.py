@@ -6,7 +6,7 @@ what lies between them.  So are an addition or an average and the limit behind i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -66,11 +66,13 @@ class Program:
     """The steps in order of execution.
 
     stored: node -> the quantizer of the codes that its output is stored as; None for floating point.
+    settled: what ``fusion`` found of the steps, kept until one changes.
     """
 
     flow: Flow
     steps: list[Step]
     stored: dict[Node, Quantizer | None]
+    settled: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def floats(self) -> list[Step]:

@@ -27,7 +27,6 @@ TIE_MARGIN = Fraction(1, 2**13)
 STEP_FACTOR = 1.0 + 1e-6
 FUNCTION_MARGIN = 2.0**-12
 GATE_STEP = 2.0**-8
-MOST_RAISES = 100_000
 """What the output step of an addition is multiplied by until the margin is kept."""
 
 DEAD_CHANNEL = 2.0**-10

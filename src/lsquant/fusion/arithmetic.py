@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from lsquant import ops
 from lsquant import reference_integer as reference
+from lsquant._util.errors import UsageError
 from lsquant.kernels import Grid
 from lsquant.nn import ExactBatchNorm
 from lsquant.quantizer import Quantizer
@@ -192,6 +193,21 @@ def product(layer: Any, x: Tensor, rows: Tensor) -> Tensor:
     return ops.Conv(layer.stride, padding, layer.dilation, False, (), layer.groups).convolve(padded, weight, None)
 
 
+def _require_dimensions(layer: Any, norm: ExactBatchNorm | None, x: Tensor) -> None:
+    """Raise UsageError for an input without a batch, or of which BatchNorm normalizes another dimension."""
+    name, kind = layer.weight_quantizer.name.removesuffix(".weight_quantizer"), type(layer).__name__
+    if isinstance(layer, nn.Linear):
+        if x.dim() < 2:
+            raise UsageError(f"{name}: {kind} is given {tuple(x.shape)}, without a batch; give (batch, ..., features)")
+        if norm is not None and x.dim() != 2:
+            raise UsageError(
+                f"{name}: the BatchNorm behind this {kind} normalizes another dimension of {tuple(x.shape)} than the "
+                "layer's features, so it is no factor of its steps; use a 1x1 convolution, or joins=None"
+            )
+    elif x.dim() != layer.weight.dim():
+        raise UsageError(f"{name}: {kind} is given {tuple(x.shape)}, without a batch; give (batch, channels, ...)")
+
+
 class Folding(NamedTuple):
     """What of a layer and its BatchNorm carries gradients.
 
@@ -288,6 +304,7 @@ def layer_output(
     x: codes of the input, as the layer reads them.
     read: what they may be.
     """
+    _require_dimensions(layer, norm, x)
     (fake, alpha, beta), constants = fold_layer(layer, norm, read, out)
     shape = [-1] + [1] * (fake.dim() - 1)
     s_x = read.step.detach()

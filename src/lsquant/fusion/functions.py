@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lsquant import reference_integer as reference
-from lsquant._util.errors import UsageError
+
+MOST_RAISES = 1000
 
 
 def plain_function(module: Any) -> Callable[[Tensor], Tensor]:
@@ -48,26 +49,29 @@ def function_quotients(module: Any, codes: Tensor, step: Tensor, output_step: Te
 
 @torch.no_grad()
 def safe_function_steps(
-    module: Any, codes: Tensor, bounds: tuple[int, int], step: Tensor, output_step: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    module: Any, codes: Tensor, bounds: tuple[int, int], step: Tensor, output_step: Tensor
+) -> tuple[Tensor, Tensor]:
     """Raise the steps of a function's input and output until nothing that is rounded comes close to a tie.
 
     Runtimes compute functions with errors of some 1e-7; away from ties they find the same codes.
 
     codes: every code of the input.
     bounds: of the output.
-    output_step: None where it is ``step`` itself.
-    Returns: (step, output_step).
+    Returns: (step, output_step); as they were where MOST_RAISES did not suffice.
     """
-    for _ in range(reference.MOST_RAISES):
-        own = step if output_step is None else output_step
-        if has_gate(module) and reference.near_a_tie(reference.gate_quotients(codes, step), 0, 255):
-            step = reference.raised(step)
-        elif reference.near_a_tie(function_quotients(module, codes, step, own), *bounds):
-            if output_step is None:
-                step = reference.raised(step)
-            else:
-                output_step = reference.raised(output_step)
+    found, output_found = step, output_step
+    for _ in range(MOST_RAISES):
+        if has_gate(module) and reference.near_a_tie(reference.gate_quotients(codes, found), 0, 255):
+            found = reference.raised(found)
+        elif reference.near_a_tie(function_quotients(module, codes, found, output_found), *bounds):
+            output_found = reference.raised(output_found)
         else:
-            return step, output_step
-    raise UsageError(f"fuse: no step of {type(module).__name__} near {float(step)} keeps its values away from ties")
+            return found, output_found
+    return step, output_step
+
+
+def is_safe(module: Any, codes: Tensor, bounds: tuple[int, int], step: Tensor, output_step: Tensor) -> bool:
+    """Tell whether nothing that a function rounds comes close to a tie."""
+    if has_gate(module) and reference.near_a_tie(reference.gate_quotients(codes, step), 0, 255):
+        return False
+    return not reference.near_a_tie(function_quotients(module, codes, step, output_step), *bounds)

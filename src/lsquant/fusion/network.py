@@ -32,7 +32,7 @@ from lsquant.program import Kind, Program, Step, program_of
 from lsquant.quantizer import Quantizer
 from lsquant.tied import TiedQuantizer
 
-MOST_PASSES = 1000
+MOST_PASSES, PASSES_OF_FUNCTIONS = 1000, 20
 
 
 def fuse(model: nn.Module) -> FusedNetwork:
@@ -97,9 +97,13 @@ class FusedNetwork(nn.Module):
         return _fused_again, (self.model, self.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(self.taps).outputs(self.given(args, kwargs))
+
+    def run(self, taps: dict[str, Tap] | None = None) -> Run:
+        """Return a forward pass to be made.  Raises: UsageError where the model is not what was fused."""
         if vars(self.model).get(STORED) is not self.joins:
             raise UsageError("the model was prepared or reverted after fuse: call lsquant.fuse(model) again")
-        return Run(self.program, taps=self.taps).outputs(self.given(args, kwargs))
+        return Run(self.program, taps=taps)
 
     def changes(
         self,
@@ -122,12 +126,12 @@ class FusedNetwork(nn.Module):
     @torch.no_grad()
     def constants(self) -> dict[str, Folded]:
         """Return what every layer multiplies with and adds, by its name."""
-        run = Run(self.program)
+        run = self.run()
         return {step.name: run.folded(step) for step in self.program.steps if step.kind is Kind.LAYER}
 
     def stored_steps(self) -> dict[str, Tensor]:
         """Return the step of every stored tensor, () float32, by the name of the module that makes it."""
-        run = Run(self.program)
+        run = self.run()
         return {s.end.name: run.step_of(s.end) for s in self.program.steps if self.program.stored[s.end] is not None}
 
     def layer(self, name: str) -> Any:
@@ -136,7 +140,7 @@ class FusedNetwork(nn.Module):
 
     def read_step(self, name: str) -> Tensor:
         """Return the step of what a layer multiplies, () float32."""
-        return Run(self.program).read_grid(self._step(name)).step.detach()
+        return self.run().read_grid(self._step(name)).step.detach()
 
     def _step(self, name: str) -> Step:
         return next(step for step in self.program.steps if step.kind is Kind.LAYER and step.name == name)
@@ -144,7 +148,7 @@ class FusedNetwork(nn.Module):
     def codes(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the codes of every stored tensor, int64, by the name of the module that makes it."""
         with torch.no_grad():
-            run = Run(self.program)
+            run = self.run()
             run.outputs(self.given(args, kwargs))
         return {node.name: q.to(torch.int64) for node, q in run.stored.items() if isinstance(q, Tensor)}
 
@@ -193,7 +197,7 @@ class Run:
         _COMPUTE[step.kind](self, step)
 
     def _show(self, node: Node) -> None:
-        tap = self.taps.get(node.name)
+        tap = self.taps.get(node.name) if node in self.stored else None  # a float step's result is stored by the next
         if tap is not None and tap._forward_hooks and isinstance(self.stored[node], Tensor):
             tap(self.stored[node].detach() + 0.0)  # no -0.0
 
@@ -277,7 +281,8 @@ class Run:
         source, out = step.node.inputs[0], self.grid(step.end)
         codes, read, s_y = self.stored[source], self.grid(source), out.step.detach()
         table = function_quotients(step.module, all_codes(read.low, read.high, codes.device), read.step.detach(), s_y)
-        u = table.float()[(codes.detach() - read.low).long()]
+        places = (codes.detach() - read.low).nan_to_num(0.0).long()
+        u = torch.where(codes.detach().isnan(), torch.nan, table.float()[places])
         y = plain_function(step.module)(self.value(source)) if codes.requires_grad else u
         self.stored[step.end] = requantized(y, 1.0 / s_y, u, out)
 
@@ -322,7 +327,18 @@ def _owner(quantizer: Quantizer) -> Quantizer:
 
 @torch.no_grad()
 def safe_steps(program: Program) -> dict[Quantizer, Tensor]:
-    """(M15, M18) Return the steps around additions and functions that had to be raised: owner -> () float32."""
+    """(M15, M18) Return the steps around additions and functions that had to be raised: owner -> () float32.
+
+    What was found is kept until a step changes.
+    """
+    owners = {_owner(quantizer) for quantizer in program.stored.values() if quantizer is not None}
+    now = {owner: float(owner.effective_step()) for owner in owners}
+    if program.settled.get("steps") != now:
+        program.settled.update(steps=now, raised=_settled(program))
+    return program.settled["raised"]
+
+
+def _settled(program: Program) -> dict[Quantizer, Tensor]:
     raised: dict[Quantizer, Tensor] = {}
 
     def step(owner: Quantizer) -> Tensor:
@@ -351,19 +367,21 @@ def safe_steps(program: Program) -> dict[Quantizer, Tensor]:
     def settle_function(one: Step) -> bool:
         read, out = quantizer(one.node.inputs[0]), quantizer(one.end)
         source, target = _owner(read), _owner(out)
-        s, s_y = step(source), None if target is source else step(target)
-        codes = all_codes(read.q_min, read.q_max, s.device)
-        s, s_y = safe_function_steps(one.module, codes, (out.q_min, out.q_max), s, s_y)
+        if target is source:
+            return False  # the quotients hardly depend on it
+        codes = all_codes(read.q_min, read.q_max, step(source).device)
+        s, s_y = safe_function_steps(one.module, codes, (out.q_min, out.q_max), step(source), step(target))
         moved = changed(source, s)
-        return (s_y is not None and changed(target, s_y)) or moved
+        return changed(target, s_y) or moved
 
-    settle = {Kind.ADD: settle_addition, Kind.FUNCTION: settle_function}
-    steps = [one for one in program.steps if one.kind in settle]
-    for _ in range(MOST_PASSES):
-        moved = [settle[one.kind](one) for one in steps]
+    additions, functions = ([one for one in program.steps if one.kind is kind] for kind in (Kind.ADD, Kind.FUNCTION))
+    for number in range(MOST_PASSES):
+        moved = [settle_addition(one) for one in additions]
+        if number < PASSES_OF_FUNCTIONS:  # a function whose steps find no values is written as a table
+            moved += [settle_function(one) for one in functions]
         if not any(moved):
             return raised
-    raise UsageError("fuse: the steps of additions and functions that depend on each other find no values")
+    raise UsageError("fuse: the steps of additions that depend on each other in a circle find no values")
 
 
 def limits_of(module: nn.Module) -> tuple[float | None, float | None]:

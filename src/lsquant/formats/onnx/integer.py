@@ -28,7 +28,7 @@ from lsquant.formats.onnx.capture import TORCH_OPSET, exported
 from lsquant.formats.onnx.codes import NARROW, narrow_type
 from lsquant.formats.onnx.graph import FLOAT, INT8, INT32, Graph, LayerTrace, array
 from lsquant.fusion.arithmetic import Codes
-from lsquant.fusion.functions import all_codes, function_quotients
+from lsquant.fusion.functions import all_codes, function_quotients, is_safe
 from lsquant.fusion.network import FusedNetwork, Run, averaged, limits_of
 from lsquant.nn.pool import sizes_of
 from lsquant.program import Kind, Step, output_nodes
@@ -38,6 +38,8 @@ FORMS = ("qdq", "qoperator")
 MICROSOFT = "com.microsoft"
 MOST_SCALED = 2.0**-32, 2.0**8
 """Between these has to be what ONNX Runtime's average multiplies sums by."""
+MOST_ADDED = 2.0**12
+"""By how much the step of an addition's operands may exceed that of their sum: ONNX Runtime rounds on the way."""
 END = 2**63 - 1
 """The end of a slice that goes to the last element, whatever the size."""
 INT4_SINCE = dict(NARROW)[4]
@@ -86,7 +88,7 @@ class _MarkedRun(Run):
 
     def compute(self, step: Step) -> None:
         if step.kind is Kind.FLOAT:
-            super().compute(step)
+            self.real_step(step)
             return
         quantizes = step.kind is Kind.QUANTIZE
         sources = (step.node,) if quantizes else step.node.inputs
@@ -100,6 +102,17 @@ class _MarkedRun(Run):
         if node not in self.real:
             self.real[node] = self.mark("Real", [self.stored[node]], node.name, self.example.stored[node].shape)
         return self.real[node]
+
+    def real_step(self, step: Step) -> None:
+        module = step.module
+        if isinstance(module, lnn.QuantizedLayer):
+            raise UsageError(f"{step.name}: {type(module).__name__} has no integer form in ONNX; use profile='exact'")
+        if isinstance(module, lnn.ExactBatchNorm):  # the operator of its own has no translation
+            (x,) = self.mapped(step.node.call.args)
+            alpha, beta = (t.reshape(-1, *[1] * (x.dim() - 2)) for t in module.affine_constants())
+            self.real[step.end] = x * alpha + beta
+            return
+        super().real_step(step)
 
     @staticmethod
     def mark(kind: str, inputs: list[Tensor], name: str, shape: torch.Size) -> Tensor:
@@ -331,6 +344,12 @@ class Writer:
     def add(self, step: Step, inputs: list[str], output: str) -> str:
         a, b = (self.scale(source) for source in step.node.inputs)
         out, grid = self.scale(step.end), self.run.limited(step)
+        ratio = float(self.run.step_of(step.node.inputs[0]) / grid.step.detach())
+        if ratio > MOST_ADDED:
+            raise UsageError(
+                f"{step.name}: the step of its operands is {ratio:.3g} times that of their sum, and ONNX Runtime's "
+                f"addition is exact to {MOST_ADDED:.0f}; has the step collapsed? lsquant.check says so"
+            )
         if self.form == "qdq":
             reals = [self._real(x, s, f"{step.name}/{n}", n) for x, s, n in zip(inputs, (a, b), "ab", strict=True)]
             return self._codes(self.node("Add", reals, f"{step.name}/sum"), out, grid, output)
@@ -369,6 +388,10 @@ class Writer:
         """Write a function as the runtime's own, of whose errors nothing comes near a tie; else as a table."""
         module, grid = step.module, self.run.grid(step.end)
         source, out = self.scale(step.node.inputs[0]), self.scale(step.end)
+        read = self.run.grid(step.node.inputs[0])
+        every = all_codes(read.low, read.high, read.step.device)
+        if not is_safe(module, every, (grid.low, grid.high), read.step.detach(), grid.step.detach()):
+            return self._table(step, inputs, output)
         if isinstance(module, nn.SiLU):
             return self._silu(step, inputs[0], output)
         operator, error, attributes = _FUNCTIONS.get(module.float_type, lambda m: ("", np.inf, {}))(module)
@@ -448,6 +471,8 @@ class Writer:
         if isinstance(module, lnn.Slice) and all(isinstance(part, slice) for part in module.index):
             slices: Any = [(d, part) for d, part in enumerate(module.index) if part != slice(None)]
             edges = [(d, p.start or 0, END if p.stop is None else p.stop, p.step or 1) for d, p in slices]
+            if not edges:
+                return self.node("Identity", inputs, output)
             axes, starts, stops, strides = (list(c) for c in zip(*edges, strict=True))
             named = [ints(n, v) for n, v in (("starts", starts), ("ends", stops), ("axes", axes), ("steps", strides))]
             return self.node("Slice", [*inputs, *named], output)
@@ -505,9 +530,14 @@ def integer_proto(
     and its marked nodes are lowered.
     """
     args, kwargs = model_inputs(example_inputs)
-    run = Run(network.program)
+    run = network.run()
+    given = network.given(args, kwargs)
+    for step in network.program.steps:
+        x = given.get(step.node)
+        if step.kind is Kind.QUANTIZE and isinstance(x, Tensor) and x.dtype != torch.float32:
+            raise UsageError(f"export_onnx: example_inputs of type {x.dtype}; give float32, and a float32 model")
     with torch.no_grad():
-        run.outputs(network.given(args, kwargs))
+        run.outputs(given)
     writer = Writer(Graph(), run, form, opset or INT4_SINCE)
     proto = _whole_graph(network, writer, args, kwargs, max(opset or 0, TORCH_OPSET), dynamic_batch)
     if proto is None:

@@ -40,8 +40,8 @@ def convolution(q, w, step):
     """Return the sums of products of codes: float64, which holds whole numbers up to 2^53."""
     g, seen = step["groups"], windows(q, w.shape[2:], step, 0)
     positions = seen.shape[2 : w.ndim]
-    seen = seen.reshape(len(q), g, -1, *positions, *w.shape[2:])
-    rows = np.moveaxis(seen, 2, w.ndim).reshape(len(q), g, int(np.prod(positions)), -1).astype(np.float64)
+    seen = seen.reshape(len(q), g, w.shape[1], *positions, *w.shape[2:])
+    rows = np.moveaxis(seen, 2, w.ndim).reshape(len(q), g, int(np.prod(positions)), w[0].size).astype(np.float64)
     sums = rows @ np.swapaxes(w.reshape(g, len(w) // g, -1), 1, 2)
     return np.swapaxes(sums, 2, 3).reshape(len(q), len(w), *positions)
 

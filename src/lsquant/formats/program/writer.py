@@ -16,8 +16,9 @@ from lsquant._util.bits import pack
 from lsquant._util.errors import UsageError
 from lsquant._util.tensors import write_tensors
 from lsquant._version import __version__
+from lsquant.dataflow import Node
 from lsquant.fusion.functions import all_codes, function_quotients
-from lsquant.fusion.network import FusedNetwork, Run, limits_of
+from lsquant.fusion.network import FusedNetwork, Run, fuse, limits_of
 from lsquant.nn.pool import sizes_of
 from lsquant.program import Kind, Step, output_nodes
 
@@ -26,16 +27,17 @@ KEY = "lsquant.program"
 Entry = dict[str, Any]
 
 
-def export_program(network: FusedNetwork, path: str | os.PathLike[str]) -> Path:
+def export_program(network: nn.Module, path: str | os.PathLike[str]) -> Path:
     """Write an integer-only network as a program that needs no runtime: docs/integer-only.md has a reader.
 
-    network: a fused network.
+    network: a fused network, or a trained model, which is fused.
     path: of the file, usually ``.safetensors``.  Returned.
 
     Raises: UsageError naming a step that is in floating point, or has no form; MissingFile; DiskFull (the old file is
         then unchanged).
     """
-    document, tensors = program_content(network)
+    fused = network if isinstance(network, FusedNetwork) else fuse(network)
+    document, tensors = program_content(fused)
     versions = {"lsquant": __version__, "torch": torch.__version__}
     write_tensors(path, tensors, {KEY: json.dumps({**document, "versions": versions}, separators=(",", ":"))})
     return Path(path)
@@ -51,16 +53,22 @@ def program_content(network: FusedNetwork) -> tuple[Entry, dict[str, Tensor]]:
             f"{step.name}: {type(step.module).__name__} is computed in floating point, and a program has codes only; "
             "use profile='integer'"
         )
-    run = Run(program)
+    run = network.run()
     tensors = {f"{name}.step": step.clone() for name, step in network.stored_steps().items()}
     steps = [_entry(run, step, tensors) for step in program.steps]
     document = {
         "format": FORMAT,
-        "inputs": [node.name for node in program.flow.nodes if node.kind == "input"],
+        "inputs": [node.name for node in program_inputs(network)],
         "outputs": [node.name for node in output_nodes(program.flow)],
         "steps": steps,
     }
     return document, tensors
+
+
+def program_inputs(network: FusedNetwork) -> list[Node]:
+    """Return the inputs that a step reads, in the order in which the model takes them."""
+    read = {step.node for step in network.program.steps if step.kind is Kind.QUANTIZE}
+    return [node for node in network.program.flow.nodes if node.kind == "input" and node in read]
 
 
 def _entry(run: Run, step: Step, tensors: dict[str, Tensor]) -> Entry:
@@ -136,7 +144,7 @@ def _move(step: Step) -> Entry:
             return {"move": "upsample", "factors": [int(f) for f in factors]}
     if isinstance(module, nn.PixelShuffle):
         return {"move": "pixel_shuffle", "factor": module.upscale_factor}
-    if n and kind.endswith(f"Pad{n}d"):
+    if n and kind.endswith(f"Pad{n}d") and min(vars(module)["padding"]) >= 0:
         pairs = list(vars(module)["padding"])
         last = [[pairs[i], pairs[i + 1]] for i in reversed(range(0, len(pairs), 2))]
         return {"move": "pad", "padding": last}  # of the last dimensions, which may be the channels, too

@@ -13,6 +13,7 @@ from lsquant._util.batches import Forward
 from lsquant.formats.onnx.graph import array
 from lsquant.formats.program import reader
 from lsquant.formats.program.row import ProgramFile
+from lsquant.formats.program.writer import program_inputs
 from lsquant.fusion import FusedNetwork
 from lsquant.verification.recorder import Call
 from lsquant.verification.runtimes.integer_runner import StoredTensors
@@ -36,13 +37,15 @@ class ProgramRunner:
 
     def __init__(self, file: ProgramFile, network: FusedNetwork) -> None:
         self.file, self.stored = file, StoredTensors(network)
-        self.inputs = [str(node.call.target) for node in network.program.flow.nodes if node.kind == "input"]
+        self.inputs = [str(node.call.target) for node in program_inputs(network)]
         self.tensors = {name: array(tensor) for name, tensor in file.tensors.items()}
 
     def run(self, calls: list[Call], batch: Any, forward: Forward | None) -> Iterator[Observed]:
         """Yield what the program gives for each call."""
         for call in calls:
-            feeds = feeds_of(self.file.path, self.inputs, call)
+            given = {**dict(zip(call.names, call.inputs, strict=True)), **call.keywords}
+            named = all(name in given for name in self.inputs)
+            feeds = {n: array(given[n]) for n in self.inputs} if named else feeds_of(self.file.path, self.inputs, call)
             with np.errstate(all="ignore"):  # steps of a damaged file
                 outputs, codes = reader.run(self.file.document, self.tensors, *(feeds[name] for name in self.inputs))
             found = {name: q.astype(np.float32) for name, q in codes.items()}
