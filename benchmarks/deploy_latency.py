@@ -32,7 +32,7 @@ import numpy as np
 import onnxruntime
 import timing
 import torch
-from networks import WORKLOADS, Workload
+from networks import DEPLOYED, Workload
 from timing import Contender, Options, Row, measure, report, rows, say, show
 from torch import Tensor, nn
 
@@ -43,7 +43,6 @@ from lsquant.verification.runtimes.openvino import OPENVINO
 
 PROFILES = ("exact", "small", "qdq")
 FLOAT = "float, ONNX Runtime"
-IMAGES = [name for name, workload in WORKLOADS.items() if workload.images]
 
 
 def trained(workload: Workload, bits: str, x: Tensor, integer_only: bool = False) -> nn.Module:
@@ -175,7 +174,7 @@ def operators(path: Path, x: np.ndarray, threads: int, passes: int = 20) -> dict
 
 
 def say_operators(name: str, bits: str, batch: int, tiny: bool) -> None:
-    workload = WORKLOADS[name]
+    workload = DEPLOYED[name]
     x = torch.randn(max(batch, 16), *(workload.tiny if tiny else workload.shape)[1:])
     model, network = trained(workload, bits, x), lsquant.fuse(trained(workload, bits, x, integer_only=True))
     with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +186,7 @@ def say_operators(name: str, bits: str, batch: int, tiny: bool) -> None:
 
 def run(name: str, bits: str, batches: Sequence[int], options: Options) -> Iterator[Row]:
     """The rows of one network at some bits."""
-    workload = WORKLOADS[name]
+    workload = DEPLOYED[name]
     shape = workload.tiny if options.tiny else workload.shape
     x = torch.randn(max(*batches, 16), *shape[1:])
     model, network = trained(workload, bits, x), lsquant.fuse(trained(workload, bits, x, integer_only=True))
@@ -211,7 +210,7 @@ def bits_of(name: str, bits: Sequence[str]) -> Sequence[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    about = f"of {', '.join(IMAGES)}, or NAME/BITS"
+    about = f"of {', '.join(DEPLOYED)}, or NAME/BITS"
     parser.add_argument("networks", nargs="*", default=["resnet20"], help=about)
     parser.add_argument("--bits", nargs="+", default=["w4a4", "w2a2"], help="presets")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64])

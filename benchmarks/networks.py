@@ -215,9 +215,6 @@ class Workload(NamedTuple):
 WORKLOADS = {
     "resnet20": Workload("ResNet-20", lambda: cifar_resnet("resnet20"), (128, 3, 32, 32), (3, 3, 16, 16)),
     "resnet18": Workload("ResNet-18", ResNet18, (8, 3, 224, 224), (2, 3, 64, 64)),
-    "mobilenetv1": Workload("MobileNetV1", MobileNetV1, (8, 3, 224, 224), (2, 3, 64, 64)),
-    "mobilenetv2": Workload("MobileNetV2", MobileNetV2, (8, 3, 224, 224), (2, 3, 64, 64)),
-    "detector": Workload("detector, 320 x 320", Detector, (8, 3, 320, 320), (2, 3, 64, 64)),
     "vit": Workload(
         "block of ViT-Small", lambda: Block(384, 6, norm_first=True), (8, 197, 384), (2, 5, 384), None, images=False
     ),
@@ -225,3 +222,11 @@ WORKLOADS = {
         "block of BERT-base", lambda: Block(768, 12, norm_first=False), (8, 128, 768), (2, 5, 768), None, images=False
     ),
 }
+
+DEPLOYED = {
+    **{name: workload for name, workload in WORKLOADS.items() if workload.images},
+    "mobilenetv1": Workload("MobileNetV1", MobileNetV1, (8, 3, 224, 224), (2, 3, 64, 64)),
+    "mobilenetv2": Workload("MobileNetV2", MobileNetV2, (8, 3, 224, 224), (2, 3, 64, 64)),
+    "detector": Workload("detector, 320 x 320", Detector, (8, 3, 320, 320), (2, 3, 64, 64)),
+}
+"""The networks whose exported files are timed."""

@@ -9,7 +9,6 @@ neighbours in row-major order. `z` (the integer zero point), `b` (LSQ+'s offset)
 """
 
 import math
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -432,6 +431,6 @@ def integer_silu(q_min, q_max, s, s_y, low, high):
     codes = []
     for q in range(q_min, q_max + 1):
         gate = round(256 / (1 + math.exp(-float(F32(q) * F32(s)))))
-        product = Fraction(q) * min(gate, 255) * Fraction(float(s)) / 256 / Fraction(float(s_y))
+        product = q * min(gate, 255) * float(s) / 256 / float(s_y)  # no step puts one near a tie
         codes.append(min(max(round(product), low), high))
     return np.array(codes)

@@ -107,7 +107,7 @@ def test_refusals(line, tmp_path):
     assert list(tmp_path.iterdir()) == []
     packed = path / "export" / "packed.safetensors"
     refused(2, "has the profile packed, not qdq", "verify", path, "--file", packed, "--profile", "qdq")
-    listed = "'exact', 'qdq', 'small', 'integer', 'packed'"
+    listed = "'exact', 'qdq', 'small', 'integer', 'program', 'packed'"
     refused(2, listed, "verify", path, "--profile", "qqd")
     refused(2, listed, "export", path, "--profile", "dense", "--out", tmp_path / "p")
     refused(3, "does not exist", "export", path, "--profile", "packed", "--out", tmp_path / "none" / "p")
