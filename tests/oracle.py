@@ -399,6 +399,26 @@ def integer_add(qa, qb, za, zb, s, s_y, z, low, high):
     return np.vectorize(lambda i, j: min(max(_rounded_ratio(int(i) - za + int(j) - zb, s, s_y) + z, low), high))(qa, qb)
 
 
+def integer_multiply(qa, qb, za, zb, s_a, s_b, s_y, z, low, high):
+    """Codes of a product of two tensors: the quotient exact, rounded half to even."""
+    (a, b), (c, d), (e, f) = (float(F32(s)).as_integer_ratio() for s in (s_a, s_b, s_y))
+
+    def one(i, j):
+        top, bottom = (int(i) - za) * (int(j) - zb) * a * c * f, b * d * e
+        whole, rest = divmod(top, bottom)
+        whole += int(2 * rest > bottom or (2 * rest == bottom and whole % 2 == 1))
+        return min(max(whole + z, low), high)
+
+    return np.vectorize(one)(qa, qb)
+
+
+def distance_to_product_tie(n, s_a, s_b, s_y):
+    """|u - nearest half| / u for u = n s_a s_b / s_y, exact up to the last divisions."""
+    (a, b), (c, d), (e, f) = (float(F32(s)).as_integer_ratio() for s in (s_a, s_b, s_y))
+    top, bottom = n * a * c * f, b * d * e
+    return abs(2 * (top % bottom) - bottom) / (2 * top)
+
+
 def distance_to_tie(n, s, s_y):
     """|n s / s_y - nearest half|, exact up to the last division."""
     (a, b), (c, d) = float(F32(s)).as_integer_ratio(), float(F32(s_y)).as_integer_ratio()
@@ -412,6 +432,17 @@ def integer_average(q, z_x, s_x, s_y, z, low, high):
     factor = F32(s_x) / F32(F32(s_y) * F32(q.shape[2]))
     for n, c in np.ndindex(*q.shape[:2]):
         result[n, c] = _code(F32(sum(int(v) - z_x for v in q[n, c])) * factor, z, low, high)
+    return result
+
+
+def integer_average_windows(q, kernel, stride, z_x, s_x, s_y, z, low, high):
+    """Codes of the means over square windows; q: (N, C, H, W)."""
+    m = F32(F32(s_x) * (F32(1) / F32(kernel * kernel))) / F32(s_y)
+    sizes = [(n - kernel) // stride + 1 for n in q.shape[2:]]
+    result = np.zeros((*q.shape[:2], *sizes), np.int64)
+    for n, c, i, j in np.ndindex(*result.shape):
+        window = q[n, c, i * stride : i * stride + kernel, j * stride : j * stride + kernel]
+        result[n, c, i, j] = _code(F32(sum(int(v) - z_x for v in window.flat)) * m, z, low, high)
     return result
 
 

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from lsquant import nn as lnn
 from lsquant._util.errors import UsageError
+from lsquant.nn.pool import WINDOWS, is_windowed, window_geometry
 from lsquant.nn.stored import FUNCTIONS
 
 
@@ -27,6 +28,7 @@ class Role(Enum):
     LIMIT = "limit"
     MOVE = "move"
     ADD = "add"
+    MULTIPLY = "multiply"
     CAT = "cat"
     AVERAGE = "average"
     FUNCTION = "function"
@@ -43,8 +45,9 @@ _ROLES: tuple[tuple[tuple[type, ...], Role], ...] = (
     ((nn.ReLU, nn.ReLU6, nn.Hardtanh, lnn.Clip), Role.LIMIT),
     (_MOVES, Role.MOVE),
     ((lnn.Add,), Role.ADD),
+    ((lnn.Mul,), Role.MULTIPLY),
     ((lnn.Cat,), Role.CAT),
-    ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, lnn.Mean), Role.AVERAGE),
+    ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, lnn.Mean, *WINDOWS), Role.AVERAGE),
     (FUNCTIONS, Role.FUNCTION),
 )
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -67,6 +70,9 @@ def role_of(module: nn.Module) -> Role | None:
 
 def _is_plain(module: Any, role: Role) -> bool:
     """Tell whether a module has the parameters with which its role is what it does."""
+    if is_windowed(module):  # every window has the same number of positions
+        is_padded = not module.count_include_pad and any(window_geometry(module)[2])
+        return not (module.ceil_mode or is_padded or getattr(module, "divisor_override", None))
     if role is Role.AVERAGE and not isinstance(module, lnn.Mean):
         size = module.output_size
         return all(n == 1 for n in (size if isinstance(size, (tuple, list)) else (size,)))

@@ -21,7 +21,7 @@ from torch import nn
 
 from lsquant._util.errors import UsageError
 from lsquant.dataflow import Flow, Node, Role
-from lsquant.nn import STORED_TYPES, QuantAdd, QuantizedLayer, StoredInputs, float_type, quantizers
+from lsquant.nn import STORED_TYPES, QuantAdd, QuantizedLayer, QuantMul, StoredInputs, float_type, quantizers
 from lsquant.quantizer import Quantizer
 from lsquant.spec import QuantSpec
 from lsquant.tied import TiedQuantizer
@@ -31,7 +31,7 @@ Former = dict[tuple[nn.Module, int], Quantizer]
 STORED = "_lsquant_stored"
 """Name of the attribute of a model whose joins are quantized: the specification of what they read."""
 
-JOINS = (Role.ADD, Role.CAT, Role.AVERAGE, Role.FUNCTION)
+JOINS = (Role.ADD, Role.MULTIPLY, Role.CAT, Role.AVERAGE, Role.FUNCTION)
 
 
 def require_outermost(model: nn.Module, caller: str) -> None:
@@ -181,7 +181,7 @@ def connect(model: nn.Module, flow: Flow, joins: QuantSpec, former: Former) -> N
         kind = STORED_TYPES[float_type(module) or type(module)]
         in_order = [by_place[place] for place in sorted(by_place)]
         module.__class__ = kind
-        module.input_quantizers = nn.ModuleList(in_order if kind is QuantAdd else in_order[:1])
+        module.input_quantizers = nn.ModuleList(in_order if kind in (QuantAdd, QuantMul) else in_order[:1])
     for name, quantizer in quantizers(model):  # each is met first where it stands in the state dict
         if quantizer in quantizer_of.values():
             quantizer.name = name

@@ -1,7 +1,7 @@
 """The program of an integer-only network: which steps run, in order, and which tensors between them are codes.
 
 A layer, the BatchNorm behind it and the limit (ReLU, ReLU6, clip) behind that are one step, where nothing else reads
-what lies between them.  So are an addition or an average and the limit behind it.
+what lies between them.  So are an addition, a product or an average and the limit behind it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lsquant import nn as lnn
 from lsquant._util.nested import tensors_in
 from lsquant.dataflow import Flow, Node, Role
 from lsquant.joining import Storage, storages
@@ -29,6 +30,7 @@ class Kind(Enum):
     QUANTIZE = "quantize"
     LAYER = "layer"
     ADD = "add"
+    MULTIPLY = "multiply"
     CAT = "cat"
     AVERAGE = "average"
     FUNCTION = "function"
@@ -102,6 +104,16 @@ def program_of(flow: Flow, joins: QuantSpec) -> Program:
     return Program(flow, steps, stored)
 
 
+def gives_parts(node: Node) -> bool:
+    """Tell whether a call gives several tensors: the parts of one, which are taken one by one."""
+    return isinstance(node.module, (lnn.Chunk, lnn.Split))
+
+
+def whole(node: Node) -> Node:
+    """Return the node of a tensor; of parts, that of the tensor which they are cut from."""
+    return whole(node.inputs[0]) if gives_parts(node) else node
+
+
 def output_nodes(flow: Flow) -> list[Node]:
     """Return the nodes of the tensors that a model returns, as ``tensors_in`` finds them in its output."""
     end = next(node for node in reversed(flow.nodes) if node.kind == "output")
@@ -126,6 +138,10 @@ def _quantizer_of(storage: Storage) -> Quantizer | None:
     return None
 
 
+_LIMITED = {Role.ADD: Kind.ADD, Role.MULTIPLY: Kind.MULTIPLY, Role.AVERAGE: Kind.AVERAGE}
+"""Steps with which the limit behind them is one step."""
+
+
 def _step(flow: Flow, node: Node, stored: dict[Node, Quantizer | None]) -> Step | None:
     """Return the step that computes a node on codes; None where it has to be floating point."""
     if node.role is None or any(stored[source] is None for source in node.inputs):
@@ -136,6 +152,8 @@ def _step(flow: Flow, node: Node, stored: dict[Node, Quantizer | None]) -> Step 
             return None
         if layer.weight_quantizer.spec.group_size is not None or not isinstance(layer, (nn.Linear, _Conv)):
             return None  # groups have no one scale a channel
+        if len(node.call.args) + len(node.call.kwargs) > 1:
+            return None  # the output size of a transposed convolution
         norm = _only_reader(flow, node, Role.NORM)
         if norm is not None and not isinstance(norm.module, ExactBatchNorm):
             norm = None
@@ -143,13 +161,12 @@ def _step(flow: Flow, node: Node, stored: dict[Node, Quantizer | None]) -> Step 
         batch_norm: Any = None if norm is None else norm.module
         end = limit or norm or node
         return Step(Kind.LAYER, node, end, batch_norm, None if limit is None else limit.module)
-    if node.role in (Role.ADD, Role.AVERAGE):
+    if node.role in _LIMITED:
         limit = _only_reader(flow, node, Role.LIMIT)
         end = limit or node
-        kind = Kind.ADD if node.role is Role.ADD else Kind.AVERAGE
         if len(node.inputs) > 2 or stored[end] is None:
             return None
-        return Step(kind, node, end, None, None if limit is None else limit.module)
+        return Step(_LIMITED[node.role], node, end, None, None if limit is None else limit.module)
     kind = {Role.CAT: Kind.CAT, Role.FUNCTION: Kind.FUNCTION, Role.MOVE: Kind.MOVE}.get(node.role)
     return None if kind is None or stored[node] is None else Step(kind, node, node)
 

@@ -25,9 +25,11 @@ TIE_MARGIN = Fraction(1, 2**13)
 """No possible sum of an addition comes closer than this to a rounding tie."""
 
 STEP_FACTOR = 1.0 + 1e-6
+"""What a step is multiplied by until the margin is kept."""
+
 FUNCTION_MARGIN = 2.0**-12
+PRODUCT_MARGIN = 2.0**-21
 GATE_STEP = 2.0**-8
-"""What the output step of an addition is multiplied by until the margin is kept."""
 
 DEAD_CHANNEL = 2.0**-10
 """The scale of a channel that BatchNorm multiplies by 0, in units of the output step."""
@@ -156,6 +158,40 @@ def safe_output_step(step: float, output_step: float, largest: int) -> float:
         s_y = raised(s_y)
 
 
+def products(largest_a: int, largest_b: int) -> Tensor:
+    """Return every magnitude that a product of codes may have, but 0; float64, ascending."""
+    a, b = (torch.arange(1, largest + 1, dtype=torch.float64) for largest in (largest_a, largest_b))
+    return torch.unique(torch.outer(a, b))
+
+
+def multiply(
+    a: Tensor, b: Tensor, zero_points: tuple[int, int], ratio: Fraction, zero_point: int, low: int, high: int
+) -> Tensor:
+    """(M19) Multiply two tensors: ``q_y = clip(rint((q_a - z_a) (q_b - z_b) s_a s_b / s_y) + z_y, lo, hi)``, int64.
+
+    a, b: codes, whose shapes broadcast
+    ratio: ``s_a s_b / s_y``, exact
+    """
+    product = (a.to(torch.int64) - zero_points[0]) * (b.to(torch.int64) - zero_points[1])
+    every, places = torch.unique(product, return_inverse=True)
+    table = torch.tensor([round(n * ratio) for n in every.tolist()])
+    return (table[places] + zero_point).clamp(low, high)
+
+
+def near_a_product_tie(products: Tensor, ratio: float, largest: int) -> bool:
+    """(M19) Tell whether a quotient ``n ratio`` lies so close to a tie that a runtime may round it otherwise.
+
+    A runtime rounds at most four times on the way, each time by at most 2^-24 of the value: within 2^-21 of the value.
+
+    products: float64 magnitudes
+    ratio: ``s_a s_b / s_y``
+    largest: the largest magnitude of a code of the output; quotients above it are clipped
+    """
+    quotients = products * ratio
+    quotients = quotients[quotients < largest + 1]
+    return bool(((quotients - quotients.floor() - 0.5).abs() <= quotients * PRODUCT_MARGIN).any())
+
+
 def raised(step: Tensor) -> Tensor:
     """Return a step times 1 + 1e-6, at least the next float32."""
     return torch.maximum(step * STEP_FACTOR, torch.nextafter(step, torch.full_like(step, torch.inf)))
@@ -192,6 +228,22 @@ def average(
     total = (codes.to(torch.int64) - zero_point).sum(spatial, keepdim=True).to(torch.float32)
     s, s_y = torch.tensor(step, dtype=torch.float32), torch.tensor(output_step, dtype=torch.float32)
     return requantize(total * (s / (s_y * count)), output_zero, low, high)
+
+
+def average_windows(
+    sums: Tensor, count: int, step: float, output_step: float, output_zero: int, low: int, high: int
+) -> Tensor:
+    """(M16) Average over windows of one size, as a layer whose weights are 1 with the step ``fl32(1 / n)``.
+
+    ``q_y = clip(rint(fl32(fl32(sum (q_x - z_x)) fl32(fl32(s_x fl32(1 / n)) / s_y))) + z_y, lo, hi)``
+
+    sums: integers, ``sum (q_x - z_x)`` of every window, positions of the padding counted as 0
+    count: n, the positions of a window
+    Returns: int64 in the shape of sums.
+    """
+    s, s_y = torch.tensor(step, dtype=torch.float32), torch.tensor(output_step, dtype=torch.float32)
+    weight_step = torch.tensor(1.0) / count
+    return requantize(sums.to(torch.float32) * multiplier(s, weight_step, s_y), output_zero, low, high)
 
 
 def read(

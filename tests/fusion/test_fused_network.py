@@ -19,7 +19,7 @@ import oracle
 from helpers.integer_nets import drawn
 from lsquant import QuantSpec, Recipe, UsageError
 from lsquant.fusion.network import Run
-from lsquant.nn import Add, Mean
+from lsquant.nn import Add, Mean, Mul
 from lsquant.nn.stored import FUNCTIONS
 
 
@@ -122,6 +122,109 @@ def test_gradients_are_those_of_the_formulas() -> None:
     for name, value in got.items():
         expected = own if name == "3.input_quantizer.step" else wanted[name]
         torch.testing.assert_close(value.double().squeeze(), expected.double().squeeze(), rtol=2e-3, atol=1e-5)
+
+
+class Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.mul, self.end = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), Mul(), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.mul(self.a(x), self.b(x[:, :, :1, :1])))
+
+
+def product(step: float | None = None) -> tuple[Any, Any, Tensor]:
+    """A product of two tensors, one of them with one position, its network and an input; step: of the product."""
+    torch.manual_seed(0)
+    model: Any = Product().eval()
+    x = torch.randn(2, 3, 4, 4)
+    lsquant.prepare(model, Recipe(4, 8, joins=8), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    if step is not None:
+        a, b = model.mul.input_quantizers
+        with torch.no_grad():
+            for operand in (a, b):  # no code of theirs is clipped
+                operand.step.mul_(2)
+            model.end.input_quantizer.step.copy_(step * a.step * b.step)
+            model.end.input_quantizer.initial_step.copy_(model.end.input_quantizer.step)
+    return model, lsquant.fuse(model), x
+
+
+def test_the_step_behind_a_product_is_raised_away_from_ties() -> None:
+    _, network, x = product(64.0)  # a product of 32 is a tie
+    steps = network.stored_steps()
+    s_a, s_b, s_y = (float(steps[name]) for name in ("a", "b", "mul"))
+    assert 64 * s_a * s_b * (1 + 1e-7) < s_y < 64 * s_a * s_b * 1.001
+    products = {i * j for i in range(1, 129) for j in range(1, 129)}
+    near = min(oracle.distance_to_product_tie(n, s_a, s_b, s_y) for n in products if n * s_a * s_b / s_y < 129)
+    assert near > 2.0**-21
+    codes = {name: q.numpy() for name, q in network.codes(x).items()}
+    wanted = oracle.integer_multiply(codes["a"], codes["b"], 0, 0, s_a, s_b, s_y, 0, -128, 127)
+    assert codes["mul"].tolist() == wanted.tolist()
+    assert len(np.unique(codes["mul"])) > 10
+
+
+def test_gradients_of_a_product() -> None:
+    """Of the operands: the upstream gradient, where codes are inside, times the other one; of the step: LSQ's."""
+    model, network, x = product(16.0)  # some codes are clipped
+    upstream = torch.randn(2, 2, 4, 4)
+    (network(x) * upstream).sum().backward()
+    codes = {name: q.double() for name, q in network.codes(x).items()}
+    s = {name: step.double() for name, step in network.stored_steps().items()}
+    u = codes["a"] * codes["b"] * s["a"] * s["b"] / s["mul"]
+    inside = (u > -128) & (u < 127)
+    v_hat = (codes["mul"] * s["mul"]).requires_grad_()
+    w_hat = model.end.weight_quantizer(model.end.rows()).double()
+    (F.conv2d(v_hat, w_hat) * upstream).sum().backward()
+    assert v_hat.grad is not None
+    grad = v_hat.grad
+    for name, other in (("a", "b"), ("b", "a")):
+        assert -128 < codes[name].min() <= codes[name].max() < 127
+        wanted = (grad * inside * codes[other] * s[other]).sum((0, 2, 3))
+        torch.testing.assert_close(getattr(model, name).bias.grad.double(), wanted, rtol=1e-4, atol=1e-6)
+    term = torch.where(inside, codes["mul"] - u, torch.where(u > 0, 127.0, -128.0))
+    quantizer = model.end.input_quantizer
+    wanted = (grad * term).sum() * quantizer.gradient_scale
+    torch.testing.assert_close(quantizer.step.grad.double().squeeze(), wanted, rtol=1e-4, atol=1e-6)
+    assert (~inside).any()
+
+
+def test_a_product_of_a_tensor_and_itself_and_one_whose_result_is_an_operands_step(tmp_path: Path) -> None:
+    class Squares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.mul, self.more, self.add = nn.Conv2d(3, 3, 1), Mul(), Mul(), Add()
+            self.end = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.a(x)
+            return self.end(self.more(a, self.add(a, self.mul(a, a))))  # the square has the step of a
+
+    x = torch.randn(2, 3, 4, 4)
+    model: Any = Squares().eval()
+    lsquant.prepare(model, Recipe(4, 8, joins=8), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    network = lsquant.fuse(model)
+    steps = network.stored_steps()
+    assert float(steps["a"]) == float(steps["mul"])
+    for form in ("qdq", "qoperator"):
+        path = lsquant.export_onnx(network, tmp_path / "m.onnx", x, profile="integer", form=form)
+        assert lsquant.verify(network, path, [x, 2 * x]).exact
+    assert lsquant.verify(network, lsquant.export_program(network, tmp_path / "p"), [x, 2 * x]).exact
+
+
+def test_averages_over_windows_equal_the_oracle() -> None:
+    x = torch.randn(2, 3, 9, 8)
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AvgPool2d(3, 2), nn.Conv2d(4, 2, 1)).eval()
+    lsquant.prepare(model, Recipe(4, 8, joins=8), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    network = lsquant.fuse(model)
+    codes, steps = network.codes(x), network.stored_steps()
+    s, s_y = (float(steps[name]) for name in ("0", "1"))
+    wanted = oracle.integer_average_windows(codes["0"].numpy(), 3, 2, 0, s, s_y, 0, -128, 127)
+    assert codes["1"].numpy().tolist() == wanted.tolist()
+    network(x).square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
 
 
 def test_training_and_evaluation_give_the_same_bits() -> None:

@@ -247,23 +247,44 @@ def test_a_difference_is_found_where_it_begins(tmp_path: Path) -> None:
 
 def test_what_has_no_form_is_named(tmp_path: Path) -> None:
     class Halves(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, cut: nn.Module, index: Any = 0, c: int = 2) -> None:
             super().__init__()
-            self.conv, self.chunk, self.end = nn.Conv2d(3, 4, 1), Chunk(2), nn.Conv2d(2, 2, 1)
+            self.conv, self.chunk, self.end, self.index = nn.Conv2d(3, 4, 1), cut, nn.Conv2d(c, 2, 1), index
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.end(self.chunk(self.conv(x))[0])
+            return self.end(self.chunk(self.conv(x))[self.index])
+
+    class Returned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.end, self.chunk = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), Chunk(2)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            h = self.conv(x)
+            return self.end(h), self.chunk(h)
+
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.end = nn.ConvTranspose2d(3, 4, 3, 2, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.end(self.up(x, [8, 8]))
 
     x = torch.randn(2, 3, 4, 4)
     cases = [
-        (Halves(), "chunk: Chunk gives several tensors"),
-        (nn.Sequential(nn.ConvTranspose2d(3, 2, 3), nn.Conv2d(2, 2, 1)), "0: a transposed convolution has no integer"),
+        (Halves(Chunk(2, dim=0), c=4), "chunk: parts of the batch"),
+        (Returned(), "chunk: the parts of this Chunk have to be taken one by one"),
+        (Halves(nn.MaxPool2d(1), (slice(None), [0, 3])), r"getitem: the index .* has no integer form in ONNX; use"),
+        (nn.Sequential(nn.ConvTranspose2d(3, 2, 3, (1, 2)), nn.Conv2d(2, 2, 1)), r"0: export_onnx .* stride=\(1, 2\)"),
+        (nn.Sequential(nn.ConvTranspose2d(3, 2, 3, dilation=2), nn.Conv2d(2, 2, 1)), r"0: .* dilation=\(2, 2\)"),
+        (Sized(), "up: QuantConvTranspose2d has no integer form"),
         (nn.Sequential(nn.Conv2d(3, 2, 3, padding_mode="reflect"), nn.Conv2d(2, 2, 1)), "0: padding_mode='reflect'"),
     ]
     for model, says in cases:
         lsquant.prepare(model, Recipe(8, 8, joins=8), example_inputs=x)
         lsquant.calibrate(model, [x])
-        assert lsquant.fuse(model)(x).shape
+        lsquant.fuse(model)(x)
         with pytest.raises(UsageError, match=says):
             lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile="integer")
     model, x = ready("w4a8")
@@ -272,6 +293,67 @@ def test_what_has_no_form_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a fused network is written by profile='integer', not 'exact'"):
         lsquant.export_onnx(lsquant.fuse(model), tmp_path / "m.onnx", x)
     assert list(tmp_path.iterdir()) == []
+
+
+class Sequence(nn.Module):
+    """A transposed convolution of one dimension, an average over windows, and a part of what is cut."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.up, self.pool = nn.ConvTranspose1d(3, 4, 5, 3, 1, 1, bias=bias), nn.AvgPool1d(3, 2, 1)
+        self.chunk, self.end = Chunk(3), nn.ConvTranspose1d(2, 3, 4, 2, 1, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _, b = self.chunk(self.pool(self.up(x)))  # four channels in parts of two
+        return self.end(b)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_sequences_and_real_transposed_outputs(bias: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Sequence(bias).eval(), torch.randn(3, 3, 7)
+    lsquant.prepare(model, Recipe(4, 8, joins=8), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    network = lsquant.fuse(model)
+    assert network.program.floats == []
+    for form in ("qdq", "qoperator"):
+        path = lsquant.export_onnx(network, tmp_path / "m.onnx", x, profile="integer", form=form)
+        verdict = lsquant.verify(network, path, [x, torch.randn(2, 3, 7)])
+        assert verdict.exact, str(verdict)
+        assert all(c.compared for c in verdict.checks)
+    with pytest.raises(UsageError, match=r"up: .*ConvTranspose1d whose output is real, or not an image"):
+        lsquant.export_program(network, tmp_path / "p")
+
+
+GEOMETRIES = [
+    (kernel, stride, padding, out, groups)
+    for kernel in (1, 2, 3, 4, 5, 7) for stride in (1, 2, 3) for padding in range(min(3, kernel))
+    for out in range(stride) for groups in (1, 2)
+]  # fmt: skip
+
+
+def test_transposed_convolutions_of_every_geometry(tmp_path: Path) -> None:
+    """All in one graph: each reads the input and has an output of its own."""
+
+    class All(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ups = nn.ModuleList(nn.ConvTranspose2d(4, 2, *g[:4], groups=g[4]) for g in GEOMETRIES)
+            self.ends = nn.ModuleList(nn.Conv2d(2, 1, 1) for _ in GEOMETRIES)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return [end(up(x)) for up, end in zip(self.ups, self.ends, strict=True)]
+
+    torch.manual_seed(0)
+    model, x = All().eval(), torch.randn(2, 4, 5, 6)
+    lsquant.prepare(model, Recipe(8, 8, joins=8), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    network = lsquant.fuse(model)
+    path = lsquant.export_onnx(network, tmp_path / "m.onnx", x, profile="integer")
+    verdict = lsquant.verify(network, path, [x, torch.randn(1, 4, 5, 6)])
+    assert verdict.exact, str(verdict)
+    assert lsquant.verify(network, lsquant.export_program(network, tmp_path / "p"), [x]).exact
+    assert verdict.checks[-1].compared == sum(3 * up(x)[0, 0].numel() for up in model.ups)
 
 
 def test_a_linear_layer_over_positions_and_a_batch_of_one(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Random integer-only networks: residual, concatenated, depthwise, pooled, with limits, functions, negative gammas."""
+"""Random integer-only networks: residual, concatenated, gated, transposed, pooled, with limits and functions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lsquant
-from lsquant import QuantSpec, Recipe, Rule
-from lsquant.nn import Add, Cat, Clip, Mean, Slice
+from lsquant import QuantSpec, Recipe, Rule, UsageError
+from lsquant.nn import Add, Cat, Chunk, Clip, Mean, Mul, Slice, Split
 
 
 class ConvUnit(nn.Module):
@@ -87,6 +87,49 @@ class Sliced(nn.Module):
         return self.cat(self.a(self.low(x)), self.high(x))
 
 
+class Gated(nn.Module):
+    """Squeeze-and-excite: every channel times a number between 0 and 1."""
+
+    def __init__(self, rng: Any, c: int, act: str):
+        super().__init__()
+        self.pool, self.less = nn.AdaptiveAvgPool2d(1), ConvUnit(rng, c, 3, kernel=1, act=act, norm=False)
+        self.more, self.mul = ConvUnit(rng, 3, c, kernel=1, norm=False), Mul()
+        self.gate = nn.Hardsigmoid() if rng.random() < 0.5 else nn.Sigmoid()
+        self.last = nn.ReLU6() if rng.random() < 0.3 else nn.Identity()
+        with torch.no_grad():  # not all values are zero behind a ReLU
+            self.less.conv.bias.fill_(0.5)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.mul(x, self.gate(self.more(self.less(self.pool(x))))))
+
+
+class Parts(nn.Module):
+    """Cuts channels into parts, as the blocks of detectors do; one part is multiplied by another."""
+
+    def __init__(self, rng: Any, c: int, act: str):
+        super().__init__()
+        self.cut: nn.Module = Chunk(2) if rng.random() < 0.5 else Split([c // 2, c - c // 2])
+        self.a, self.mul, self.cat = ConvUnit(rng, c // 2, c // 2, act=act), Mul(), Cat(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low, high = self.cut(x)
+        return self.cat(self.a(low), self.mul(low, high))
+
+
+class Transposed(nn.Module):
+    """Averages windows and goes back to the size by a transposed convolution."""
+
+    def __init__(self, rng: Any, c: int, act: str):
+        super().__init__()
+        kernel, pad, out = [(2, 0, 0), (3, 1, 1), (4, 1, 0), (5, 2, 1)][int(rng.integers(0, 4))]
+        self.pool = nn.AvgPool2d(*[(2,), (3, 2, 1)][int(rng.integers(0, 2))])
+        self.up = nn.ConvTranspose2d(c, c, kernel, 2, pad, out, groups=int(rng.choice([1, c])))
+        self.act = nn.ReLU() if act else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.up(self.pool(x)))
+
+
 class Net(nn.Module):
     """A stem, blocks, and a classifier or a convolutional head."""
 
@@ -97,7 +140,7 @@ class Net(nn.Module):
         self.stem = ConvUnit(rng, 3, c, act=act(), norm=bool(rng.random() < 0.8))
         blocks: list[nn.Module] = []
         for _ in range(int(rng.integers(1, 4))):
-            kind = int(rng.integers(0, 7))
+            kind = int(rng.integers(0, 10))
             if kind == 0:
                 blocks.append(Residual(rng, c, act(), str(rng.choice(["relu", ""]))))
             elif kind == 1:
@@ -110,8 +153,10 @@ class Net(nn.Module):
                 blocks.append(Sliced(rng, c, act()))
             elif kind == 5:
                 blocks += [nn.MaxPool2d(2), ConvUnit(rng, c, c, act=act(), norm=False), nn.Upsample(scale_factor=2)]
-            else:
+            elif kind == 6:
                 blocks.append(ConvUnit(rng, c, c, act=act()))
+            else:
+                blocks.append((Gated, Parts, Transposed)[kind - 7](rng, c, act()))
         self.blocks = nn.Sequential(*blocks)
         self.is_head = bool(rng.random() < 0.25)
         self.end = nn.ReLU() if rng.random() < 0.2 else nn.Identity()
@@ -128,7 +173,17 @@ class Net(nn.Module):
 
 
 def drawn(seed: int) -> tuple[lsquant.FusedNetwork, nn.Module, Tensor]:
-    """Return (fused network, the model in it, an input) of a random network, calibrated and trained for two steps."""
+    """Return (fused network, the model in it, an input) of a random network, calibrated and trained for two steps.
+
+    Where a tensor of it is all zeros, so that no step can be set, another one is drawn.
+    """
+    for again in range(10):
+        if found := _drawn(seed + 1_000_000 * again):
+            return found
+    raise AssertionError(f"seed {seed}: ten networks that cannot be calibrated")
+
+
+def _drawn(seed: int) -> tuple[lsquant.FusedNetwork, nn.Module, Tensor] | None:
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     model = Net(rng)
@@ -150,7 +205,12 @@ def drawn(seed: int) -> tuple[lsquant.FusedNetwork, nn.Module, Tensor]:
     ends = [Rule("first", 8, 8), Rule("last", 8, 8)] if rng.random() < 0.7 else []
     recipe = Recipe(low, int(rng.integers(2, 9)), ends, joins=int(rng.choice([8, 8, 8, 6, 4])))
     lsquant.prepare(model, recipe, example_inputs=x)
-    lsquant.calibrate(model, [x])
+    try:
+        lsquant.calibrate(model, [x])
+    except UsageError as error:
+        if "are zero" in str(error):
+            return None
+        raise
     fused = lsquant.fuse(model).train()
     optimizer = torch.optim.SGD(lsquant.param_groups(fused, lr=0.01, step_lr=1e-4), momentum=0.9)
     for _ in range(2):

@@ -1,6 +1,7 @@
 """The arithmetic of integer-only networks: against NumPy loops, and against what ONNX Runtime's operators compute."""
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,38 @@ def test_averages_readers_and_tables_equal_the_oracle(seed: int) -> None:
     assert (table.numpy() != wanted).mean() < 0.01
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_products_equal_exact_rationals(seed: int) -> None:
+    rng = RNG(seed)
+    (s_a, s_b, s_y), (za, zb, z) = f32(rng, 1e-3, 1, 3), rng.integers(0, 256, 3).tolist()
+    s_y = np.float32(s_y * 10)
+    a, b = rng.integers(0, 256, (3, 4, 50)), rng.integers(0, 256, (3, 4, 1))
+    ratio = Fraction(float(s_a)) * Fraction(float(s_b)) / Fraction(float(s_y))
+    got = ri.multiply(tensor(a), tensor(b), (za, zb), ratio, z, 0, 255)
+    assert got.tolist() == oracle.integer_multiply(a, b, za, zb, s_a, s_b, s_y, z, 0, 255).tolist()
+
+
+def test_ties_of_products_are_seen() -> None:
+    """7 * 3 * 0.5 = 10.5 is one; a quotient 2^-22 of itself away from one, too; above the codes none counts."""
+    every = ri.products(7, 3)
+    assert every.tolist() == sorted({float(i * j) for i in range(1, 8) for j in range(1, 4)})
+    assert ri.near_a_product_tie(every, 0.5, 255)
+    assert not ri.near_a_product_tie(every[every % 2 == 0], 0.5, 255)
+    assert not ri.near_a_product_tie(every[every == 21], 0.5, 9)
+    for distance, near in ((2.0**-22, True), (2.0**-20, False)):
+        assert ri.near_a_product_tie(every[every == 21], 0.5 * (1 + distance), 255) is near
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_averages_over_windows_equal_the_oracle(seed: int) -> None:
+    rng = RNG(seed)
+    q, z_x, z = rng.integers(0, 256, (2, 3, 7, 8)), int(rng.integers(0, 256)), int(rng.integers(0, 16))
+    (s, s_y), kernel, stride = f32(rng, 1e-2, 1, 2), int(rng.integers(1, 4)), int(rng.integers(1, 3))
+    sums = torch.conv2d(tensor(q).double() - z_x, torch.ones(3, 1, kernel, kernel).double(), stride=stride, groups=3)
+    got = ri.average_windows(sums, kernel**2, float(s), float(s_y), z, 0, 255)
+    assert got.tolist() == oracle.integer_average_windows(q, kernel, stride, z_x, s, s_y, z, 0, 255).tolist()
+
+
 # ---- what the runtime computes ----
 
 
@@ -166,6 +199,31 @@ def test_onnx_runtime_adds_like_this(seed: int) -> None:
     got = run([node], constants, {"a": a, "b": b}, domain=True)
     wanted = ri.add(tensor(a), tensor(b), (za, zb), ri.sum_codes(float(s), float(s_y), 510), z, 0, 255)
     assert (got != wanted.numpy()).sum() == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_onnx_runtime_multiplies_like_this(seed: int) -> None:
+    """All products of two codes, also of a tensor and a number for each channel."""
+    rng = RNG(seed)
+    (s_a, s_b), (za, zb, z) = f32(rng, 1e-3, 1, 2), rng.integers(0, 256, 3).tolist()
+    s_y = torch.tensor(s_a * s_b * np.float32(rng.uniform(5, 256)))
+    every = ri.products(255, 255)
+    while ri.near_a_product_tie(every, float(s_a) * float(s_b) / float(s_y), 255):
+        s_y = ri.raised(s_y)
+    a, b = (v.astype(np.uint8).reshape(-1) for v in np.meshgrid(np.arange(256), np.arange(256)))
+    constants = {"s_a": s_a, "za": np.uint8(za), "s_b": s_b, "zb": np.uint8(zb), "s_y": s_y.numpy(), "z": np.uint8(z)}
+    names = ["a", "s_a", "za", "b", "s_b", "zb", "s_y", "z"]
+    node = helper.make_node("QLinearMul", names, ["y"], domain="com.microsoft")
+    ratio = Fraction(float(s_a)) * Fraction(float(s_b)) / Fraction(float(s_y))
+    wide, by_channel = (
+        np.tile(np.arange(256, dtype=np.uint8), (1, 256, 1)),
+        np.arange(256, dtype=np.uint8)[None, :, None],
+    )
+    for x, y in ((a, b), (wide, by_channel)):
+        got = run([node], constants, {"a": x, "b": y}, domain=True)
+        wanted = ri.multiply(tensor(x), tensor(y), (za, zb), ratio, z, 0, 255)
+        assert (got != wanted.numpy()).sum() == 0
+    assert len(np.unique(got)) > 5
 
 
 @pytest.mark.parametrize("seed", range(8))

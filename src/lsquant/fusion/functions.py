@@ -6,6 +6,7 @@ SiLU is ``x sigmoid(x)`` with the sigmoid in codes of 8 bits, as integer runtime
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ def plain_function(module: Any) -> Callable[[Tensor], Tensor]:
 def all_codes(low: int, high: int, device: torch.device) -> Tensor:
     """Return every code of a tensor, ascending, float32."""
     return torch.arange(low, high + 1, dtype=torch.float32, device=device)
+
+
+@lru_cache(64)
+def all_products(largest_a: int, largest_b: int) -> Tensor:
+    """Return every magnitude of a product of two codes, but 0, float64."""
+    return reference.products(largest_a, largest_b)
 
 
 def has_gate(module: nn.Module) -> bool:

@@ -25,10 +25,18 @@ from lsquant.fusion.arithmetic import (
     with_values,
 )
 from lsquant.fusion.changes import FoldChanges, Metric, changes
-from lsquant.fusion.functions import all_codes, function_quotients, plain_function, safe_function_steps
+from lsquant.fusion.functions import (
+    MOST_RAISES,
+    all_codes,
+    all_products,
+    function_quotients,
+    plain_function,
+    safe_function_steps,
+)
 from lsquant.joining import STORED
 from lsquant.nn import StoredInputs, quantizers
-from lsquant.program import Kind, Program, Step, program_of
+from lsquant.nn.pool import is_windowed, window_means, window_size
+from lsquant.program import Kind, Program, Step, gives_parts, program_of
 from lsquant.quantizer import Quantizer
 from lsquant.tied import TiedQuantizer
 
@@ -81,7 +89,8 @@ class FusedNetwork(nn.Module):
         self.program = program
         self.__dict__["joins"] = vars(model)[STORED]
         self.train(model.training)
-        ends = dict.fromkeys(step.end for step in program.steps if program.stored[step.end] is not None)
+        made = [step.end for step in program.steps if program.stored[step.end] is not None]
+        ends = dict.fromkeys(node for node in made if not gives_parts(node))
         self.__dict__["taps"] = {node.name: Tap() for node in ends}  # no submodules: they have no state
 
     def train(self, mode: bool = True) -> FusedNetwork:
@@ -266,12 +275,26 @@ class Run:
         ratio = (self.step_of(step.node.inputs[0]).double() / out.step.detach().double()).float()
         self.stored[step.end] = requantized(total, ratio, total.detach() * ratio, out)
 
+    def multiply(self, step: Step) -> None:
+        a, b = step.node.inputs
+        out, total = self.limited(step), self.stored[a] * self.stored[b]  # whole numbers below 2^24
+        # (M19): no product within the bounds comes so close to a tie that roundings to float32 matter (safe_steps)
+        ratio = (self.step_of(a).double() * self.step_of(b).double() / out.step.detach().double()).float()
+        self.stored[step.end] = requantized(total, ratio, total.detach() * ratio, out)
+
     def cat(self, step: Step) -> None:
         self.stored[step.end] = torch.cat([self.stored[source] for source in step.node.inputs], step.module.dim)
 
     def average(self, step: Step) -> None:
         source, out = step.node.inputs[0], self.limited(step)
         codes, s, s_y = self.stored[source], self.step_of(source), out.step.detach()
+        if is_windowed(step.module):
+            means = window_means(step.module, codes.double())
+            count = window_size(step.module)
+            total = torch.round(means.detach() * count).float()
+            factor = s * (torch.ones_like(s) / count) / s_y  # that of a layer
+            self.stored[step.end] = requantized(means.float(), s / s_y, total * factor, out)
+            return
         dims, keep = averaged(step.module, codes)
         total = codes.detach().double().sum(dims, keepdim=keep).float()
         count = codes.numel() // max(total.numel(), 1)
@@ -313,6 +336,7 @@ _COMPUTE: dict[Kind, Callable[[Run, Step], None]] = {
     Kind.QUANTIZE: Run.quantize,
     Kind.LAYER: Run.layer,
     Kind.ADD: Run.add,
+    Kind.MULTIPLY: Run.multiply,
     Kind.CAT: Run.cat,
     Kind.AVERAGE: Run.average,
     Kind.FUNCTION: Run.function,
@@ -327,7 +351,7 @@ def _owner(quantizer: Quantizer) -> Quantizer:
 
 @torch.no_grad()
 def safe_steps(program: Program) -> dict[Quantizer, Tensor]:
-    """(M15, M18) Return the steps around additions and functions that had to be raised: owner -> () float32.
+    """(M15, M18, M19) Return the steps around additions, products and functions that were raised: owner -> () float32.
 
     What was found is kept until a step changes.
     """
@@ -364,6 +388,19 @@ def _settled(program: Program) -> dict[Quantizer, Tensor]:
         after = reference.safe_output_step(float(step(source)), float(step(target)), largest)
         return changed(target, torch.tensor(after, device=step(target).device))
 
+    def settle_product(one: Step) -> bool:
+        a, b, out = (quantizer(node) for node in (*one.node.inputs, one.end))
+        sources, target = (_owner(a), _owner(b)), _owner(out)
+        moving = next((o for o in sources if o is not target), target) if target in sources else target
+        every = all_products(*(max(abs(q.q_min), abs(q.q_max)) for q in (a, b)))
+        largest, before = max(abs(out.q_min), abs(out.q_max)), step(moving)
+        for _ in range(MOST_RAISES):
+            s_a, s_b, s_y = (float(step(owner)) for owner in (*sources, target))
+            if not reference.near_a_product_tie(every, s_a * s_b / s_y, largest):
+                break
+            raised[moving] = reference.raised(step(moving))
+        return bool(step(moving) != before)
+
     def settle_function(one: Step) -> bool:
         read, out = quantizer(one.node.inputs[0]), quantizer(one.end)
         source, target = _owner(read), _owner(out)
@@ -374,14 +411,17 @@ def _settled(program: Program) -> dict[Quantizer, Tensor]:
         moved = changed(source, s)
         return changed(target, s_y) or moved
 
-    additions, functions = ([one for one in program.steps if one.kind is kind] for kind in (Kind.ADD, Kind.FUNCTION))
+    def of_kind(kind: Kind) -> list[Step]:
+        return [one for one in program.steps if one.kind is kind]
+
+    additions, products, functions = map(of_kind, (Kind.ADD, Kind.MULTIPLY, Kind.FUNCTION))
     for number in range(MOST_PASSES):
-        moved = [settle_addition(one) for one in additions]
+        moved = [settle_addition(one) for one in additions] + [settle_product(one) for one in products]
         if number < PASSES_OF_FUNCTIONS:  # a function whose steps find no values is written as a table
             moved += [settle_function(one) for one in functions]
         if not any(moved):
             return raised
-    raise UsageError("fuse: the steps of additions that depend on each other in a circle find no values")
+    raise UsageError("fuse: the steps of additions and products that depend on each other in a circle find no values")
 
 
 def limits_of(module: nn.Module) -> tuple[float | None, float | None]:

@@ -43,6 +43,7 @@ from lsquant.nn.pool import ExactAdaptiveAvgPool2d as ExactAdaptiveAvgPool2d
 from lsquant.nn.pool import ExactAvgPool2d as ExactAvgPool2d
 from lsquant.nn.stored import STORED_TYPES as STORED_TYPES
 from lsquant.nn.stored import QuantAdd as QuantAdd
+from lsquant.nn.stored import QuantMul as QuantMul
 from lsquant.nn.stored import StoredInputs as StoredInputs
 from lsquant.quantizer import Quantizer
 

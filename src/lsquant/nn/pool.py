@@ -18,6 +18,7 @@ from lsquant._util.leaf import leaf
 from lsquant.nn.exact import ExactLayer
 
 Windows = list[tuple[int, int]]
+WINDOWS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 
 def window_sums(x: Tensor, dim: int, windows: Windows) -> Tensor:
@@ -112,6 +113,30 @@ class _AvgPool(ExactLayer):
     @staticmethod
     def unsupported(layer: nn.Module) -> str:
         return "ceil_mode=True has no exact form here" if getattr(layer, "ceil_mode", False) else ""
+
+
+def is_windowed(module: Any) -> bool:
+    """Tell whether a module averages over windows of a given size."""
+    return isinstance(module, WINDOWS)
+
+
+def window_geometry(pool: Any) -> tuple[list[int], list[int], list[int]]:
+    """Return (kernel, stride, padding) of a module that averages over windows, an entry per dimension."""
+    dims = 1 + [isinstance(pool, kind) for kind in WINDOWS].index(True)
+    stride: Any = pool.kernel_size if pool.stride in (None, (), []) else pool.stride
+    given: list[Any] = [sizes_of(value, dims) for value in (pool.kernel_size, stride, pool.padding)]
+    kernel, strides, padding = map(list, given)
+    return kernel, strides, padding
+
+
+def window_size(pool: Any) -> int:
+    """Return the number of positions of a window."""
+    return torch.Size(window_geometry(pool)[0]).numel()
+
+
+def window_means(pool: Any, x: Tensor) -> Tensor:
+    """Return the mean of every window, as PyTorch's own kernel computes it."""
+    return pool.float_type.forward(pool, x)
 
 
 class _AdaptiveAvgPool(ExactLayer):

@@ -8,16 +8,23 @@ from torch import Tensor, nn
 
 from lsquant._util.leaf import leaf
 from lsquant.nn.functions import Mean
-from lsquant.nn.joins import Add, Cat
-from lsquant.nn.pool import ExactAdaptiveAvgPool1d, ExactAdaptiveAvgPool2d, ExactAdaptiveAvgPool3d
+from lsquant.nn.joins import Add, Cat, Mul
+from lsquant.nn.pool import (
+    ExactAdaptiveAvgPool1d,
+    ExactAdaptiveAvgPool2d,
+    ExactAdaptiveAvgPool3d,
+    ExactAvgPool1d,
+    ExactAvgPool2d,
+    ExactAvgPool3d,
+)
 from lsquant.quantizer import Quantizer
 
 
 class StoredInputs(nn.Module):
     """Mixed in before the float module's class: every input is fake-quantized, then the float module computes.
 
-    input_quantizers: one per input, of a concatenation one for all.  A tensor that is read in several places has the
-        same quantizer in all of them.
+    input_quantizers: one per operand of an addition or a product; one for all inputs of everything else.  A tensor that
+        is read in several places has the same quantizer in all of them.
     float_type: the class of the float module.
     """
 
@@ -41,6 +48,12 @@ class QuantAdd(StoredInputs, Add):
     """``lsquant.nn.Add`` of two stored tensors: ``y = a_hat + b_hat``."""
 
     float_type = Add
+
+
+class QuantMul(StoredInputs, Mul):
+    """``lsquant.nn.Mul`` of two stored tensors: ``y = a_hat b_hat``."""
+
+    float_type = Mul
 
 
 class QuantCat(StoredInputs, Cat):
@@ -67,6 +80,18 @@ class QuantAdaptiveAvgPool3d(StoredInputs, ExactAdaptiveAvgPool3d):
     """``nn.AdaptiveAvgPool3d`` of a stored tensor."""
 
 
+class QuantAvgPool1d(StoredInputs, ExactAvgPool1d):
+    """``nn.AvgPool1d`` of a stored tensor."""
+
+
+class QuantAvgPool2d(StoredInputs, ExactAvgPool2d):
+    """``nn.AvgPool2d`` of a stored tensor."""
+
+
+class QuantAvgPool3d(StoredInputs, ExactAvgPool3d):
+    """``nn.AvgPool3d`` of a stored tensor."""
+
+
 def _of_function(kind: type[nn.Module]) -> type[StoredInputs]:
     """Make the type of an elementwise function of a stored tensor; this module holds it under its name."""
     name = f"Quant{kind.__name__}"
@@ -78,7 +103,8 @@ def _of_function(kind: type[nn.Module]) -> type[StoredInputs]:
 
 FUNCTIONS = (nn.SiLU, nn.Hardswish, nn.GELU, nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Mish, nn.ELU, nn.LeakyReLU)
 _TYPES: tuple[Any, ...] = (
-    QuantAdd, QuantCat, QuantMean, QuantAdaptiveAvgPool1d, QuantAdaptiveAvgPool2d, QuantAdaptiveAvgPool3d,
+    QuantAdd, QuantMul, QuantCat, QuantMean, QuantAdaptiveAvgPool1d, QuantAdaptiveAvgPool2d, QuantAdaptiveAvgPool3d,
+    QuantAvgPool1d, QuantAvgPool2d, QuantAvgPool3d,
     *map(_of_function, FUNCTIONS),
 )  # fmt: skip
 

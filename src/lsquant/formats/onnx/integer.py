@@ -12,6 +12,7 @@ ReLU on unsigned codes is the saturation of uint8 itself.  The two forms are:
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,12 @@ from lsquant.dataflow import Node
 from lsquant.formats.onnx.capture import TORCH_OPSET, exported
 from lsquant.formats.onnx.codes import NARROW, narrow_type
 from lsquant.formats.onnx.graph import FLOAT, INT8, INT32, Graph, LayerTrace, array
-from lsquant.fusion.arithmetic import Codes
+from lsquant.formats.subpixel import Spread, as_written, spread_of
+from lsquant.fusion.arithmetic import Codes, Folded
 from lsquant.fusion.functions import all_codes, function_quotients, is_safe
 from lsquant.fusion.network import FusedNetwork, Run, averaged, limits_of
-from lsquant.nn.pool import sizes_of
-from lsquant.program import Kind, Step, output_nodes
+from lsquant.nn.pool import is_windowed, sizes_of, window_geometry, window_size
+from lsquant.program import Kind, Step, gives_parts, output_nodes
 from lsquant.reference_integer import FUNCTION_MARGIN, GATE_STEP
 
 FORMS = ("qdq", "qoperator")
@@ -70,11 +72,14 @@ class Scale:
 
 
 def require_single(run: Run) -> None:
-    """Raise UsageError naming a step over codes that gives several tensors."""
+    """Raise UsageError naming a step over codes that gives several tensors which are not taken one by one."""
+    readers = run.program.flow.readers
     for step in run.program.steps:
-        if step.kind is not Kind.FLOAT and not isinstance(run.real_of(step.end), Tensor):
+        if gives_parts(step.node) and any(node.call.target is not operator.getitem for node, _ in readers[step.end]):
             kind = type(step.module).__name__
-            raise UsageError(f"{step.name}: {kind} gives several tensors and has no integer form in ONNX; use Slice")
+            raise UsageError(
+                f"{step.name}: the parts of this {kind} have to be taken one by one: a, b = {step.name}(x)"
+            )
 
 
 class _MarkedRun(Run):
@@ -89,6 +94,9 @@ class _MarkedRun(Run):
     def compute(self, step: Step) -> None:
         if step.kind is Kind.FLOAT:
             self.real_step(step)
+            return
+        if gives_parts(step.node):  # each part is a slice of what is cut
+            self.stored[step.end] = self.stored[step.node.inputs[0]]
             return
         quantizes = step.kind is Kind.QUANTIZE
         sources = (step.node,) if quantizes else step.node.inputs
@@ -159,6 +167,8 @@ class Writer:
 
     def step(self, step: Step, inputs: list[str]) -> str:
         """Write a step over codes.  Returns the name of its output."""
+        if gives_parts(step.node):
+            return inputs[0]
         self.graph.prefix = step.name
         output = _LOWER[step.kind](self, step, inputs, f"{step.name}/output")
         self.traces.append(self._trace(step, inputs[0], output))
@@ -218,10 +228,10 @@ class Writer:
         return [("Max", low)] * (low > 0) + [("Min", high)] * (high < 255)
 
     def _within(self, codes: str, clipped: list[tuple[str, int]], output: str, label: str = "") -> str:
-        for i, (operator, bound) in enumerate(clipped):
+        for i, (kind, bound) in enumerate(clipped):
             name = self.graph.constant(f"uint8_{bound}", np.uint8(bound))
-            end = output if i == len(clipped) - 1 else f"{output}/{operator}"
-            codes = self.node(operator, [codes, name], end, f"{operator}{label}")
+            end = output if i == len(clipped) - 1 else f"{output}/{kind}"
+            codes = self.node(kind, [codes, name], end, f"{kind}{label}")
         return codes
 
     # ---- steps ----
@@ -255,25 +265,66 @@ class Writer:
 
     def _layer(self, step: Step, source: str, output: str) -> str:
         x, scale = self._read(step, source)
-        constants, layer, name = self.run.constants[step], step.module, step.name
-        is_linear = isinstance(layer, nn.Linear)
-        self._require_form(step)
-        codes = layer.from_rows(constants.codes).to(torch.int8)
+        layer, name = step.module, step.name
+        if getattr(layer, "padding_mode", "zeros") != "zeros":
+            raise UsageError(f"{name}: padding_mode={layer.padding_mode!r} has no integer form; use 'zeros'")
+        constants = as_written(layer, self.run.constants[step], name, "export_onnx")
+        spread, read = spread_of(layer, name, "export_onnx"), self.run.read_grid(step)
+        if spread is None:
+            geometry = {"transB": 1} if isinstance(layer, nn.Linear) else _geometry(layer, layer.padding_sides())
+            return self._products(step, x, scale, read, constants, geometry, output)
+        ones = [1] * len(spread.kernel)
+        geometry = _attributes(spread.kernel, ones, spread.padding, ones, layer.groups)
+        y = self._products(step, x, scale, read, constants, geometry, f"{output}/channels")
+        return self._spread(step, y, spread, output)
+
+    def _spread(self, step: Step, y: str, spread: Spread, output: str) -> str:
+        """Write what spreads channels over space, and crops."""
+        name, s, n = step.name, spread.block, len(spread.kernel)
+        is_cropped = any(map(any, spread.crop))
+        target = f"{output}/spread" if is_cropped else output
+        if s > 1 and n == 2:
+            y = self.node("DepthToSpace", [y], target, blocksize=s, mode="CRD")
+        elif s > 1:
+            parts = self.node("Reshape", [y, self._shape([0, step.module.out_channels, s, -1])], f"{output}/parts")
+            turned = self.node("Transpose", [parts], f"{output}/turned", perm=[0, 1, 3, 2])
+            y = self.node("Reshape", [turned, self._shape([0, step.module.out_channels, -1])], target, "Reshape_spread")
+        if not is_cropped:
+            return y if s > 1 else self.node("Identity", [y], output)
+        edges = [(2 + d, before, -after or END) for d, (before, after) in enumerate(spread.crop)]
+        return self._slice(name, y, [(axis, start, end, 1) for axis, start, end in edges], output)
+
+    def _slice(self, name: str, x: str, edges: list[tuple[int, int, int, int]], output: str) -> str:
+        """Write a slice.  edges: (axis, start, end, step)."""
+        columns = zip(("axes", "starts", "ends", "steps"), zip(*edges, strict=True), strict=True)
+        held = {n: self.graph.constant(f"{name}.{n}", np.array(v, np.int64)) for n, v in columns}
+        return self.node("Slice", [x, *(held[n] for n in ("starts", "ends", "axes", "steps"))], output)
+
+    def _products(
+        self, step: Step, x: str, scale: Scale, read: Codes, constants: Folded, geometry: dict[str, Any], output: str
+    ) -> str:
+        """Write the products of a layer, or the sums of windows: codes, or real values.
+
+        x: the codes that are multiplied; scale, read: theirs.
+        constants: as the file holds them.
+        """
+        name, is_linear = step.name, isinstance(step.module, nn.Linear)
+        codes = constants.codes.to(torch.int8)
         low, high = int(codes.min()), int(codes.max())
         assert -128 <= low <= high <= 127
         weight = self._weight(name, array(codes), narrow_type(low, high, self.opset))
         steps = self.graph.constant(f"{name}.weight_step", array(constants.step))
         zeros = self.graph.constant(f"{name}.weight_zero_point", np.zeros(len(constants.step), np.int8))
         bias = self.graph.constant(f"{name}.bias", array(constants.bias).astype(np.int32))
-        geometry: dict[str, Any] = {"transB": 1} if is_linear else _geometry(layer)
         stored = self.run.program.stored[step.end] is not None
         out = self.scale(step.end) if stored else None
         grid = self.run.limited(step) if stored else None
         if self.form == "qoperator" or (out is None and not is_linear):
-            return self._layer_operator(step, [x, weight, steps, zeros, bias], scale, out, grid, output, geometry)
+            given = [x, weight, steps, zeros, bias]
+            return self._layer_operator(step, given, scale, out, grid, output, geometry, read, constants)
         real = self._real(x, scale, f"{name}/input", "Dequantize_input")
         w = self.node("DequantizeLinear", [weight, steps, zeros], f"{name}/weight", "Dequantize_weight", axis=0)
-        scales = self.graph.constant(f"{name}.bias_step", array(self.run.read_grid(step).step * constants.step))
+        scales = self.graph.constant(f"{name}.bias_step", array(read.step * constants.step))
         shift = self.graph.constant(f"{name}.bias_zero_point", np.zeros(len(constants.step), np.int32))
         b = self.node("DequantizeLinear", [bias, scales, shift], f"{name}/bias", "Dequantize_bias", axis=0)
         operator = "Gemm" if is_linear else "Conv"
@@ -295,6 +346,8 @@ class Writer:
         grid: Codes | None,
         output: str,
         geometry: dict[str, Any],
+        read: Codes,
+        constants: Folded,
     ) -> str:
         x, weight, steps, zeros, bias = given
         operands = [x, scale.step, scale.zero, weight, steps, zeros]
@@ -304,19 +357,29 @@ class Writer:
         elif out is not None:
             operator, operands = "QLinearConv", [*operands, out.step, out.zero, bias]
         else:
-            return self._real_sums(step, x, weight, scale, output, geometry)
+            return self._real_sums(step, x, weight, scale, output, geometry, read, constants)
         if out is None or grid is None:
             return self.node(operator, operands, output, **geometry)
         clipped = self._clip_nodes(grid, out)
         raw = self.node(operator, operands, f"{output}/raw" if clipped else output, **geometry)
         return self._within(raw, clipped, output)
 
-    def _real_sums(self, step: Step, x: str, weight: str, scale: Scale, output: str, geometry: Any) -> str:
+    def _real_sums(
+        self,
+        step: Step,
+        x: str,
+        weight: str,
+        scale: Scale,
+        output: str,
+        geometry: dict[str, Any],
+        read: Codes,
+        constants: Folded,
+    ) -> str:
         """Write a last convolution: ``fl32(fl32(acc + b) fl32(s_x s_w))``."""
-        constants, name, graph = self.run.constants[step], step.name, self.graph
+        name, graph = step.name, self.graph
         shape = [-1] + [1] * (constants.codes.dim() - 2)
         bias = graph.constant(f"{name}.shaped_bias", array(constants.bias).astype(np.int32).reshape(shape))
-        factor = self.run.read_grid(step).step * constants.step
+        factor = read.step * constants.step
         scales = graph.constant(f"{name}.scale", array(factor).reshape(shape))
         sums = self.node("ConvInteger", [x, weight, scale.zero], f"{name}/sums", **geometry)
         total = self.node("Add", [sums, bias], f"{name}/total", "Add_bias")
@@ -334,33 +397,35 @@ class Writer:
         real = self._real(x, source, f"{step.name}/stored", "Dequantize_stored")
         return self._codes(real, scale, grid, f"{step.name}/codes", "Quantize_input"), scale
 
-    def _require_form(self, step: Step) -> None:
-        layer, name = step.module, step.name
-        if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-            raise UsageError(f"{name}: a transposed convolution has no integer form in ONNX; use profile='exact'")
-        if getattr(layer, "padding_mode", "zeros") != "zeros":
-            raise UsageError(f"{name}: padding_mode={layer.padding_mode!r} has no integer form; use 'zeros'")
-
     def add(self, step: Step, inputs: list[str], output: str) -> str:
-        a, b = (self.scale(source) for source in step.node.inputs)
-        out, grid = self.scale(step.end), self.run.limited(step)
-        ratio = float(self.run.step_of(step.node.inputs[0]) / grid.step.detach())
+        ratio = float(self.run.step_of(step.node.inputs[0]) / self.run.step_of(step.end))
         if ratio > MOST_ADDED:
             raise UsageError(
                 f"{step.name}: the step of its operands is {ratio:.3g} times that of their sum, and ONNX Runtime's "
                 f"addition is exact to {MOST_ADDED:.0f}; has the step collapsed? lsquant.check says so"
             )
+        return self._of_two("Add", step, inputs, output)
+
+    def multiply(self, step: Step, inputs: list[str], output: str) -> str:
+        return self._of_two("Mul", step, inputs, output)
+
+    def _of_two(self, kind: str, step: Step, inputs: list[str], output: str) -> str:
+        """Write an addition or a product."""
+        a, b = (self.scale(source) for source in step.node.inputs)
+        out, grid = self.scale(step.end), self.run.limited(step)
         if self.form == "qdq":
             reals = [self._real(x, s, f"{step.name}/{n}", n) for x, s, n in zip(inputs, (a, b), "ab", strict=True)]
-            return self._codes(self.node("Add", reals, f"{step.name}/sum"), out, grid, output)
+            return self._codes(self.node(kind, reals, f"{step.name}/{kind}"), out, grid, output)
         operands = [inputs[0], a.step, a.zero, inputs[1], b.step, b.zero, out.step, out.zero]
         clipped = self._clip_nodes(grid, out)
-        raw = self.node("QLinearAdd", operands, f"{output}/raw" if clipped else output)
+        raw = self.node(f"QLinear{kind}", operands, f"{output}/raw" if clipped else output)
         return self._within(raw, clipped, output)
 
     def average(self, step: Step, inputs: list[str], output: str) -> str:
         source, out, grid = self.scale(step.node.inputs[0]), self.scale(step.end), self.run.limited(step)
         x = self.run.stored[step.node.inputs[0]]
+        if is_windowed(step.module):
+            return self._windows(step, inputs[0], output)
         dims, keep = averaged(step.module, x)
         if sorted(d % x.dim() for d in dims) != list(range(2, x.dim())):
             raise UsageError(f"{step.name}: a mean over {dims} has no integer form in ONNX; average over all of space")
@@ -380,6 +445,21 @@ class Writer:
             y = self.node("QLinearGlobalAveragePool", operands, f"{result}/raw" if clipped else result, channels_last=0)
             y = self._within(y, clipped, result)
         return y if keep else self.node("Flatten", [y], output, axis=1)
+
+    def _windows(self, step: Step, x: str, output: str) -> str:
+        """Write an average over windows as a layer whose weights are 1."""
+        pool, source = step.module, step.node.inputs[0]
+        if self.run.stored[source].dim() != pool.dims + 2:
+            raise UsageError(f"{step.name}: {type(pool).__name__} of an input without a batch has no integer form")
+        kernel, stride, padding = window_geometry(pool)
+        channels = self.run.stored[source].shape[1]
+        ones = torch.ones(channels, 1, *kernel)
+        constants = Folded(
+            ones, torch.ones(channels) / window_size(pool), torch.zeros(channels, dtype=torch.float64), 0
+        )
+        sides = [(side, side) for side in padding]
+        geometry = _attributes(kernel, stride, sides, [1] * pool.dims, channels)
+        return self._products(step, x, self.scale(source), self.run.grid(source), constants, geometry, output)
 
     def cat(self, step: Step, inputs: list[str], output: str) -> str:
         return self.node("Concat", inputs, output, axis=step.module.dim)
@@ -452,11 +532,9 @@ class Writer:
 
     def move(self, step: Step, inputs: list[str], output: str) -> str:
         module, graph = step.module, self.graph
-        zero = self.scale(step.end).zero
-
-        def ints(label: str, values: list[int]) -> str:
-            return graph.constant(f"{step.name}.{label}", np.array(values, np.int64))
-
+        if module is None or (isinstance(module, lnn.Slice) and all(isinstance(p, slice) for p in module.index)):
+            edges = self._edges(step)
+            return self._slice(step.name, inputs[0], edges, output) if edges else self.node("Identity", inputs, output)
         if isinstance(module, nn.Flatten) and module.end_dim == -1 and module.start_dim == 1:
             return self.node("Flatten", inputs, output, axis=1)
         if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)):
@@ -468,14 +546,6 @@ class Writer:
                 "MaxPool", inputs, output, kernel_shape=kernel, strides=stride, pads=[*padding, *padding],
                 dilations=dilation, ceil_mode=int(module.ceil_mode),
             )  # fmt: skip
-        if isinstance(module, lnn.Slice) and all(isinstance(part, slice) for part in module.index):
-            slices: Any = [(d, part) for d, part in enumerate(module.index) if part != slice(None)]
-            edges = [(d, p.start or 0, END if p.stop is None else p.stop, p.step or 1) for d, p in slices]
-            if not edges:
-                return self.node("Identity", inputs, output)
-            axes, starts, stops, strides = (list(c) for c in zip(*edges, strict=True))
-            named = [ints(n, v) for n, v in (("starts", starts), ("ends", stops), ("axes", axes), ("steps", strides))]
-            return self.node("Slice", [*inputs, *named], output)
         if isinstance(module, nn.PixelShuffle):
             return self.node("DepthToSpace", inputs, output, blocksize=module.upscale_factor, mode="CRD")
         if isinstance(module, nn.Upsample):
@@ -493,17 +563,41 @@ class Writer:
             pairs = list(padding)
             last = [(pairs[i], pairs[i + 1]) for i in reversed(range(0, len(pairs), 2))]
             sides = [(0, 0)] * (dims - len(last)) + last
-            pads = ints("pads", [before for before, _ in sides] + [after for _, after in sides])
-            return self.node("Pad", [*inputs, pads, zero], output)
+            ends = np.array([before for before, _ in sides] + [after for _, after in sides], np.int64)
+            pads = graph.constant(f"{step.name}.pads", ends)
+            return self.node("Pad", [*inputs, pads, self.scale(step.end).zero], output)
         raise UsageError(f"{step.name}: {type(module).__name__} has no integer form in ONNX yet")
 
+    def _edges(self, step: Step) -> list[tuple[int, int, int, int]]:
+        """Return (axis, start, end, step) of a slice, or of one part of what Chunk or Split cuts."""
+        source = step.node.inputs[0]
+        index: Any = step.module.index if step.module is not None else step.node.call.args[1]
+        if isinstance(index, int) and gives_parts(source):
+            cutter: Any = source.module
+            parts, axis = self.run.stored[source], cutter.dim % self.run.stored[step.end].dim()
+            if axis == 0:
+                raise UsageError(f"{source.name}: parts of the batch have no integer form in ONNX")
+            sizes = [part.shape[axis] for part in parts]
+            index %= len(sizes)
+            return [(axis, sum(sizes[:index]), sum(sizes[: index + 1]), 1)]
+        index = index if isinstance(index, tuple) else (index,)
+        if not all(isinstance(part, slice) for part in index):
+            raise UsageError(f"{step.name}: the index {index} has no integer form in ONNX; use lsquant.nn.Slice")
+        slices: Any = [(d, part) for d, part in enumerate(index) if part != slice(None)]
+        return [(d, p.start or 0, END if p.stop is None else p.stop, p.step or 1) for d, p in slices]
 
-def _geometry(layer: Any) -> dict[str, Any]:
+
+def _geometry(layer: Any, sides: list[tuple[int, int]]) -> dict[str, Any]:
     """Return the attributes of a convolution."""
-    before, after = zip(*layer.padding_sides(), strict=True)
+    return _attributes(list(layer.kernel_size), list(layer.stride), sides, list(layer.dilation), layer.groups)
+
+
+def _attributes(
+    kernel: list[int], stride: list[int], sides: list[tuple[int, int]], dilation: list[int], groups: int
+) -> dict[str, Any]:
+    before, after = zip(*sides, strict=True)
     return {
-        "kernel_shape": list(layer.kernel_size), "strides": list(layer.stride), "pads": [*before, *after],
-        "dilations": list(layer.dilation), "group": layer.groups,
+        "kernel_shape": kernel, "strides": stride, "pads": [*before, *after], "dilations": dilation, "group": groups,
     }  # fmt: skip
 
 
@@ -511,6 +605,7 @@ _LOWER = {
     Kind.QUANTIZE: Writer.quantize,
     Kind.LAYER: Writer.layer,
     Kind.ADD: Writer.add,
+    Kind.MULTIPLY: Writer.multiply,
     Kind.CAT: Writer.cat,
     Kind.AVERAGE: Writer.average,
     Kind.FUNCTION: Writer.function,

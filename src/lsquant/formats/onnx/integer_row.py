@@ -12,6 +12,7 @@ from lsquant._util.errors import UsageError
 from lsquant.formats.onnx.graph import array
 from lsquant.formats.onnx.reader import initializers
 from lsquant.formats.onnx.row import OnnxFile, OnnxFormat
+from lsquant.formats.subpixel import as_written
 from lsquant.fusion import FusedNetwork, fuse
 from lsquant.shipped import Pair
 
@@ -40,9 +41,8 @@ class IntegerOnnxFormat(OnnxFormat):
             bias = next((key for key in (f"{name}.bias", f"{name}.shaped_bias") if key in values), None)
             if name not in constants or bias is None:
                 raise UsageError(f"{content.path} is of another model: only the file has a layer {name!r}")
-            folded = constants[name]
-            own = network.layer(name).from_rows(folded.codes)
-            yield Pair(name, values[trace.weights[0]].astype(np.int32), array(own).astype(np.int32))
+            folded = as_written(network.layer(name), constants[name], name, "export_onnx")
+            yield Pair(name, values[trace.weights[0]].astype(np.int32), array(folded.codes).astype(np.int32))
             yield Pair(name, values[bias].reshape(-1).astype(np.int64), array(folded.bias).astype(np.int64))
             for key in trace.weight_steps:
                 yield Pair(name, values[key].reshape(-1), array(folded.step))

@@ -14,18 +14,14 @@ def load(path):
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     document = json.loads(header.pop("__metadata__")["lsquant.program"])
-    tensors = {}
-    for name, t in header.items():
-        begin, end = (start + place for place in t["data_offsets"])
-        tensors[name] = np.frombuffer(data[begin:end], TYPES[t["dtype"]]).reshape(t["shape"])
-    return document, tensors
+    parts = {name: memoryview(data)[start:][slice(*t["data_offsets"])] for name, t in header.items()}
+    return document, {n: np.frombuffer(parts[n], TYPES[t["dtype"]]).reshape(t["shape"]) for n, t in header.items()}
 
 
 def unpacked(data, bits, shape):
     """Return signed codes of a stream of bits, least significant first."""
     stream = np.unpackbits(data, bitorder="little")[: int(np.prod(shape)) * bits].reshape(-1, bits).astype(np.int64)
-    codes = stream @ (1 << np.arange(bits))
-    return (codes - (codes >> (bits - 1) << bits)).reshape(shape)
+    return ((stream @ (1 << np.arange(bits)) ^ 1 << (bits - 1)) - (1 << (bits - 1))).reshape(shape)
 
 
 def windows(q, kernel, step, pad):
@@ -38,10 +34,10 @@ def windows(q, kernel, step, pad):
 
 def convolution(q, w, step):
     """Return the sums of products of codes: float64, which holds whole numbers up to 2^53."""
-    g, seen = step["groups"], windows(q, w.shape[2:], step, 0)
+    g, seen = step["groups"], windows(q.astype(np.float64), w.shape[2:], step, 0)
     positions = seen.shape[2 : w.ndim]
-    seen = seen.reshape(len(q), g, w.shape[1], *positions, *w.shape[2:])
-    rows = np.moveaxis(seen, 2, w.ndim).reshape(len(q), g, int(np.prod(positions)), w[0].size).astype(np.float64)
+    seen = np.moveaxis(seen.reshape(len(q), g, w.shape[1], *positions, *w.shape[2:]), 2, w.ndim)
+    rows = seen.reshape(len(q), g, int(np.prod(positions)), w[0].size)
     sums = rows @ np.swapaxes(w.reshape(g, len(w) // g, -1), 1, 2)
     return np.swapaxes(sums, 2, 3).reshape(len(q), len(w), *positions)
 
@@ -53,11 +49,12 @@ def moved(q, step):
         return windows(q, step["kernel"], step, -(2**31)).max(tuple(range(-n, 0)))
     if kind == "slice":
         return q[tuple(slice(*part) for part in step["index"])]
+    if kind == "chunk":
+        return np.split(q, step["chunks"], step["axis"])[step["part"]]
     if kind == "pad":
         return np.pad(q, [(0, 0)] * (q.ndim - len(step["padding"])) + step["padding"])
     if kind == "upsample":
-        factors = step["factors"] * (n if len(step["factors"]) == 1 else 1)
-        return np.kron(q, np.ones([1, 1, *factors], q.dtype))
+        return np.kron(q, np.ones([1, 1, *(step["factors"] * n)[:n]], q.dtype))
     if kind == "pixel_shuffle":
         r, (h, w) = step["factor"], q.shape[2:]
         return q.reshape(len(q), -1, r, r, h, w).transpose(0, 1, 4, 2, 5, 3).reshape(len(q), -1, h * r, w * r)
@@ -84,6 +81,11 @@ def run(document, tensors, *inputs):
             u = total * ((s * t(f"{step['layer']}.weight_step")) / (F(1) if s_y is None else s_y)).reshape(shape)
         elif op == "add":
             u = (x[0] + x[1]) * np.float64(s) / np.float64(s_y)
+        elif op == "multiply":
+            u = x[0] * x[1] * (np.float64(s) * t(f"{step['reads'][1]}.step") / np.float64(s_y))
+        elif "kernel" in step and op == "average":
+            total = windows(x[0], step["kernel"], step, 0).sum(tuple(range(-len(step["kernel"]), 0))).astype(F)
+            u = total * (s * (F(1) / F(np.prod(step["kernel"]))) / s_y)
         elif op == "average":
             total = x[0].sum(tuple(step["axes"]), keepdims=step["keep"])
             u = total.astype(F) * (s / (s_y * F(x[0].size // total.size)))
@@ -91,10 +93,8 @@ def run(document, tensors, *inputs):
             u = t(f"{name}.table").astype(np.int64)[x[0] - step["first"]]
         else:
             codes[name] = np.concatenate(x, step["axis"]) if op == "concat" else moved(x[0], step)
-            continue
         if "low" in step:
             codes[name] = np.clip(np.rint(u), step["low"], step["high"]).astype(np.int64)
-        else:
+        elif name not in codes:
             real[name] = u if "limit" not in step else np.clip(u, *step["limit"]).astype(F)
-    values = [real[n] if n in real else codes[n].astype(F) * tensors[f"{n}.step"] for n in document["outputs"]]
-    return values, codes
+    return [real[n] if n in real else codes[n].astype(F) * tensors[f"{n}.step"] for n in document["outputs"]], codes

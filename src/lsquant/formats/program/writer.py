@@ -17,10 +17,11 @@ from lsquant._util.errors import UsageError
 from lsquant._util.tensors import write_tensors
 from lsquant._version import __version__
 from lsquant.dataflow import Node
+from lsquant.formats.subpixel import as_written, spread_of
 from lsquant.fusion.functions import all_codes, function_quotients
 from lsquant.fusion.network import FusedNetwork, Run, fuse, limits_of
-from lsquant.nn.pool import sizes_of
-from lsquant.program import Kind, Step, output_nodes
+from lsquant.nn.pool import is_windowed, sizes_of, window_geometry
+from lsquant.program import Kind, Step, gives_parts, output_nodes, whole
 
 FORMAT = 1
 KEY = "lsquant.program"
@@ -55,7 +56,7 @@ def program_content(network: FusedNetwork) -> tuple[Entry, dict[str, Tensor]]:
         )
     run = network.run()
     tensors = {f"{name}.step": step.clone() for name, step in network.stored_steps().items()}
-    steps = [_entry(run, step, tensors) for step in program.steps]
+    steps = [entry for step in program.steps for entry in _entries(run, step, tensors)]
     document = {
         "format": FORMAT,
         "inputs": [node.name for node in program_inputs(network)],
@@ -71,10 +72,35 @@ def program_inputs(network: FusedNetwork) -> list[Node]:
     return [node for node in network.program.flow.nodes if node.kind == "input" and node in read]
 
 
+def _entries(run: Run, step: Step, tensors: dict[str, Tensor]) -> list[Entry]:
+    """Return what the document says of a step, one entry or several; constants join the tensors."""
+    module = step.module
+    if gives_parts(step.node):
+        return []
+    entry = _entry(run, step, tensors)
+    spread = spread_of(module, step.name, "export_program")
+    if spread is None:
+        return [entry]
+    if "high" not in entry or len(spread.kernel) != 2:
+        raise UsageError(f"{step.name}: {type(module).__name__} whose output is real, or not an image, has no form")
+    name, made = step.end.name, f"{step.end.name}/channels"
+    tensors[f"{made}.step"] = tensors[f"{name}.step"].clone()
+    moves: list[Entry] = [{"move": "pixel_shuffle", "factor": spread.block}]
+    if any(map(any, spread.crop)):
+        sides = [[before, -after or None, None] for before, after in spread.crop]
+        moves.append({"move": "slice", "index": [[None, None, None]] * 2 + sides})
+    names = [made, *(f"{name}/{i}" for i in range(len(moves) - 1)), name]
+    others = [
+        {"name": to, "op": "move", "reads": [of], **move}
+        for of, to, move in zip(names, names[1:], moves, strict=False)
+    ]  # fmt: skip
+    return [{**entry, "name": made}, *others]
+
+
 def _entry(run: Run, step: Step, tensors: dict[str, Tensor]) -> Entry:
     """Return what the document says of a step; its constants join the tensors."""
     quantizes = step.kind is Kind.QUANTIZE
-    reads = [step.node.name] if quantizes else [source.name for source in step.node.inputs]
+    reads = [step.node.name] if quantizes else [whole(source).name for source in step.node.inputs]
     entry: Entry = {"name": step.end.name, "op": step.kind.value, "reads": reads}
     if step.kind is Kind.CAT:
         return {**entry, "op": "concat", "axis": step.module.dim}
@@ -89,9 +115,10 @@ def _entry(run: Run, step: Step, tensors: dict[str, Tensor]) -> Entry:
 
 
 def _layer(run: Run, step: Step, tensors: dict[str, Tensor]) -> Entry:
-    layer, constants = step.module, run.folded(step)
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd) or getattr(layer, "padding_mode", "zeros") != "zeros":
+    layer = step.module
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
         raise UsageError(f"{step.name}: {type(layer).__name__} with these options has no form in a program")
+    constants = as_written(layer, run.folded(step), step.name, "export_program")
     codes = constants.codes.to(torch.int64).cpu().numpy()
     bits = max(2, 1 + int(max(codes.max(initial=0), -1 - codes.min(initial=0))).bit_length())
     tensors[f"{step.name}.codes"] = torch.from_numpy(pack(codes, bits))
@@ -104,13 +131,19 @@ def _layer(run: Run, step: Step, tensors: dict[str, Tensor]) -> Entry:
         entry["reader"] = [grid.low, grid.high]
     if isinstance(layer, nn.Linear):
         return entry
-    sides = [list(pair) for pair in layer.padding_sides()]
-    geometry = {"stride": list(layer.stride), "padding": sides, "dilation": list(layer.dilation)}
+    spread = spread_of(layer, step.name, "export_program")
+    sides = [list(pair) for pair in (layer.padding_sides() if spread is None else spread.padding)]
+    stride = list(layer.stride) if spread is None else [1] * len(sides)
+    geometry = {"stride": stride, "padding": sides, "dilation": list(layer.dilation)}
     return {**entry, **geometry, "groups": layer.groups}
 
 
 def _average(run: Run, step: Step, tensors: dict[str, Tensor]) -> Entry:
     module = step.module
+    if is_windowed(module):
+        kernel, stride, padding = window_geometry(module)
+        sides = [[side, side] for side in padding]
+        return {"kernel": kernel, "stride": stride, "padding": sides, "dilation": [1] * module.dims}
     if isinstance(module, lnn.Mean):
         return {"axes": list(module.dim), "keep": module.keepdim}
     return {"axes": list(range(-module.dims, 0)), "keep": True}
@@ -124,8 +157,30 @@ def _function(run: Run, step: Step, tensors: dict[str, Tensor]) -> Entry:
     return {"first": read.low}
 
 
+def _part(step: Step) -> Entry:
+    """Return what is said of a part of what Chunk or Split cuts, or of an index."""
+    cutter, index = step.node.inputs[0].module, step.node.call.args[1]
+    if isinstance(cutter, lnn.Chunk) and isinstance(index, int):
+        return {"move": "chunk", "chunks": cutter.chunks, "axis": cutter.dim, "part": index}
+    if (
+        isinstance(cutter, lnn.Split)
+        and isinstance(index, int)
+        and not isinstance(cutter.sizes, int)
+        and cutter.dim >= 0
+    ):
+        index %= len(cutter.sizes)
+        start, others = sum(cutter.sizes[:index]), [[None, None, None]] * cutter.dim
+        return {"move": "slice", "index": [*others, [start, start + cutter.sizes[index], None]]}
+    parts: Any = index if isinstance(index, tuple) else (index,)
+    if not all(isinstance(part, slice) for part in parts):
+        raise UsageError(f"{step.name}: the index {index} has no form in a program; use lsquant.nn.Slice")
+    return {"move": "slice", "index": [[part.start, part.stop, part.step] for part in parts]}
+
+
 def _move(step: Step) -> Entry:
     module, kind = step.module, type(step.module).__name__
+    if module is None:
+        return _part(step)
     n = int(kind[-2]) if kind.endswith("d") and kind[-2].isdigit() else 0
     if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
         return {"move": "flatten"}
@@ -159,6 +214,7 @@ _OF_KIND: dict[Kind, Callable[[Run, Step, dict[str, Tensor]], Entry]] = {
     Kind.QUANTIZE: _nothing,
     Kind.LAYER: _layer,
     Kind.ADD: _nothing,
+    Kind.MULTIPLY: _nothing,
     Kind.AVERAGE: _average,
     Kind.FUNCTION: _function,
 }

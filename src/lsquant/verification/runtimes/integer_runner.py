@@ -14,6 +14,7 @@ from lsquant._util.optional import require
 from lsquant.formats.onnx.graph import UINT8, LayerTrace, array
 from lsquant.formats.onnx.row import OnnxFile
 from lsquant.fusion import FusedNetwork
+from lsquant.program import gives_parts, whole
 from lsquant.verification.recorder import Call, LayerCall
 from lsquant.verification.runtimes.onnx_runner import feeds_of
 from lsquant.verification.runtimes.onnx_session import Arrays, Engine
@@ -29,9 +30,9 @@ class StoredTensors:
     def __init__(self, network: FusedNetwork) -> None:
         stored = network.program.stored
         self.reads = {
-            step.end.name: [source.name for source in step.node.inputs if stored[source] is not None]
+            step.end.name: [whole(source).name for source in step.node.inputs if stored[source] is not None]
             for step in network.program.steps
-            if stored[step.end] is not None
+            if stored[step.end] is not None and not gives_parts(step.node)
         }
 
     def observed(self, call: Call, codes: dict[str, np.ndarray], outputs: list[tuple[str, np.ndarray]]) -> Observed:

@@ -48,5 +48,5 @@ class ProgramRunner:
             feeds = {n: array(given[n]) for n in self.inputs} if named else feeds_of(self.file.path, self.inputs, call)
             with np.errstate(all="ignore"):  # steps of a damaged file
                 outputs, codes = reader.run(self.file.document, self.tensors, *(feeds[name] for name in self.inputs))
-            found = {name: q.astype(np.float32) for name, q in codes.items()}
+            found = {name: codes[name].astype(np.float32) for name in self.stored.reads}
             yield self.stored.observed(call, found, [(f"output {i}", y) for i, y in enumerate(outputs)])
