@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsquant import nn as lsq_nn
-from lsquant._util.entry import shown
+from lsquant._util.entry import reason, shown
 from lsquant._util.errors import MissingFile, UsageError
 from lsquant._util.files import as_path, atomic_folder, write_json
 from lsquant._util.optional import require
@@ -84,7 +83,7 @@ def export_compressed_tensors(
         "quant_method": METHOD,
         "format": FORMAT,
         "quantization_status": "compressed",
-        "config_groups": _groups(record, schemes),
+        "config_groups": _groups(schemes),
         "ignore": list(_left_float(record)),
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
@@ -146,7 +145,9 @@ def _checked(model: nn.Module, caller: str) -> Shipped:
         )
     if record.joins is not None or record.standalone():
         name = next(iter(record.standalone()), "joins")
-        raise UsageError(f"{caller}: {name}: the folder holds weights alone; prepare with weight-only rules, as 'w4g32'")
+        raise UsageError(
+            f"{caller}: {name}: the folder holds weights alone; prepare with weight-only rules, as 'w4g32'"
+        )
     _require_tied_as_said(record.model)
     return record
 
@@ -165,10 +166,11 @@ def require_held(record: Shipped) -> None:
     for layer in record.layers.values():
         _require_weight_only(layer, "compressed-tensors here")
         kind = layer.source.float_type
-        if not issubclass(kind, (nn.Linear, nn.Embedding)):
+        if not issubclass(kind, nn.Linear):  # transformers 5.23 does not load quantized embeddings
+            skip = "nn.Embedding" if issubclass(kind, nn.Embedding) else repr(layer.label)
             raise UsageError(
-                f"{layer.label}: compressed-tensors holds Linear and Embedding, not {layer.kind}: leave it in "
-                f"floating point, skip=[{layer.label!r}]"
+                f"{layer.label}: readers of compressed-tensors load quantized Linear layers, not {layer.kind}: leave "
+                f"it in floating point, skip=[{skip}]"
             )
         spec = _weight(layer)[0].spec
         if not spec.signed:
@@ -187,9 +189,9 @@ def _require_own_weights(record: Shipped, tensors: dict[str, Tensor], aliases: d
         first = taken.setdefault(quantizer.name, layer.label)
         if first != layer.label or f"{layer.name}.weight" in shared:
             raise UsageError(
-                f"{layer.label}: its weight is shared with another layer, and compressed-tensors has codes for one layer "
-                f"each; leave both in floating point, as skip=['lm_head', nn.Embedding] does for a tied head, or untie them "
-                "before prepare"
+                f"{layer.label}: its weight is shared with another layer, and compressed-tensors has codes for one "
+                "layer each; leave both in floating point, as skip=['lm_head', nn.Embedding] does for a tied head, or "
+                "untie them before prepare"
             )
 
 
@@ -222,8 +224,8 @@ def _scale_dtype(record: Shipped, asked: str | None) -> torch.dtype:
         if own in HALF and (step := _inexact(layer, own)) is not None:
             name = str(own).removeprefix("torch.")
             raise UsageError(
-                f"{layer.label}: a step is {step:.9g}, which is no {name} number; readers round the steps to the type of the "
-                f"model, so train with QuantSpec(step_dtype={name!r}), or call model.float() first"
+                f"{layer.label}: a step is {step:.9g}, which is no {name} number; readers round the steps to the type "
+                f"of the model, so train with QuantSpec(step_dtype={name!r}), or call model.float() first"
             )
     own = next(iter(record.layers.values())).source.weight.dtype
     choices = [SCALE_DTYPES[asked]] if asked else [*(t for t in HALF if t == own), *HALF]
@@ -252,17 +254,12 @@ def _inexact(layer: ShippedLayer, dtype: torch.dtype) -> float | None:
 # ---- the folder ----
 
 
-def _groups(record: Shipped, schemes: dict[Scheme, list[str]]) -> dict[str, Any]:
-    """Return ``config_groups``: "Linear" where all linear layers are quantized alike, else the layers' names."""
-    linear = {name for name, layer in record.layers.items() if issubclass(layer.source.float_type, nn.Linear)}
-    alike = sum(any(name in linear for name in names) for names in schemes.values()) == 1
-    groups: dict[str, Any] = {}
-    for number, (scheme, names) in enumerate(schemes.items()):
-        targets = names
-        if alike and linear & set(names):
-            targets = [LINEAR, *(name for name in names if name not in linear)]
-        groups[f"group_{number}"] = scheme.group(targets)
-    return groups
+def _groups(schemes: dict[Scheme, list[str]]) -> dict[str, Any]:
+    """Return ``config_groups``: "Linear" where all layers are quantized alike, else the layers' names."""
+    alike = len(schemes) == 1
+    return {
+        f"group_{i}": scheme.group([LINEAR] if alike else names) for i, (scheme, names) in enumerate(schemes.items())
+    }
 
 
 def _left_float(record: Shipped) -> Iterator[str]:
@@ -310,12 +307,20 @@ def _write(
         write_tensors(temporary / WEIGHTS, tensors, {"format": "pt"})
         write_json(temporary / CONFIG, _config(model, quantization))
         if model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(temporary)
+            _save_generation_config(model.generation_config, temporary)
         if files is None and tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         for file in files or ():
             shutil.copyfile(file, temporary / file.name)
     return Path(folder)
+
+
+def _save_generation_config(config: Any, folder: Path) -> None:
+    """Write generation_config.json.  Raises: UsageError for settings that transformers refuses to write."""
+    try:
+        config.save_pretrained(folder)
+    except ValueError as error:
+        raise UsageError(f"model.generation_config cannot be saved: {reason(error)}; correct it first") from error
 
 
 def _tokenizer_files(tokenizer: Any) -> list[Path] | None:
@@ -324,7 +329,9 @@ def _tokenizer_files(tokenizer: Any) -> list[Path] | None:
         return None
     folder = as_path(tokenizer)
     if not folder.is_dir():
-        raise MissingFile(f"tokenizer: the folder {folder} does not exist: give a tokenizer, or a folder with its files")
+        raise MissingFile(
+            f"tokenizer: the folder {folder} does not exist: give a tokenizer, or a folder with its files"
+        )
     if found := [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]:
         return found
     raise MissingFile(f"tokenizer: {folder} has none of a tokenizer's files ({', '.join(TOKENIZER_FILES[:3])}, ...)")
