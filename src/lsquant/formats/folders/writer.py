@@ -329,9 +329,7 @@ def _tokenizer_files(tokenizer: Any) -> list[Path] | None:
         return None
     folder = as_path(tokenizer)
     if not folder.is_dir():
-        raise MissingFile(
-            f"tokenizer: the folder {folder} does not exist: give a tokenizer, or a folder with its files"
-        )
+        raise MissingFile(f"tokenizer: {folder} is no folder: give a tokenizer, or a folder with its files")
     if found := [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]:
         return found
     raise MissingFile(f"tokenizer: {folder} has none of a tokenizer's files ({', '.join(TOKENIZER_FILES[:3])}, ...)")
