@@ -20,8 +20,8 @@ import lsquant
 from helpers.checkpoint import VARIED, trained
 from helpers.convert import images, net, ready
 from helpers.edited_files import Edits, Subject, edited_safetensors, fuzz, read_safetensors, write_safetensors
-from helpers.language_models import RECIPES, language_model, quantized
-from lsquant import LsquantError, Recipe, Rule
+from helpers.language_models import FLOAT, language_model, quantized
+from lsquant import LsquantError, QuantSpec, Recipe, Rule
 from lsquant._util.files import json_text, write_json
 from lsquant._util.tensors import read_tensors
 from lsquant.formats.table import format_of
@@ -86,7 +86,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     folder, model = tmp_path_factory.mktemp("folders"), tiny_language_model()
-    lsquant.save(model, folder / "saved")
     lsquant.export_compressed_tensors(model, folder / "compressed-tensors")
     lsquant.export_hf(model, folder / "hf")
     return folder
@@ -94,7 +93,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny_language_model() -> Any:
     model = language_model(hidden_size=16, intermediate_size=32, num_hidden_layers=1)
-    return quantized(model, RECIPES["mixed"].__class__(4, rules=RECIPES["mixed"].rules[:4]))
+    groups, channels = QuantSpec(4, True, granularity="group", group_size=8), QuantSpec(5, True, granularity="channel")
+    return quantized(model, Recipe(groups, rules=[*FLOAT, Rule("*.o_proj", channels)]))
 
 
 # ---- safetensors ----

@@ -119,7 +119,9 @@ def test_a_new_format_on_the_command_line(
 ) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["export", "--help"])
-    assert "one of exact, qdq, small, integer, program, packed, compressed-tensors, hf, dummy" in " ".join(capsys.readouterr().out.split())
+    assert "one of exact, qdq, small, integer, program, packed, compressed-tensors, hf, dummy" in " ".join(
+        capsys.readouterr().out.split()
+    )
     lsquant.save(trained, tmp_path / "m.safetensors")
     (tmp_path / "own.py").write_text("from test_formats import build, data\n")
     own = [f"--model={tmp_path / 'own.py'}:build", f"--data={tmp_path / 'own.py'}:data", "--profile=dummy"]
