@@ -67,7 +67,13 @@ def _refuse_idle(a: Namespace, names: tuple[str, ...], why: str) -> None:
 def _refuse_changes(a: Namespace, run: Run) -> None:
     """Raise UsageError where options beside --resume say something else than the run, which has them all."""
     asked = given(a, *_SETTINGS, "init", "teacher", "start", "model")
-    has = {**run.task.options, **run.settings.to_dict(), "init": run.init, "teacher": run.teacher, "start": run.start}
+    has = {
+        **run.task.options,
+        **run.settings.to_dict(),
+        "init": run.init,
+        "teacher": run.teacher,
+        "start": run.start,
+    }
     differ = [f"{name} is {has.get(name)!r}, not {value!r}" for name, value in asked.items() if has.get(name) != value]
     if (a.recipe or a.bits or a.weight_bits or a.activation_bits or a.integer_only) and recipe_of(a) != run.recipe:
         differ.append("its recipe has other bits")

@@ -67,7 +67,7 @@ def export_compressed_tensors(
         CannotWrite (an old folder is then unchanged).
     """
     record = _checked(model, "export_compressed_tensors")
-    require_held(record)
+    _require_held(record)
     dtype = _scale_dtype(record, scale_dtype)
     tensors, aliases = leftovers(record)
     _require_own_weights(record, tensors, aliases)
@@ -161,7 +161,7 @@ def _require_weight_only(layer: ShippedLayer, what: str) -> None:
         )
 
 
-def require_held(record: Shipped) -> None:
+def _require_held(record: Shipped) -> None:
     """Raise a UsageError naming a layer that compressed-tensors cannot hold."""
     for layer in record.layers.values():
         _require_weight_only(layer, "compressed-tensors here")
@@ -237,10 +237,11 @@ def _scale_dtype(record: Shipped, asked: str | None) -> torch.dtype:
             return dtype
         failed.append(unfit)
     layer, step = failed[0]
-    types = asked or "float16 or bfloat16"
+    either = "" if asked else ", nor does bfloat16 have all steps"
     raise UsageError(
-        f"{layer.label}: a step is {step:.9g}, which is no {types} number, and steps are never rounded; train with "
-        f"QuantSpec(step_dtype={(asked or 'float16')!r}), or give scale_dtype='float32', which vLLM rounds"
+        f"{layer.label}: a step is {step:.9g}, which is no {asked or 'float16'} number{either}, and steps are never "
+        f"rounded; train with QuantSpec(step_dtype={(asked or 'float16')!r}), or give scale_dtype='float32', which vLLM "
+        "rounds"
     )
 
 
