@@ -242,7 +242,7 @@ def test_steps_are_written_in_a_type_that_has_them(tmp_path: Path) -> None:
     export = lsquant.export_compressed_tensors
     model = quantized(language_model(), W4G32, None)
     first = "model.layers.0.self_attn.q_proj: a step is 0.0"
-    with pytest.raises(UsageError, match=rf"{first}.* is no float16 number, nor does bfloat16 .*step_dtype='float16'.*='float32'"):
+    with pytest.raises(UsageError, match=rf"{first}.* no float16 number, nor .*step_dtype='float16'.*='float32'"):
         export(model, tmp_path / "f")
     with pytest.raises(UsageError, match=rf"{first}.* is no bfloat16 number.*step_dtype='bfloat16'"):
         export(model, tmp_path / "f", scale_dtype="bfloat16")

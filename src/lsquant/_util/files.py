@@ -112,8 +112,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str], replace: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder beside ``path``; on success its files are flushed to disk and it is renamed to ``path``.
 
-    On any error the temporary folder is removed and what was at ``path`` is unchanged.  A process killed between the two
-    renames that replace a folder leaves the old one beside it, under a hidden name.
+    On any error the temporary folder is removed and what was at ``path`` is unchanged.  A process killed between the
+    two renames that replace a folder leaves the old one beside it, under a hidden name.
 
     replace: name of a file that a folder must hold, beside nothing but files, to be replaced; None replaces none.
     Raises: UsageError for what exists and is not replaced, and for what is no path; MissingFile if the folder around

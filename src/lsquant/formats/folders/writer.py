@@ -240,8 +240,8 @@ def _scale_dtype(record: Shipped, asked: str | None) -> torch.dtype:
     either = "" if asked else ", nor does bfloat16 have all steps"
     raise UsageError(
         f"{layer.label}: a step is {step:.9g}, which is no {asked or 'float16'} number{either}, and steps are never "
-        f"rounded; train with QuantSpec(step_dtype={(asked or 'float16')!r}), or give scale_dtype='float32', which vLLM "
-        "rounds"
+        f"rounded; train with QuantSpec(step_dtype={(asked or 'float16')!r}), or give scale_dtype='float32', "
+        "which vLLM rounds"
     )
 
 
