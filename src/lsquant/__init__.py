@@ -20,6 +20,8 @@ from lsquant.diagnostics import check as check
 from lsquant.diagnostics import sensitivity as sensitivity
 from lsquant.formats import Packed as Packed
 from lsquant.formats import PackedQuantizer as PackedQuantizer
+from lsquant.formats import export_compressed_tensors as export_compressed_tensors
+from lsquant.formats import export_hf as export_hf
 from lsquant.formats import export_onnx as export_onnx
 from lsquant.formats import export_packed as export_packed
 from lsquant.formats import export_program as export_program
@@ -65,6 +67,8 @@ __all__ = [
     "calibrate",
     "check",
     "disabled",
+    "export_compressed_tensors",
+    "export_hf",
     "export_onnx",
     "export_packed",
     "export_program",

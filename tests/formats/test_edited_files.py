@@ -19,8 +19,9 @@ from torch import nn
 import lsquant
 from helpers.checkpoint import VARIED, trained
 from helpers.convert import images, net, ready
-from helpers.edited_files import Edits, Subject, edited_safetensors, fuzz, read_safetensors
-from lsquant import LsquantError, Recipe, Rule
+from helpers.edited_files import Edits, Subject, edited_safetensors, fuzz, read_safetensors, write_safetensors
+from helpers.language_models import FLOAT, language_model, quantized
+from lsquant import LsquantError, QuantSpec, Recipe, Rule
 from lsquant._util.files import json_text, write_json
 from lsquant._util.tensors import read_tensors
 from lsquant.formats.table import format_of
@@ -79,6 +80,23 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a language model's folder of each profile; read only."""
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    folder, model = tmp_path_factory.mktemp("folders"), tiny_language_model()
+    lsquant.export_compressed_tensors(model, folder / "compressed-tensors")
+    lsquant.export_hf(model, folder / "hf")
+    return folder
+
+
+def tiny_language_model() -> Any:
+    model = language_model(hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    groups, channels = QuantSpec(4, True, granularity="group", group_size=8), QuantSpec(5, True, granularity="channel")
+    return quantized(model, Recipe(groups, rules=[*FLOAT, Rule("*.o_proj", channels)]))
+
+
 # ---- safetensors ----
 
 
@@ -110,6 +128,31 @@ def of_program(bases: Path, folder: Path) -> Subject:
         lsquant.verify(network, target, [images(2)])
 
     return Subject(lambda e: edited_safetensors(e, target, parts, "lsquant.program"), read)
+
+
+def of_folder(profile: str) -> Callable[[Path, Path], Subject]:
+    def subject(folders: Path, folder: Path) -> Subject:
+        target, model = folder / "f", tiny_language_model()
+        shutil.copytree(folders / profile, target)
+        config = (target / "config.json").read_text()
+        tensors, metadata = read_safetensors(folders / profile / "model.safetensors")
+        whole = (target / "model.safetensors").read_bytes()
+
+        def edit(edits: Edits) -> str:
+            kind = edits.one(("config", "config", "tensor", "tensor", "bytes"))
+            (target / "config.json").write_text(config)
+            (target / "model.safetensors").write_bytes(edits.data(whole) if kind == "bytes" else whole)
+            if kind == "config":
+                text = edits.json(config).encode("utf-8", "replace").decode()
+                (target / "config.json").write_text(text)
+                return text[:3000]
+            if kind == "tensor":
+                write_safetensors(target / "model.safetensors", edits.tensors(tensors), metadata, True)
+            return kind
+
+        return Subject(edit, lambda: lsquant.verify(model, target, []))
+
+    return subject
 
 
 # ---- ONNX ----
@@ -340,6 +383,8 @@ SUBJECTS: dict[str, tuple[str, Callable[[Path, Path], Subject]]] = {
     "saved": ("bases", of_saved),
     "packed": ("bases", of_packed),
     "program": ("bases", of_program),
+    "compressed-tensors": ("folders", of_folder("compressed-tensors")),
+    "hf": ("folders", of_folder("hf")),
     "exact": ("graphs", of_onnx("exact")),
     "small": ("graphs", of_onnx("small")),
     "qdq": ("graphs", of_onnx("qdq")),

@@ -77,14 +77,14 @@ def trained() -> nn.Module:
 
 
 def test_every_row_says_what_it_does() -> None:
-    assert list(file_formats()) == ["exact", "qdq", "small", "integer", "program", "packed"]
+    assert list(file_formats()) == ["exact", "qdq", "small", "integer", "program", "packed", "compressed-tensors", "hf"]
     for name, row in FORMATS.items():
         assert row.name == name
         assert row.promise in LEVELS[1:]
         assert row.about
         assert isinstance(row, ModuleFormat if name == "torchao" else FileFormat)
     assert file_format(None).name == "exact"
-    named = "'exact', 'qdq', 'small', 'integer', 'program', 'packed'"
+    named = "'exact', 'qdq', 'small', 'integer', 'program', 'packed', 'compressed-tensors', 'hf'"
     with pytest.raises(UsageError, match=f"'torchao'; choose from {named}"):
         file_format("torchao")
 
@@ -119,7 +119,9 @@ def test_a_new_format_on_the_command_line(
 ) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["export", "--help"])
-    assert "one of exact, qdq, small, integer, program, packed, dummy" in " ".join(capsys.readouterr().out.split())
+    assert "one of exact, qdq, small, integer, program, packed, compressed-tensors, hf, dummy" in " ".join(
+        capsys.readouterr().out.split()
+    )
     lsquant.save(trained, tmp_path / "m.safetensors")
     (tmp_path / "own.py").write_text("from test_formats import build, data\n")
     own = [f"--model={tmp_path / 'own.py'}:build", f"--data={tmp_path / 'own.py'}:data", "--profile=dummy"]

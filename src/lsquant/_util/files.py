@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,6 +46,14 @@ def as_path(path: Any) -> Path:
     if not isinstance(path, (str, os.PathLike)) or not isinstance(os.fspath(path), str) or "\0" in os.fspath(path):
         raise UsageError(f"{entry.shown(path)} is no path: give the name of a file, a text or a pathlib.Path")
     return Path(path)
+
+
+def is_folder(path: Any) -> bool:
+    """Tell whether a path is that of a folder.  Raises: UsageError for what is no path."""
+    try:
+        return as_path(path).is_dir()
+    except OSError:
+        return False
 
 
 def require_file(path: Any) -> Path:
@@ -99,6 +108,60 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str], replace: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; on success its files are flushed to disk and it is renamed to ``path``.
+
+    On any error the temporary folder is removed and what was at ``path`` is unchanged.  A process killed between the
+    two renames that replace a folder leaves the old one beside it, under a hidden name.
+
+    replace: name of a file that a folder must hold, beside nothing but files, to be replaced; None replaces none.
+    Raises: UsageError for what exists and is not replaced, and for what is no path; MissingFile if the folder around
+        ``path`` does not exist; DiskFull; CannotWrite.
+    """
+    target = Path(os.path.realpath(as_path(path)))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+    try:
+        _require_room(path, target, replace)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+        try:
+            if target.exists():
+                os.replace(target, old)
+            os.replace(temporary, target)
+        except BaseException:
+            if old.exists() and not target.exists():
+                os.replace(old, target)
+            raise
+        _sync_folder(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_of_the_system(error):
+            raise cannot_write(path, error) from error
+        raise
+
+
+def _require_room(path: Any, target: Path, replace: str | None) -> None:
+    """Raise an error where a folder cannot be made at ``target``, or what is there is not to be replaced."""
+    if not target.parent.is_dir():
+        raise MissingFile(f"the folder {target.parent} of {path} does not exist: create it first")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UsageError(f"{path} is a file: give the name of a folder to write")
+    if replace is None:
+        raise UsageError(f"{path} exists: give another folder, or overwrite=True to replace it")
+    files = list(target.iterdir())
+    if files and (not (target / replace).is_file() or any(f.is_dir() or f.is_symlink() for f in files)):
+        raise UsageError(f"{path} is no model folder, which has {replace} and no folders in it: it is not replaced")
+
+
 def require_no_link(path: str | os.PathLike[str]) -> None:
     """Raise UsageError for a symbolic link where a file would be written that nobody named: it leads anywhere."""
     if os.path.islink(path):
@@ -134,10 +197,13 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> int:
-    """Remove the temporary files that a killed process left in ``folder`` and below; return how many."""
-    leftovers = [path for path in Path(folder).rglob(".*.tmp") if path.is_file()]
+    """Remove the temporary files and folders that a killed process left in ``folder`` and below; return how many."""
+    leftovers = list(Path(folder).rglob(".*.tmp"))
     for path in leftovers:
-        path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     return len(leftovers)
 
 

@@ -111,13 +111,15 @@ def export(a: Namespace) -> Outcome:
         require_no_link(path)
         path.parent.mkdir(exist_ok=True)
     example = subject.example_input
-    options = given(a, "opset", "form")
+    options = given(a, "opset", "form", "tokenizer")
     for name in options:
         if name not in row.options:
             takers = ", ".join(other.name for other in file_formats().values() if name in other.options)
             raise UsageError(f"--{name} is an option of the profiles {takers}: leave it out with --profile {row.name}")
+    if row.is_folder:  # as a file, it replaces the one before
+        options["overwrite"] = True
     row.write(model, path, example, **options)
-    result: dict[str, Any] = {"file": str(path), "profile": row.name, "bytes": path.stat().st_size}
+    result: dict[str, Any] = {"file": str(path), "profile": row.name, "bytes": row.size(path)}
     text = f"{path}: {result['bytes']:,} bytes"
     header = row.header_size(path)
     if header is not None:
@@ -137,7 +139,8 @@ def verify_(a: Namespace) -> Outcome:
     path = Path(a.file) if a.file else subject.exported(row)
     _check_verifiable(a, subject, path, row)
     kind = "" if a.runtime in (None, *row.runtimes[:1]) else f".{a.runtime}"
-    kept = None if a.file else path.with_suffix(f"{kind}.verdict.json")
+    stem = path.name if row.is_folder else path.stem
+    kept = None if a.file else path.with_name(f"{stem}{kind}.verdict.json")
     if kept is not None:
         require_no_link(kept)
     batches = subject.test_batches()
@@ -153,7 +156,7 @@ def verify_(a: Namespace) -> Outcome:
 
 def _check_verifiable(a: Namespace, subject: Subject, path: Path, row: FileFormat) -> None:
     """Raise MissingFile; UsageError for options that do not fit the file."""
-    if not path.is_file():
+    if not (path.is_file() or (path / "config.json").is_file()):
         how = f"lsquant export {a.path} --profile {row.name}{subject.more_options}"
         raise MissingFile(f"{path} does not exist: {how} writes it")
     if a.profile and a.runtime is not None and a.runtime not in row.runtimes:

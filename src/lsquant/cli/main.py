@@ -61,11 +61,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) for the model")
     _rules(sub, "rule of the initial steps (default mse)")
 
-    sub = add("export", commands.export, "write the trained integers of a run or FILE as ONNX or packed")
+    sub = add("export", commands.export, "write the trained integers of a run or FILE as ONNX, packed, ...")
     _subject(sub)
     _profile(sub)
     sub.add_argument("--opset", type=int, metavar="N", help="operator set (default: the lowest that suffices)")
     sub.add_argument("--form", choices=FORMS, help="of profile integer (default: qdq)")
+    sub.add_argument("--tokenizer", metavar="DIR", help="whose files go into the folder of a language model")
     sub.add_argument("--out", metavar="FILE", help="default: RUN/export/PROFILE.onnx or packed.safetensors, or by FILE")
     about = "also write inputs, codes and outputs of 4 samples as FILE.npz, and check_vectors.py beside it"
     sub.add_argument("--vectors", metavar="FILE", help=about)

@@ -42,11 +42,13 @@ class FileFormat(Format):
     options: the keyword arguments that ``write`` takes.
     runtimes: the runtimes of ``verify`` that run its files, the default first; none for a format verified at
         ``weights`` only.
+    is_folder: whether what it writes is a folder of files.
     """
 
     suffix: str
     options: tuple[str, ...] = ()
     runtimes: tuple[str, ...] = ()
+    is_folder = False
 
     @property
     def file_name(self) -> str:
@@ -62,7 +64,7 @@ class FileFormat(Format):
 
     @abstractmethod
     def recognizes(self, path: Path) -> bool:
-        """Tell whether an existing file is of this format, by its first bytes."""
+        """Tell whether an existing file is of this format, by its first bytes; a folder, by its config.json."""
 
     @abstractmethod
     def read(self, path: str | os.PathLike[str]) -> Any:
@@ -90,6 +92,10 @@ class FileFormat(Format):
     def header_size(self, path: Path) -> int | None:
         """Return the bytes of a file's header, None for a format without one."""
         return None
+
+    def size(self, path: Path) -> int:
+        """Return the bytes of what was written."""
+        return path.stat().st_size
 
     def require_options(self, options: dict[str, Any]) -> None:
         """Raise a UsageError that names an option which ``write`` does not take."""

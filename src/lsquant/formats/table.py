@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from lsquant._util.errors import DamagedFile, UsageError
-from lsquant._util.files import require_file
+from lsquant._util.files import is_folder, require_file
 from lsquant.formats.base import FileFormat, Format
+from lsquant.formats.folders.row import CompressedTensorsFormat, HfFormat
 from lsquant.formats.onnx.integer_row import IntegerOnnxFormat
 from lsquant.formats.onnx.row import OnnxFormat
 from lsquant.formats.packed.row import PackedFormat
@@ -21,6 +22,8 @@ ROWS: tuple[Format, ...] = (
     IntegerOnnxFormat("integer", "ONNX, integer-only: no floating point between layers (joins=8)", "weights"),
     ProgramFormat(),
     PackedFormat(),
+    CompressedTensorsFormat(),
+    HfFormat(),
     TorchaoFormat(),
 )
 FORMATS: dict[str, Format] = {row.name: row for row in ROWS}
@@ -45,17 +48,21 @@ def file_format(name: str | None) -> FileFormat:
 
 
 def format_of(path: str | os.PathLike[str]) -> FileFormat:
-    """Return the row that reads a file: by its first bytes, for damaged files by its suffix.
+    """Return the row that reads a file: by its first bytes, for damaged files by its suffix; a folder by its config.
 
     Where several rows write files of one kind, ``row.profile(row.read(path))`` tells which it was.
 
     Raises: MissingFile; DamagedFile for a file of no known format.
     """
-    rows = file_formats().values()
-    require_file(path)
+    inside = is_folder(path)
+    rows = [row for row in file_formats().values() if row.is_folder == inside]
+    if not inside:
+        require_file(path)
     for row in rows:
         if row.recognizes(Path(path)):
             return row
+    if inside:
+        require_file(path)
     for row in rows:
         if Path(path).suffix == row.suffix:
             return row

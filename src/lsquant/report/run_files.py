@@ -34,7 +34,7 @@ def run_files(folder: Path) -> dict[str, Any]:
     env = _found(folder / "env.json", missing, _environment)
     rows = log_rows(folder / "log.jsonl", missing)
     verdicts = [v for f in sorted(folder.glob("export/*.verdict.json")) if (v := _found(f, missing, read_verdict))]
-    patterns = ("model.safetensors", "export/*.onnx", "export/*.safetensors")
+    patterns = ("model.safetensors", "export/*.onnx", "export/*.safetensors", "export/*/model.safetensors")
     found = [f for pattern in patterns for f in sorted(folder.glob(pattern))]
     return {
         "name": folder.resolve().name,

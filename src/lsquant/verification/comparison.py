@@ -49,8 +49,8 @@ def verify(
     OpenVINO: float32 and accuracy before speed), and without any.
 
     model: the trained model; it is run in eval mode and left as it was.
-    path: an ONNX file; a packed file, reloaded and run in PyTorch, where its codes are the weights; or what
-        ``to_integer`` returned.
+    path: an ONNX file; a packed file, reloaded and run in PyTorch, where its codes are the weights; a model folder of
+        transformers, which is compared and not run; or what ``to_integer`` returned.
     batches: as for ``calibrate``; all of them unless max_batches says less.
     forward: ``forward(model, batch)`` where a batch is not simply the model's input.
     max_batches: the number of batches to look at.
