@@ -76,6 +76,33 @@ class _Observer:
         return ready
 
 
+class _Moments:
+    """The mean square of every input feature, or channel, of the layers that have one weight."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def of(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
+        """Return the function that takes in an input of a layer."""
+        dims = layer.weight.dim()
+        if dims == 2:
+            return lambda x: self.add(x, x.dim() - 1)
+        return lambda x: self.add(x, x.dim() - dims + 1)  # a convolution, also of an input without a batch
+
+    def add(self, x: Tensor, axis: int) -> None:
+        rows = x.detach().movedim(axis, 0).flatten(1).double()
+        squares = rows.square().sum(1)
+        self.total = squares if self.total is None else self.total + squares
+        self.count += rows.shape[1]
+
+    def mean(self) -> Tensor | None:
+        """Return (inputs,) float32; None where nothing was seen, or only zeros."""
+        if self.total is None or not bool(self.total.any()):
+            return None
+        return (self.total / max(self.count, 1)).float()
+
+
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -84,6 +111,7 @@ def calibrate(
     forward: Forward | None = None,
     method: Method = "mse",
     weights: Method | None = None,
+    importance: bool = False,
     again: bool = False,
 ) -> None:
     """Set the step of every activation quantizer that has none from the float model's values on some batches.
@@ -98,19 +126,24 @@ def calibrate(
     forward: ``forward(model, batch)`` runs the model on one batch.
     method: "mse", the step of least squared error (at most 1.001 times the best of 2,000 log-spaced steps), or "paper".
     weights: set weight steps by this rule, but only those that have not been trained; with ``again`` all.  None leaves
-        them as ``prepare`` set them, by "paper".  That suits training, but spends 8 bits on a range that hardly any
-        weight reaches; use "mse" where nothing is trained afterwards.
+        them as ``prepare`` set them: by "paper", or by "mse" where the input is not quantized and for groups.  "paper"
+        suits training, but spends 8 bits on a range that hardly any weight reaches; use "mse" where nothing is trained
+        afterwards.
+    importance: with ``weights="mse"``: weigh the squared error of a weight by the mean square of what it is multiplied
+        with on these batches (for a convolution, that of its input channel), so that the error of the layer's output
+        counts.
     again: set the steps of all inputs anew, with their signs, and with ``weights`` those of all weights: what was
         learned of them is lost.  Without it, a call that finds every step set warns.
     Raises: UsageError naming the layer for NaN, infinite, all-zero or missing values, for a wrong guess of the first or
         last layer, and when a quantizer would be left without a step.  Whatever is raised, a KeyboardInterrupt too,
         the model is then unchanged.
     """
-    model = _check_arguments(model, method, weights, again)
+    model = _check_arguments(model, method, weights, importance, again)
     # everything is computed before anything is changed: (quantizer, a copy of it that is set)
     with unchanged_on_error(model.modules(), values=False):
         wanted = _weights_to_set(model, weights, again)
-        found = [(q, _weight_step(layer, q, weights or "paper")) for q, layer in wanted]
+        moments: dict[Quantizer, _Moments] = {}
+        found = [] if importance else [(q, _weight_step(layer, q, weights)) for q, layer in wanted]
         observers: dict[Quantizer, _Observer] = {}
         watched: list[tuple[nn.Module, Callable[[Any], object]]] = []
         for name, layer in quantized_layers(model):
@@ -126,6 +159,10 @@ def calibrate(
             if quantizer not in stored and (again or not quantizer.is_initialized):
                 observers[quantizer] = _Observer(name, quantizer)
                 watched.append((quantizer, observers[quantizer].observe))
+        if importance:
+            moments = {q: _Moments() for q, _ in wanted}
+            watched += [(m, moments[m.weight_quantizer].of(m)) for _, m in quantized_layers(model)
+                        if m.weight_quantizer in moments and m.takes_codes]  # fmt: skip
         order: dict[nn.Module, None] = {}
         for module in model.modules():
             if multiplies(module):
@@ -136,6 +173,8 @@ def calibrate(
         _check_order(model, list(order))
         for observer in observers.values():
             observer.check()
+        if importance:
+            found = [(q, _weight_step(layer, q, weights, moments[q].mean())) for q, layer in wanted]
         found += [(observer.quantizer, observer.initialized(method)) for observer in observers.values()]
         with unchanged_on_error(quantizer for quantizer, _ in found):
             for quantizer, ready in found:
@@ -151,15 +190,18 @@ def _activation_quantizers(model: nn.Module) -> list[Quantizer]:
     return of_layers + [quantizer for _, quantizer in lone_quantizers(model)]
 
 
-def _check_arguments(model: nn.Module, method: Any, weights: Any, again: Any) -> nn.Module:
+def _check_arguments(model: nn.Module, method: Any, weights: Any, importance: Any, again: Any) -> nn.Module:
     model = require_one_process(
         model,
         "calibrate",
         "with the same batches in every process; or calibrate .module and call lsquant.integrations.distributed."
         "synchronize on it",
     )
-    if type(again) is not bool:
-        raise UsageError(f"calibrate: again={again!r}; it must be True or False")
+    for name, flag in (("importance", importance), ("again", again)):
+        if type(flag) is not bool:
+            raise UsageError(f"calibrate: {name}={flag!r}; it must be True or False")
+    if importance and weights != "mse":
+        raise UsageError(f"calibrate: importance=True goes with weights='mse', not weights={weights!r}")
     if not any(True for _ in quantizers(model)):
         raise UsageError("calibrate: the model has no quantizers; call lsquant.prepare(model, recipe) first")
     if empty := on_meta(model):
@@ -184,11 +226,13 @@ def _weights_to_set(model: nn.Module, rule: Method | None, again: bool) -> list[
     return [(q, layer) for q, (_, layer) in weight_quantizers(model).items() if is_wanted(q)]
 
 
-def _weight_step(layer: QuantizedLayer, quantizer: Quantizer, rule: Method) -> Quantizer:
+def _weight_step(
+    layer: QuantizedLayer, quantizer: Quantizer, rule: Method | None, moments: Tensor | None = None
+) -> Quantizer:
     """Return a copy of the weight's quantizer with its step set.  Raises: UsageError for weights that give none."""
     ready = copy.deepcopy(quantizer)
     try:
-        layer.set_weight_step(ready, rule)
+        layer.set_weight_step(ready, rule or layer.first_rule(quantizer), moments)
     except UsageError as error:
         raise UsageError(f"calibrate: {error}; is the trained float model loaded?") from error
     return ready

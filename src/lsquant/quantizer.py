@@ -12,6 +12,7 @@ from lsquant import mse, ops, reference
 from lsquant._util.entry import shown
 from lsquant._util.errors import UsageError
 from lsquant._util.leaf import leaf
+from lsquant.mse_rows import row_steps
 from lsquant.spec import QuantSpec
 
 Method = Literal["paper", "mse"]
@@ -227,7 +228,12 @@ class Quantizer(nn.Module):
     def effective_step(self) -> Tensor:
         """Compute the guarded step ``s_min where s < s_min, else s``, of slope 1; raises while none is set."""
         self.require_initialized()
-        return reference.guard(self.step, self.initial_step)
+        return reference.guard(self.step, self.initial_step, self.step_dtype)
+
+    @property
+    def step_dtype(self) -> str:
+        """The type that the step is rounded to in every forward pass."""
+        return self.requested.step_dtype
 
     def zero_point(self) -> Tensor | None:
         """Return LSQ+'s integer zero points, int32 like step; None without an offset."""
@@ -242,9 +248,10 @@ class Quantizer(nn.Module):
         if not state.initialized:
             self.require_initialized()
         spec = state.spec
+        step = reference.guard(self.step, self.initial_step, self.step_dtype)
         return ops.Grid(
-            reference.guard(self.step, self.initial_step), spec.q_min, spec.q_max, self._gradient_scale(state),
-            self.offset, axis=self.axis, group_size=spec.group_size,
+            step, spec.q_min, spec.q_max, self._gradient_scale(state), self.offset, axis=self.axis,
+            group_size=spec.group_size,
         )  # fmt: skip
 
     def count_guarded(self) -> None:
@@ -290,9 +297,11 @@ class Quantizer(nn.Module):
     # ---- setting the step ----
 
     @torch.no_grad()
-    def initialize(self, x: Tensor, method: Method = "mse") -> None:
+    def initialize(self, x: Tensor, method: Method = "mse", importance: Tensor | None = None) -> None:
         """Set sign and step from values: "mse", least squared error, or "paper", ``2 mean|v| / sqrt(q_max)``.
 
+        importance: by which squared errors are weighted, for "mse" without an offset; a shape that broadcasts to that
+            of x, at least 0; None for 1.
         x: values in the shape that will be quantized, float.  A step whose values are all zero gets the median of the
         others (counted in ``filled_steps``).  Raises: UsageError for an empty, non-finite or all-zero x.
         """
@@ -308,10 +317,14 @@ class Quantizer(nn.Module):
         if method == "paper" and not spec.offset:
             kind = {"axis": self.axis, "group_size": spec.group_size}
             self._set(spec, reference.initial_step(x, spec.q_max, **kind))
-        else:
+        elif spec.offset or (self.step.numel() == 1 and importance is None):
             summaries = [mse.ValueSummary() for _ in range(self.step.numel())]
             self.summarize(x, summaries)
             self.initialize_from(summaries, method)
+        else:
+            found = self._rows(x)
+            weights = None if importance is None else self._rows(importance.to(x.device).expand_as(x))
+            self._set(spec, row_steps(found, spec.q_min, spec.q_max, weights))
 
     @torch.no_grad()
     def _prefer_exact(self, x: Tensor) -> None:
@@ -327,17 +340,21 @@ class Quantizer(nn.Module):
 
     def summarize(self, x: Tensor, summaries: list[mse.ValueSummary]) -> None:
         """Add the values of x to one summary per step.  Raises: UsageError where x has not as many steps."""
+        for summary, row in zip(summaries, self._rows(x), strict=True):
+            summary.add(row)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """View x as (steps, elements).  Raises: UsageError where x has not as many steps."""
         shape, axis, size = tuple(x.shape), self.axis, self.spec.group_size
         if (axis is not None and not -x.dim() <= axis < x.dim()) or (size is not None and x.numel() % size):
             what = f"axis {axis}" if size is None else f"groups of {size}"
             raise UsageError(f"{self._who()}: it has {what}, which values of shape {shape} do not have")
         rows = mse.rows_per_step(x.detach(), axis, size)
-        if len(rows) != len(summaries):
+        if len(rows) != self.step.numel():
             raise UsageError(
                 f"{self._who()}: its step has shape {tuple(self.step.shape)}, values of shape {shape} need {len(rows)}"
             )
-        for summary, row in zip(summaries, rows, strict=True):
-            summary.add(row)
+        return rows
 
     @torch.no_grad()
     def initialize_from(self, summaries: list[mse.ValueSummary], method: Method = "mse") -> None:

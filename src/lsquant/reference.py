@@ -315,15 +315,17 @@ def fake_quantize(
 # ---- the guard, R, initial steps ----
 
 
-def guard(step: Tensor, initial_step: Tensor) -> Tensor:
+def guard(step: Tensor, initial_step: Tensor, step_dtype: str = "float32") -> Tensor:
     """(M7) Compute the guarded step.
 
     ``s_eff = s_min where s < s_min else s``, ``s_min = 2^-10 * s0``; ``d s_eff / d s = 1``.  NaN stays NaN.
 
+    step_dtype: "float16" or "bfloat16": then s_eff is rounded to it, to nearest even, and never to 0 or infinity.
+
     Raises: UsageError under the transforms of torch.func.
     """
     try:
-        return _Guard.apply(step, initial_step)  # type: ignore[no-any-return]
+        return _Guard.apply(step, initial_step, step_dtype)  # type: ignore[no-any-return]
     except RuntimeError as error:
         if "functorch" not in str(error):
             raise
@@ -335,13 +337,26 @@ def guard(step: Tensor, initial_step: Tensor) -> Tensor:
 
 class _Guard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, step: Tensor, initial_step: Tensor) -> Tensor:
+    def forward(ctx: Any, step: Tensor, initial_step: Tensor, step_dtype: str) -> Tensor:
         low = GUARD_FACTOR * initial_step
-        return torch.where(step < low, low, step)
+        guarded = torch.where(step < low, low, step)
+        return guarded if step_dtype == "float32" else snapped(guarded, step_dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0], None
+        return grads[0], None, None
+
+
+def snapped(step: Tensor, step_dtype: str) -> Tensor:
+    """Return positive steps rounded to a type, float32: to nearest even, never to 0 or infinity.
+
+    step_dtype: "float16" or "bfloat16".
+    """
+    dtype = getattr(torch, step_dtype)
+    numbers = torch.finfo(dtype)
+    least = numbers.tiny * numbers.eps  # the smallest that is not 0
+    inside = step.clamp(least, numbers.max).to(dtype).to(torch.float32)
+    return torch.where(torch.isfinite(step), inside, step)
 
 
 def step_balance(

@@ -11,9 +11,11 @@ from lsquant._util.errors import UsageError
 MIN_BITS, MAX_BITS = 2, 8
 MAX_GROUP = 2**40
 GRANULARITIES = ("tensor", "channel", "group")
-FORMER = {"step_dtype": "float32", "dynamic": False}
+FORMER = {"dynamic": False}
 """Fields that earlier versions had, each with the only value it could take; files that contain them are read."""
 Granularity = Literal["tensor", "channel", "group"]
+STEP_DTYPES = ("float32", "float16", "bfloat16")
+StepDtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class QuantSpec:
     granularity: one step per "tensor", per output "channel", or per "group".
     group_size: neighbours along the flattened input dimension of a weight that share a step, for "group".
     offset: LSQ+'s learned offset; implies unsigned unless ``signed=True``.
+    step_dtype: the type in which a file will hold the step, "float32", "float16" (GGUF) or "bfloat16".  Every forward
+        pass uses the step rounded to it, so that what ships is what was trained; the parameter stays float32.
     Raises: UsageError naming the field, its value and what is allowed.
 
     >>> QuantSpec(4, signed=True).q_min, QuantSpec(4, signed=True).q_max
@@ -40,6 +44,7 @@ class QuantSpec:
     granularity: Granularity = "tensor"
     group_size: int | None = None
     offset: bool = False
+    step_dtype: StepDtype = "float32"
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
@@ -57,6 +62,10 @@ class QuantSpec:
             raise UsageError("QuantSpec: narrow=True drops the lowest signed level and cannot go with signed=False")
         if not isinstance(self.granularity, str) or self.granularity not in GRANULARITIES:
             raise UsageError(f"QuantSpec: granularity={shown(self.granularity)}; use one of {', '.join(GRANULARITIES)}")
+        if not isinstance(self.step_dtype, str) or self.step_dtype not in STEP_DTYPES:
+            raise UsageError(f"QuantSpec: step_dtype={shown(self.step_dtype)}; use one of {', '.join(STEP_DTYPES)}")
+        if self.offset and self.step_dtype != "float32":
+            raise UsageError(f"QuantSpec: step_dtype={self.step_dtype!r} and offset=True do not go together")
         if (self.granularity == "group") != (self.group_size is not None):
             raise UsageError(
                 f"QuantSpec: granularity={self.granularity!r} with group_size={shown(self.group_size)}; "
@@ -115,4 +124,6 @@ class QuantSpec:
         sign = {True: "signed", False: "unsigned", None: "sign undecided"}[self.signed]
         parts = [f"{self.bits} bit", sign + (" narrow" if self.narrow else "")]
         parts.append(f"per {self.granularity}" + (f" of {self.group_size}" if self.group_size else ""))
-        return ", ".join(parts + (["offset"] if self.offset else []))
+        parts += ["offset"] if self.offset else []
+        parts += [f"steps in {self.step_dtype}"] if self.step_dtype != "float32" else []
+        return ", ".join(parts)

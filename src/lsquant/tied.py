@@ -49,6 +49,11 @@ class TiedQuantizer(Quantizer):
         self._follow()
         return self._mirror.spec.signed is not None
 
+    @property
+    def step_dtype(self) -> str:
+        """The type that the owner's step is rounded to."""
+        return self.owner.step_dtype
+
     def _follow(self) -> None:
         own = self._buffers["signed"]
         state = self.owner._state()

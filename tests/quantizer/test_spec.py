@@ -60,13 +60,13 @@ def test_the_error_names_the_value(wrong: dict[str, Any], says: str) -> None:
 def test_fields_of_earlier_versions_are_read_with_the_value_they_always_had() -> None:
     old = {"bits": 3, "narrow": True, "step_dtype": "float32", "dynamic": False}
     assert QuantSpec.from_dict(old) == QuantSpec(3, narrow=True)
-    for other in ({"dynamic": True}, {"step_dtype": "float16"}):
+    for other in ({"dynamic": True}, {"step_dtype": "float64"}, {"step_dtype": None}):
         with pytest.raises(UsageError, match=next(iter(other))):
             QuantSpec.from_dict({"bits": 4, **other})
 
 
 def test_unknown_arguments_are_refused() -> None:
-    for unknown in ("sign", "step_dtype", "dynamic"):
+    for unknown in ("sign", "dynamic"):
         with pytest.raises(TypeError):
             QuantSpec(4, **{unknown: True})  # type: ignore[call-arg]
 
@@ -166,8 +166,8 @@ def test_frozen() -> None:
 
 def test_defaults_are_those_of_the_design() -> None:
     spec = QuantSpec(4)
-    expected = (4, None, False, "tensor", None, False)
-    names = ("bits", "signed", "narrow", "granularity", "group_size", "offset")
+    expected = (4, None, False, "tensor", None, False, "float32")
+    names = ("bits", "signed", "narrow", "granularity", "group_size", "offset", "step_dtype")
     assert tuple(getattr(spec, name) for name in names) == expected
     assert {f.name for f in dataclasses.fields(spec)} == set(names)
 

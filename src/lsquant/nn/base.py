@@ -61,23 +61,44 @@ class QuantizedLayer(nn.Module):
         self.initialize_weight_step()
 
     def initialize_weight_step(self, again: bool = False) -> None:
-        """Set the weight's step by the paper's rule; with an all-zero or unset weight it stays uninitialised.
+        """Set the weight's step; with an all-zero or unset weight it stays uninitialised.
 
-        A frozen weight gets a step that represents it exactly, where there is one.
+        By the paper's rule; by least squared error where the input is not quantized, and for a step per group.  A
+        frozen weight gets a step that represents it exactly, where there is one.
         """
         quantizer = self.weight_quantizer
         if quantizer is None or (quantizer.is_initialized and not again) or self.weight.is_meta:
             return
         try:
-            self.set_weight_step(quantizer, "paper")
+            self.set_weight_step(quantizer, self.first_rule(quantizer))
         except UsageError:
             quantizer.forget()
 
-    def set_weight_step(self, quantizer: Quantizer, method: Method) -> None:
-        """Set the step of the weight's quantizer, or of a copy.  Raises: UsageError for a weight that gives none."""
-        quantizer.initialize(self.rows(), method)
+    def first_rule(self, quantizer: Quantizer) -> Method:
+        """Return the rule by which the first step of the weight's quantizer is set."""
+        return "paper" if self.input_quantizer is not None and quantizer.spec.group_size is None else "mse"
+
+    def set_weight_step(self, quantizer: Quantizer, method: Method, moments: Tensor | None = None) -> None:
+        """Set the step of the weight's quantizer, or of a copy.  Raises: UsageError for a weight that gives none.
+
+        moments: (inputs,) float32, ``E[x^2]`` of every feature or channel of the input, by which errors are weighted.
+        """
+        quantizer.initialize(self.rows(), method, None if moments is None else self.importance(moments))
         if not self.weight.requires_grad:  # training will not move it to the levels
             quantizer._prefer_exact(self.rows())
+
+    def importance(self, moments: Tensor) -> Tensor:
+        """Return what errors of ``rows()`` count, in a shape that broadcasts to it.
+
+        moments: (inputs,) float32, the mean square of every feature or channel of the input.
+        """
+        shape, groups = self._row_shape(), conv_groups(self)
+        by_group = moments.reshape(groups, 1, -1).expand(groups, shape[0] // groups, -1).reshape(shape[0], -1)
+        return by_group.reshape(*by_group.shape, *[1] * (len(shape) - 2))
+
+    def _row_shape(self) -> torch.Size:
+        """Return the shape of ``rows()``."""
+        return self.weight_layout.row_shape(self.weight.shape, conv_groups(self))
 
     def own_quantizers(self) -> tuple[Quantizer, ...]:
         """Return the quantizers of the weight, the input, and the stored tensor it is read from: those there are."""
@@ -117,8 +138,7 @@ class QuantizedLayer(nn.Module):
         """Raise UsageError naming the layer where the weight is not the one that its steps were made for."""
         quantizer = self.weight_quantizer
         if quantizer is not None and quantizer.enabled:
-            shape = self.weight_layout.row_shape(self.weight.shape, conv_groups(self))
-            self.computed(ops.require_steps, shape, quantizer.step, quantizer.spec.group_size)
+            self.computed(ops.require_steps, self._row_shape(), quantizer.step, quantizer.spec.group_size)
 
     def _layer_name(self) -> str:
         quantizer = self.input_quantizer or self.weight_quantizer
