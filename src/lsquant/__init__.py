@@ -20,6 +20,7 @@ from lsquant.diagnostics import check as check
 from lsquant.diagnostics import sensitivity as sensitivity
 from lsquant.formats import Packed as Packed
 from lsquant.formats import PackedQuantizer as PackedQuantizer
+from lsquant.formats import export_gguf as export_gguf
 from lsquant.formats import export_onnx as export_onnx
 from lsquant.formats import export_packed as export_packed
 from lsquant.formats import export_program as export_program
@@ -65,6 +66,7 @@ __all__ = [
     "calibrate",
     "check",
     "disabled",
+    "export_gguf",
     "export_onnx",
     "export_packed",
     "export_program",

@@ -3,6 +3,7 @@
 from lsquant.formats.base import FileFormat as FileFormat
 from lsquant.formats.base import Format as Format
 from lsquant.formats.base import ModuleFormat as ModuleFormat
+from lsquant.formats.gguf import export_gguf as export_gguf
 from lsquant.formats.onnx import export_onnx as export_onnx
 from lsquant.formats.onnx import onnx_session as onnx_session
 from lsquant.formats.packed import Packed as Packed

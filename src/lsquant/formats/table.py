@@ -8,6 +8,7 @@ from pathlib import Path
 from lsquant._util.errors import DamagedFile, UsageError
 from lsquant._util.files import require_file
 from lsquant.formats.base import FileFormat, Format
+from lsquant.formats.gguf.row import GgufFormat
 from lsquant.formats.onnx.integer_row import IntegerOnnxFormat
 from lsquant.formats.onnx.row import OnnxFormat
 from lsquant.formats.packed.row import PackedFormat
@@ -21,6 +22,7 @@ ROWS: tuple[Format, ...] = (
     IntegerOnnxFormat("integer", "ONNX, integer-only: no floating point between layers (joins=8)", "weights"),
     ProgramFormat(),
     PackedFormat(),
+    GgufFormat(),
     TorchaoFormat(),
 )
 FORMATS: dict[str, Format] = {row.name: row for row in ROWS}
