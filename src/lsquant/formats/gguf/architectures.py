@@ -43,9 +43,9 @@ class LanguageModel:
 
     architecture: of its class.
     heads, key_heads, head_size: of the attention.
-    parameters: key of the metadata -> int, float, bool or text; all that llama.cpp needs beside tensors and vocabulary.
+    parameters: key of the metadata -> int, float or text: what llama.cpp needs beside tensors and vocabulary.
     vocabulary_size: rows of the embedding.
-    factors: (head_size / 2,) float32, by which the frequencies of the rotary embedding are divided; None for plain ones.
+    factors: (head_size / 2,) float32, by which the frequencies of the rotary embedding are divided; None for 1.
     """
 
     architecture: Architecture
@@ -86,7 +86,7 @@ class LanguageModel:
         for projection, heads in ((".self_attn.q_proj.", self.heads), (".self_attn.k_proj.", self.key_heads)):
             if projection in name:
                 if rows != heads * self.head_size:
-                    raise UsageError(f"export_gguf: {name} has {rows} rows, {heads} heads of {self.head_size} need more")
+                    raise UsageError(f"export_gguf: {name} has {rows} rows for {heads} heads of {self.head_size}")
                 return half_to_neighbours(heads, self.head_size)
         return None
 
@@ -111,13 +111,15 @@ def language_model(model: nn.Module) -> LanguageModel:
     architecture = ARCHITECTURES.get(kind.__name__)
     if architecture is None or not kind.__module__.startswith("transformers."):
         known = ", ".join(ARCHITECTURES)
-        raise UsageError(f"export_gguf: {kind.__name__} has no form in GGUF here; supported are {known} of transformers")
+        raise UsageError(f"export_gguf: {kind.__name__} is not written as GGUF; {known} of transformers are")
     config: Any = model.config
-    for key, wanted in (("hidden_act", "silu"), ("hidden_activation", None)):
-        if (found := getattr(config, key, wanted)) not in (wanted, None):
-            raise UsageError(f"export_gguf: config.{key} is {shown(found)}; llama.cpp computes {kind.__name__} with silu")
+    if config.hidden_act != "silu":
+        said = shown(config.hidden_act)
+        raise UsageError(
+            f"export_gguf: config.hidden_act is {said}; llama.cpp computes {architecture.name} with 'silu'"
+        )
     if any(layer != "full_attention" for layer in getattr(config, "layer_types", None) or ()):
-        raise UsageError("export_gguf: config.layer_types has a sliding window, which is not written; use full attention")
+        raise UsageError("export_gguf: config.layer_types has a sliding window, which is not written")
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope, factors = _rotary(model, config, architecture, size)

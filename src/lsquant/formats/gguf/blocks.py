@@ -94,7 +94,11 @@ TYPES: dict[str, BlockType] = {
             lambda codes: _fields((codes + 8).view(np.uint8), 4, 16),
             lambda data: _numbers(data, 4, 16) - np.int8(8),
         ),
-        BlockType("q8_0", 8, 32, 34, -128, 127, 7, True, 1, lambda codes: codes.view(np.uint8), lambda data: _signed(data)),
+        BlockType(
+            "q8_0", 8, 32, 34, -128, 127, 7, True, 1,
+            lambda codes: codes.view(np.uint8),
+            lambda data: np.ascontiguousarray(data).view(np.int8),
+        ),
         BlockType(
             "q2_0", 42, 64, 18, -2, 1, 41, True, -1,
             lambda codes: _fields((1 - codes).view(np.uint8), 2, 1),
@@ -108,7 +112,3 @@ TYPES: dict[str, BlockType] = {
     )
 }  # fmt: skip
 """Name -> type."""
-
-
-def _signed(data: Array) -> Array:
-    return np.ascontiguousarray(data).view(np.int8)

@@ -94,8 +94,8 @@ def chosen(tensor: Planned, wanted: str) -> tuple[BlockType | None, str]:
     reason = tensor.misfit(TYPES[wanted])
     if reason is None:
         return TYPES[wanted], ""
-    wider = (TYPES[name] for name in WIDER if TYPES[name].size * TYPES[wanted].block > TYPES[wanted].size * TYPES[name].block)
-    return next((kind for kind in wider if tensor.misfit(kind) is None), None), reason
+    wider = WIDER[WIDER.index(wanted) + 1 :] if wanted in WIDER else WIDER
+    return next((TYPES[name] for name in wider if tensor.misfit(TYPES[name]) is None), None), reason
 
 
 def planned(record: Shipped) -> tuple[LanguageModel, list[Planned]]:
@@ -121,7 +121,9 @@ def _tensors(record: Shipped, language: LanguageModel) -> Iterator[Planned]:
         quantizer, tensor = (None, value) if isinstance(value, Tensor) else (value, None)
         found = Planned(place(name), name, quantizer, tensor, None)
         if tensor is not None and tensor.dtype == torch.float64:
-            raise UsageError(f"export_gguf: {name} is float64, which GGUF files have no place for; call model.float() first")
+            raise UsageError(
+                f"export_gguf: {name} is float64, for which llama.cpp has no place; call model.float() first"
+            )
         yield Planned(found.name, name, quantizer, tensor, language.order(name, found.shape[0]))
     if language.factors is not None:
         yield Planned("rope_freqs.weight", "rope_freqs.weight", None, language.factors, None)
@@ -132,8 +134,8 @@ def _require_weights_only(record: Shipped) -> None:
     names = [layer.label for layer in record.layers.values() if layer.input is not None or layer.stored is not None]
     if names := [*names, *record.standalone()]:
         raise UsageError(
-            f"export_gguf: {names[0]} quantizes activations, and a GGUF file holds weights only; prepare the model with "
-            "a weight-only recipe, Recipe.preset('w4g32') or activation=None"
+            f"export_gguf: {names[0]} quantizes activations, and a GGUF file holds weights only; prepare the model "
+            "with a weight-only recipe, Recipe.preset('w4g32') or activation=None"
         )
 
 
@@ -144,7 +146,7 @@ def require_half(tensor: Planned, kind: BlockType) -> None:
     exact = step.to(torch.float16).to(torch.float32) == step
     if not bool(exact.all()):
         raise UsageError(
-            f"export_gguf: {tensor.layer}: {int((~exact).sum())} of {step.numel()} steps, such as {step[~exact][0]:.9g}, "
-            f"are not exact in float16, in which {kind.name} stores them; train with "
+            f"export_gguf: {tensor.layer}: {int((~exact).sum())} of {step.numel()} steps, {step[~exact][0]:.9g} the "
+            f"first, are not exact in float16, in which {kind.name} stores them; train with "
             'QuantSpec(..., step_dtype="float16"), so that what is trained is what is written'
         )

@@ -22,13 +22,13 @@ LARGEST = 1 << 28
 """Bytes of a tokenizer's file, at most."""
 SPACE = "\u2581"
 """What sentencepiece writes for a space."""
-SPLITS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+":
-    "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+":
-    "qwen2",
-}  # fmt: skip
+_START = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {_START + r"\p{N}{1,3}" + _END: "llama-bpe", _START + r"\p{N}" + _END: "qwen2"}
 """How a byte-level tokenizer splits text before it merges -> llama.cpp's name of it."""
+INNER = ("normalizers", "pretokenizers", "processors")
+PREFIXES = ("Prepend", "Metaspace")
+"""Steps of a tokenizer that put a space before a text."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Vocabulary:
     bos, eos, unk: numbers of the special tokens, None where there is none.
     pre: of "gpt2", llama.cpp's name of how text is split: "gpt-2", "llama-bpe" or "qwen2".
     add_bos: whether a text begins with ``bos``.
+    space_prefix: of "llama", whether a space is put before a text.
     Raises: UsageError for lists of different lengths, and numbers of no token.
     """
 
@@ -56,6 +57,7 @@ class Vocabulary:
     unk: int | None = None
     pre: str | None = None
     add_bos: bool = False
+    space_prefix: bool | None = None
 
     def __post_init__(self) -> None:
         if self.model not in ("gpt2", "llama"):
@@ -90,7 +92,8 @@ class Vocabulary:
             found = cls._of_path(Path(file))
         else:
             raise UsageError(
-                f"export_gguf: tokenizer is {shown(tokenizer)}; give a folder, a tokenizer of transformers, or a Vocabulary"
+                f"export_gguf: tokenizer is {shown(tokenizer)}; give a folder, a tokenizer of transformers, or a "
+                "Vocabulary"
             )
         config = getattr(model, "config", None)
         for key in ("bos", "eos"):
@@ -109,8 +112,7 @@ class Vocabulary:
                 special = {key: table[f"{key}_token"].value for key in ("bos", "eos", "unk") if f"{key}_token" in table}
             for name in ("tokenizer.json", "tokenizer.model"):
                 if (path / name).is_file():
-                    found = cls._of_file(path / name, special)
-                    return found
+                    return cls._of_file(path / name, special)
             raise UsageError(f"{path} has no tokenizer.json and no tokenizer.model")
         return cls._of_file(require_file(path), {})
 
@@ -143,8 +145,9 @@ class Vocabulary:
             "merges": list(self.merges),
             **{key: number for key, number in special.items() if number is not None},
             "add_bos_token": self.add_bos,
+            "add_space_prefix": self.space_prefix,
         }
-        return [(f"tokenizer.ggml.{key}", value) for key, value in found.items()]
+        return [(f"tokenizer.ggml.{key}", value) for key, value in found.items() if value is not None]
 
 
 # ---- tokenizer.json of transformers ----
@@ -161,8 +164,8 @@ def of_json(document: Entry, special: dict[str, Any]) -> Vocabulary:
     kind = model["type"].value if "type" in model else None
     if kind != "BPE":
         raise UsageError(
-            f"{document.file}: a tokenizer of the type {shown(kind)}; a GGUF file is given one of type BPE, for llama.cpp "
-            "would split text otherwise"
+            f"{document.file}: a tokenizer of the type {shown(kind)}; only BPE is written, for llama.cpp would split "
+            "text otherwise"
         )
     numbers = {text: entry.integer(0, (1 << 31) - 1) for text, entry in model["vocab"].table(1 << 22).items()}
     types = dict.fromkeys(numbers, NORMAL)
@@ -173,26 +176,30 @@ def of_json(document: Entry, special: dict[str, Any]) -> Vocabulary:
         types[text] = CONTROL if "special" in added and added["special"].value is True else USER_DEFINED
     texts = {number: text for text, number in numbers.items()}
     document.require(len(texts) == len(numbers), "two tokens have one number")
-    document.require(bool(texts) and max(texts) < 2 * len(texts) + (1 << 16), "the numbers of its tokens have large gaps")
+    dense = bool(texts) and max(texts) < 2 * len(texts) + (1 << 16)
+    document.require(dense, "its tokens have numbers with large gaps, or there are none")
     merges = [_merge(entry) for entry in model["merges"].items(1 << 22)] if "merges" in model else []
     fallback = "byte_fallback" in model and model["byte_fallback"].value is True
     unk = model["unk_token"].value if "unk_token" in model else None
-    found = {key: _number(value, numbers) for key, value in {"unk": unk, **special}.items()}
+    found: dict[str, Any] = {key: _number(value, numbers) for key, value in {"unk": unk, **special}.items()}
     tokens = [texts.get(number, f"[PAD{number}]") for number in range(max(texts) + 1)]
     kinds = [types[texts[number]] if number in texts else UNUSED for number in range(len(tokens))]
-    opens = _opens_with_special(parts.get("post_processor"))
+    opens = _opens_with_special(parts)
     if not fallback:
-        return Vocabulary(
-            "gpt2", tokens, (), kinds, [f"{a} {b}" for a, b in merges], pre=_split(document, parts), add_bos=opens, **found
-        )
+        pairs, pre = [f"{a} {b}" for a, b in merges], _split(document, parts)
+        return Vocabulary("gpt2", tokens, (), kinds, pairs, **found, pre=pre, add_bos=opens)
     if (unknown := found.get("unk")) is not None:
         kinds[unknown] = UNKNOWN
     kinds = [BYTE if kind == NORMAL and _is_byte(text) else kind for kind, text in zip(kinds, tokens, strict=True)]
     ranks: dict[str, int] = {}
     for rank, (a, b) in enumerate(merges):
         ranks.setdefault(a + b, rank)
-    scores = [0.0 if kind != NORMAL else -float(ranks.get(text, len(merges))) for text, kind in zip(tokens, kinds, strict=True)]
-    return Vocabulary("llama", tokens, scores, kinds, add_bos=opens, **found)
+    scores = [
+        -float(ranks.get(text, len(merges))) if kind == NORMAL else 0.0
+        for kind, text in zip(kinds, tokens, strict=True)
+    ]
+    prefix = any(step.get("type") in PREFIXES and step.get("prepend_scheme") != "never" for step in _steps(parts))
+    return Vocabulary("llama", tokens, scores, kinds, (), **found, add_bos=opens, space_prefix=prefix)
 
 
 def _merge(entry: Entry) -> tuple[str, str]:
@@ -212,18 +219,20 @@ def _is_byte(text: str) -> bool:
     return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
 
 
-def _steps(entry: Entry | None) -> list[dict[str, Any]]:
-    """Return a stage of a tokenizer as the list of its parts."""
-    value: Any = entry.value if entry is not None else None
-    if not isinstance(value, dict):
-        return []
-    inner = [part for key in ("pretokenizers", "processors") for part in value.get(key) or []]
-    return [part for part in inner if isinstance(part, dict)] or [value]
+def _steps(parts: dict[str, Entry], *stages: str) -> list[dict[str, Any]]:
+    """Return the parts of stages of a tokenizer, by default of those before the model, in their order."""
+    found: list[dict[str, Any]] = []
+    for stage in stages or ("normalizer", "pre_tokenizer"):
+        value: Any = parts[stage].value if stage in parts else None
+        if isinstance(value, dict):
+            lists = [value[key] for key in INNER if isinstance(value.get(key), list)]
+            found += [part for inner in lists or [[value]] for part in inner if isinstance(part, dict)]
+    return found
 
 
 def _split(document: Entry, parts: dict[str, Entry]) -> str:
     """Return llama.cpp's name of how text is split.  Raises: UsageError where it has none."""
-    steps = _steps(parts.get("pre_tokenizer"))
+    steps = _steps(parts, "pre_tokenizer")
     for step in steps:
         pattern = step.get("pattern")
         if step.get("type") == "Split" and isinstance(pattern, dict) and pattern.get("Regex") in SPLITS:
@@ -236,9 +245,9 @@ def _split(document: Entry, parts: dict[str, Entry]) -> str:
     )
 
 
-def _opens_with_special(entry: Entry | None) -> bool:
+def _opens_with_special(parts: dict[str, Entry]) -> bool:
     """Tell whether a text begins with a special token."""
-    for step in _steps(entry):
+    for step in _steps(parts, "post_processor"):
         single = step.get("single")
         if step.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
             return isinstance(single[0], dict) and "SpecialToken" in single[0]
@@ -253,7 +262,7 @@ def of_sentencepiece(path: Path) -> Vocabulary:
 
     Raises: DamagedFile; UsageError for a model that is no BPE.
     """
-    data, pieces, trainer = path.read_bytes(), [], {}
+    data, pieces, trainer, prefix = path.read_bytes(), [], {}, True
     for number, value in _fields(data, path):
         if number == 1 and isinstance(value, bytes):
             piece = dict(_fields(value, path))
@@ -263,14 +272,18 @@ def of_sentencepiece(path: Path) -> Vocabulary:
             pieces.append((_decoded(text, path), struct.unpack("<f", score)[0], piece.get(3, NORMAL)))
         elif number == 2 and isinstance(value, bytes):
             trainer = dict(_fields(value, path))
+        elif number == 3 and isinstance(value, bytes):
+            prefix = bool(dict(_fields(value, path)).get(3, 1))
     if not pieces or any(kind not in range(NORMAL, BYTE + 1) for _, _, kind in pieces):
         raise DamagedFile(f"{path} is damaged, or no model of sentencepiece")
     if trainer.get(3, 1) != 2:
         raise UsageError(f"{path} is no BPE: llama.cpp would split text otherwise")
     tokens, scores, types = zip(*pieces, strict=True)
     special = {"unk": trainer.get(40, 0), "bos": trainer.get(41, 1), "eos": trainer.get(42, 2)}
-    known = {key: n for key, n in special.items() if isinstance(n, int) and n < len(tokens)}  # -1 is 2^64 - 1
-    return Vocabulary("llama", tokens, scores, types, add_bos=True, **known)
+    known: dict[str, Any] = {
+        key: n for key, n in special.items() if isinstance(n, int) and n < len(tokens)
+    }  # -1 is 2^64 - 1
+    return Vocabulary("llama", tokens, scores, types, (), **known, add_bos=True, space_prefix=prefix)
 
 
 def _fields(data: bytes, path: Path) -> list[tuple[int, int | bytes]]:
@@ -336,4 +349,4 @@ def of_llama2c(path: Path) -> Vocabulary:
     tokens[:3] = ["<unk>", "<s>", "</s>"]
     tokens[3:259] = [f"<0x{byte:02X}>" for byte in range(256)]
     types = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * (len(tokens) - 259)]
-    return Vocabulary("llama", tokens, scores, types, bos=1, eos=2, unk=0, add_bos=True)
+    return Vocabulary("llama", tokens, scores, types, bos=1, eos=2, unk=0, add_bos=True, space_prefix=True)
