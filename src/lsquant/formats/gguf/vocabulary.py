@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import struct
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from lsquant._util.entry import Entry, parse_json, read_text, shown
+from lsquant._util.entry import Entry, parse_json, read_text, reason, shown
 from lsquant._util.errors import DamagedFile, UsageError
 from lsquant._util.files import require_file
 
@@ -108,8 +109,7 @@ class Vocabulary:
         if path.is_dir():
             special, settings = {}, path / "tokenizer_config.json"
             if settings.is_file():
-                table = parse_json(read_text(settings), str(settings)).table()
-                special = {key: table[f"{key}_token"].value for key in ("bos", "eos", "unk") if f"{key}_token" in table}
+                special = _special(settings)
             for name in ("tokenizer.json", "tokenizer.model"):
                 if (path / name).is_file():
                     return cls._of_file(path / name, special)
@@ -181,7 +181,8 @@ def of_json(document: Entry, special: dict[str, Any]) -> Vocabulary:
     merges = [_merge(entry) for entry in model["merges"].items(1 << 22)] if "merges" in model else []
     fallback = "byte_fallback" in model and model["byte_fallback"].value is True
     unk = model["unk_token"].value if "unk_token" in model else None
-    found: dict[str, Any] = {key: _number(value, numbers) for key, value in {"unk": unk, **special}.items()}
+    named = {"unk": unk, **{key: value for key, value in special.items() if value is not None}}
+    found: dict[str, Any] = {key: _number(value, numbers) for key, value in named.items()}
     tokens = [texts.get(number, f"[PAD{number}]") for number in range(max(texts) + 1)]
     kinds = [types[texts[number]] if number in texts else UNUSED for number in range(len(tokens))]
     opens = _opens_with_special(parts)
@@ -200,6 +201,17 @@ def of_json(document: Entry, special: dict[str, Any]) -> Vocabulary:
     ]
     prefix = any(step.get("type") in PREFIXES and step.get("prepend_scheme") != "never" for step in _steps(parts))
     return Vocabulary("llama", tokens, scores, kinds, (), **found, add_bos=opens, space_prefix=prefix)
+
+
+def _special(path: Path) -> dict[str, Any]:
+    """Return "bos", "eos" and "unk" of a tokenizer_config.json, which has numbers beyond 64 bits.  Raises: DamagedFile."""
+    try:
+        table = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, DamagedFile):
+            raise
+        raise DamagedFile(f"{path} is damaged: not valid JSON: {reason(error)}") from error
+    return {key: table.get(f"{key}_token") for key in ("bos", "eos", "unk")} if isinstance(table, dict) else {}
 
 
 def _merge(entry: Entry) -> tuple[str, str]:
