@@ -80,7 +80,8 @@ def names(layers: int) -> dict[str, str]:
     for n in range(layers):
         parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
                  "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
-                 "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+                 "self_attn.k_norm": "attn_k_norm",
+                 "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
                  "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}  # fmt: skip
         found |= {f"model.layers.{n}.{theirs}": f"blk.{n}.{ours}" for theirs, ours in parts.items()}
     return found
@@ -384,7 +385,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
 
 def test_a_changed_file_is_caught(base: tuple[nn.Module, Path], tmp_path: Path) -> None:
     model, path = base
-    content, data = read_gguf(path), path.read_bytes()
+    data = path.read_bytes()
     starts = {t.name: t.data_offset for t in gguf.GGUFReader(path).tensors}
     for name, at, worst in (
         ("blk.1.attn_k.weight", 5, "model.layers.1.self_attn.k_proj.weight"),  # a code
@@ -397,8 +398,6 @@ def test_a_changed_file_is_caught(base: tuple[nn.Module, Path], tmp_path: Path) 
         (tmp_path / "c.gguf").write_bytes(changed)
         verdict = lsquant.verify(model, tmp_path / "c.gguf", [])
         assert (verdict.level, verdict.checks[0].mismatches, verdict.checks[0].worst) == ("none", 1, worst)
-    rows = {**read_gguf(path).tensors}
-    assert rows.keys() == content.tensors.keys()
     key = b"llama.rope.freq_base" + struct.pack("<I", 6)
     at = data.index(key) + len(key)
     (tmp_path / "c.gguf").write_bytes(data[:at] + struct.pack("<f", 5e5) + data[at + 4 :])

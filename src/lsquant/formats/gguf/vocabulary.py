@@ -6,7 +6,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from lsquant._util.files import require_file
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens, in GGUF as in sentencepiece."""
-LARGEST = 1 << 28
-"""Bytes of a tokenizer's file, at most."""
+LARGEST, LARGEST_BINARY = 1 << 28, 1 << 25
+"""Bytes of a tokenizer's file of JSON, and of another kind, at most."""
+MOST = 1 << 22
+"""Tokens, at most."""
 SPACE = "\u2581"
 """What sentencepiece writes for a space."""
 _START = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -120,8 +122,8 @@ class Vocabulary:
     def _of_file(cls, path: Path, special: dict[str, Any]) -> Vocabulary:
         if path.suffix == ".json":
             return of_json(parse_json(read_text(path, LARGEST), str(path), largest=LARGEST), special)
-        if path.stat().st_size > LARGEST:
-            raise DamagedFile(f"{path} has {path.stat().st_size:,} bytes, more than the {LARGEST:,} that are read")
+        if (size := path.stat().st_size) > LARGEST_BINARY:
+            raise DamagedFile(f"{path} has {size:,} bytes, more than the {LARGEST_BINARY:,} that are read")
         return of_llama2c(path) if path.suffix == ".bin" else of_sentencepiece(path)
 
     def fields(self, size: int) -> list[tuple[str, Any]]:
@@ -167,7 +169,8 @@ def of_json(document: Entry, special: dict[str, Any]) -> Vocabulary:
             f"{document.file}: a tokenizer of the type {shown(kind)}; only BPE is written, for llama.cpp would split "
             "text otherwise"
         )
-    numbers = {text: entry.integer(0, (1 << 31) - 1) for text, entry in model["vocab"].table(1 << 22).items()}
+    vocabulary = parts["model"].parts("vocab")["vocab"].table(MOST)
+    numbers = {text: entry.integer(0, (1 << 31) - 1) for text, entry in vocabulary.items()}
     types = dict.fromkeys(numbers, NORMAL)
     for entry in parts["added_tokens"].items() if "added_tokens" in parts else ():
         added = entry.parts("id", "content")
@@ -178,7 +181,7 @@ def of_json(document: Entry, special: dict[str, Any]) -> Vocabulary:
     document.require(len(texts) == len(numbers), "two tokens have one number")
     dense = bool(texts) and max(texts) < 2 * len(texts) + (1 << 16)
     document.require(dense, "its tokens have numbers with large gaps, or there are none")
-    merges = [_merge(entry) for entry in model["merges"].items(1 << 22)] if "merges" in model else []
+    merges = [_merge(entry) for entry in model["merges"].items(MOST)] if "merges" in model else []
     fallback = "byte_fallback" in model and model["byte_fallback"].value is True
     unk = model["unk_token"].value if "unk_token" in model else None
     named = {"unk": unk, **{key: value for key, value in special.items() if value is not None}}
@@ -204,7 +207,10 @@ def of_json(document: Entry, special: dict[str, Any]) -> Vocabulary:
 
 
 def _special(path: Path) -> dict[str, Any]:
-    """Return "bos", "eos" and "unk" of a tokenizer_config.json, which has numbers beyond 64 bits.  Raises: DamagedFile."""
+    """Return "bos", "eos" and "unk" of a tokenizer_config.json, which may have numbers beyond 64 bits.
+
+    Raises: DamagedFile.
+    """
     try:
         table = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
@@ -247,8 +253,9 @@ def _split(document: Entry, parts: dict[str, Entry]) -> str:
     steps = _steps(parts, "pre_tokenizer")
     for step in steps:
         pattern = step.get("pattern")
-        if step.get("type") == "Split" and isinstance(pattern, dict) and pattern.get("Regex") in SPLITS:
-            return SPLITS[pattern["Regex"]]
+        regex = pattern.get("Regex") if isinstance(pattern, dict) else None
+        if step.get("type") == "Split" and isinstance(regex, str) and regex in SPLITS:
+            return SPLITS[regex]
     if [step.get("type") for step in steps] == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2"
     raise UsageError(
@@ -298,9 +305,9 @@ def of_sentencepiece(path: Path) -> Vocabulary:
     return Vocabulary("llama", tokens, scores, types, (), **known, add_bos=True, space_prefix=prefix)
 
 
-def _fields(data: bytes, path: Path) -> list[tuple[int, int | bytes]]:
-    """Return the fields of a message: number, and an integer or the bytes."""
-    found, at = [], 0
+def _fields(data: bytes, path: Path) -> Iterator[tuple[int, int | bytes]]:
+    """Yield the fields of a message: number, and an integer or the bytes."""
+    at = 0
 
     def integer() -> int:
         nonlocal at
@@ -317,15 +324,14 @@ def _fields(data: bytes, path: Path) -> list[tuple[int, int | bytes]]:
     while at < len(data):
         number, kind = divmod(integer(), 8)
         if kind == 0:
-            found.append((number, integer()))
+            yield number, integer()
             continue
         size = {1: 8, 5: 4}.get(kind)
         size = integer() if kind == 2 else size
         if size is None or at + size > len(data):
             raise DamagedFile(f"{path} is damaged, or no model of sentencepiece")
-        found.append((number, data[at : at + size]))
+        yield number, data[at : at + size]
         at += size
-    return found
 
 
 def _decoded(text: bytes, path: Path) -> str:
