@@ -291,10 +291,10 @@ def test_wider_types_are_named(tmp_path: Path) -> None:
         Rule("*.mlp.down_proj", four),
     ]  # fmt: skip
     model = language_model(Recipe(QuantSpec(4, granularity="group", group_size=32), None, rules), intermediate_size=172)
-    with pytest.warns(UserWarning, match="not in q4_0, but exact") as seen:
+    with pytest.warns(UserWarning, match="not in q4_0: ") as seen:
         path = lsquant.export_gguf(model, tmp_path / "m.gguf")
     head, _, parts = str(seen[0].message).partition(": ")[2].partition(": ")
-    assert head == "not in q4_0, but exact"
+    assert head == "not in q4_0"
     assert sorted(parts.split("; ")) == [
         "f32 (172 inputs, blocks of 32): blk.0.ffn_down.weight, blk.1.ffn_down.weight",
         "f32 (groups of 16, blocks of 32): blk.0.attn_v.weight",
@@ -634,19 +634,30 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 # ---- llama.cpp ----
 
 
-@pytest.mark.parametrize("kind, wanted", [("Llama", "q4_0"), ("Llama", "q8_0"), ("Qwen2", "q4_0"), ("Qwen3", "q4_0")])
-def test_llama_cpp_agrees(kind: str, wanted: str, tmp_path: Path) -> None:
-    """Fed the same tokens, llama.cpp's first choice is PyTorch's for at least 99 % of them."""
+@pytest.mark.parametrize(
+    "kind, wanted, bits", [("Llama", "q4_0", 4), ("Llama", "q8_0", 8), ("Qwen2", "q4_0", 3), ("Qwen3", "q4_0", 4)]
+)
+@pytest.mark.parametrize("with_vocabulary", [True, False])
+def test_llama_cpp_agrees(kind: str, wanted: str, bits: int, with_vocabulary: bool, tmp_path: Path) -> None:
+    """Fed the same tokens, its first choice is PyTorch's for 99 % of those where the first is clear of the second.
+
+    The model is random, so many choices are close; llama.cpp quantizes activations to 8 bits.
+    """
     llama_cpp = pytest.importorskip("llama_cpp")
-    recipe = Recipe(QuantSpec(8 if wanted == "q8_0" else 4, granularity="group", group_size=32), None)
-    model = language_model(recipe, kind, max_position_embeddings=512)
+    sizes = {"vocab_size": 300, "max_position_embeddings": 512}
+    model = language_model(Recipe(QuantSpec(bits, granularity="group", group_size=32), None), kind, **sizes)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
+    vocabulary = Vocabulary("llama", tokens, [0.0] * 259, [2, 3, 3, *[6] * 256], (), 1, 2, 0, add_bos=True)
+    given = {"tokenizer": vocabulary} if with_vocabulary else {}
+    path = exported(model, tmp_path / "m.gguf", None, type=wanted, **given)
+    run = llama_cpp.Llama(str(path), n_ctx=512, n_batch=512, logits_all=True, verbose=False)
+    numbers = torch.randint(300, (512,))
+    run.eval(numbers.tolist())
+    found = np.asarray(run.scores[:512])
     with torch.no_grad():
-        model.lm_head.weight.mul_(4)  # clear choices
-        model.lm_head.weight_quantizer.step.mul_(4)
-    path = exported(model, tmp_path / "m.gguf", None, type=wanted)
-    run = llama_cpp.Llama(str(path), n_ctx=512, logits_all=True, verbose=False)
-    tokens = torch.randint(96, (512,))
-    run.eval(tokens.tolist())
-    with torch.no_grad():
-        expected = model(tokens.unsqueeze(0)).logits[0].argmax(-1).numpy()
-    assert (np.asarray(run.scores[:512]).argmax(-1) == expected).mean() >= 0.99
+        expected = model(numbers.unsqueeze(0)).logits[0].numpy()
+    second, first = np.sort(expected, axis=1)[:, -2:].T
+    clear = first - second > 0.1 * expected.std()
+    assert clear.mean() > 0.5
+    assert (found.argmax(1) == expected.argmax(1))[clear].mean() >= 0.99
+    assert np.abs(found - expected).mean() < 0.05 * expected.std()

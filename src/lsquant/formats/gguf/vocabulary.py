@@ -109,9 +109,8 @@ class Vocabulary:
     @classmethod
     def _of_path(cls, path: Path) -> Vocabulary:
         if path.is_dir():
-            special, settings = {}, path / "tokenizer_config.json"
-            if settings.is_file():
-                special = _special(settings)
+            settings = path / "tokenizer_config.json"
+            special = _special(settings) if settings.is_file() else {}
             for name in ("tokenizer.json", "tokenizer.model"):
                 if (path / name).is_file():
                     return cls._of_file(path / name, special)
@@ -126,7 +125,7 @@ class Vocabulary:
             raise DamagedFile(f"{path} has {size:,} bytes, more than the {LARGEST_BINARY:,} that are read")
         return of_llama2c(path) if path.suffix == ".bin" else of_sentencepiece(path)
 
-    def fields(self, size: int) -> list[tuple[str, Any]]:
+    def fields(self, size: int) -> dict[str, Any]:
         """Return what a file says of the vocabulary, filled up with unused tokens.
 
         size: rows of the embedding.
@@ -145,11 +144,11 @@ class Vocabulary:
             "scores": scores,
             "token_type": [*map(int, self.types), *[UNUSED] * missing],
             "merges": list(self.merges),
-            **{key: number for key, number in special.items() if number is not None},
+            **special,
             "add_bos_token": self.add_bos,
             "add_space_prefix": self.space_prefix,
         }
-        return [(f"tokenizer.ggml.{key}", value) for key, value in found.items() if value is not None]
+        return {f"tokenizer.ggml.{key}": value for key, value in found.items() if value is not None}
 
 
 # ---- tokenizer.json of transformers ----

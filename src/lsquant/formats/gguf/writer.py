@@ -20,9 +20,11 @@ from lsquant.formats.gguf.vocabulary import Vocabulary
 from lsquant.shipped import ship
 
 FLOAT_TYPES = {"f32": 0, "f16": 1}
-"""Name -> number, of tensors and of ``general.file_type``."""
+"""Name -> number of the type."""
 DEFAULT_TYPE = "q4_0"
 QUANTIZATION_VERSION = 2
+NO_TEXTS = {"tokenizer.ggml.model": "none"}
+"""What a file without a vocabulary says: llama.cpp then takes its size from ``vocab_size``."""
 
 
 def export_gguf(
@@ -57,10 +59,8 @@ def export_gguf(
     vocabulary = None if tokenizer is None else Vocabulary.of(tokenizer, record.model)
     gguf = require("gguf", extra="gguf")
     writer = gguf.GGUFWriter(None, language.architecture.name)
-    fields = {**general(type), **language.parameters}
-    for key, value in fields.items():
-        add_value(writer, key, value)
-    for key, value in no_text() if vocabulary is None else vocabulary.fields(language.vocabulary_size):
+    texts = NO_TEXTS if vocabulary is None else vocabulary.fields(language.vocabulary_size)
+    for key, value in {**general(type), **language.parameters, **texts}.items():
         add_value(writer, key, value)
     elsewhere: dict[tuple[str, str], list[str]] = {}
     for tensor in tensors:
@@ -115,13 +115,8 @@ def general(wanted: str) -> dict[str, Any]:
     return {"general.quantization_version": QUANTIZATION_VERSION, "general.file_type": TYPES[wanted].file_type}
 
 
-def no_text() -> list[tuple[str, Any]]:
-    """Return what a file without a vocabulary says: llama.cpp then takes its size from ``vocab_size``."""
-    return [("tokenizer.ggml.model", "none")]
-
-
 def add_value(writer: Any, key: str, value: Any) -> None:
-    """Add a value of the metadata: text, truth value, float32, uint32 (int32 below 0), or a list of one kind."""
+    """Add a value of the metadata: text, truth value, float32, uint32, or a list of one kind."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, float):
@@ -136,8 +131,5 @@ def add_value(writer: Any, key: str, value: Any) -> None:
 
 def _told(wanted: str, elsewhere: dict[tuple[str, str], list[str]]) -> str:
     """Return the warning about matrices that are not in the wanted type."""
-    parts = []
-    for (kind, reason), names in elsewhere.items():
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        parts.append(f"{kind} ({reason}): {', '.join(names[:4])}{more}")
-    return f"export_gguf: not in {wanted}, but exact: {'; '.join(parts)}"
+    parts = [f"{kind} ({reason}): {', '.join(names)}" for (kind, reason), names in elsewhere.items()]
+    return f"export_gguf: not in {wanted}: {'; '.join(parts)}"
