@@ -21,6 +21,7 @@ from lsquant.diagnostics import sensitivity as sensitivity
 from lsquant.formats import Packed as Packed
 from lsquant.formats import PackedQuantizer as PackedQuantizer
 from lsquant.formats import export_compressed_tensors as export_compressed_tensors
+from lsquant.formats import export_gguf as export_gguf
 from lsquant.formats import export_hf as export_hf
 from lsquant.formats import export_onnx as export_onnx
 from lsquant.formats import export_packed as export_packed
@@ -68,6 +69,7 @@ __all__ = [
     "check",
     "disabled",
     "export_compressed_tensors",
+    "export_gguf",
     "export_hf",
     "export_onnx",
     "export_packed",

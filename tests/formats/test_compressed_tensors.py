@@ -172,7 +172,7 @@ def test_a_quantized_head_and_training_go_along(tmp_path: Path) -> None:
     folder = lsquant.export_compressed_tensors(model, tmp_path / "f")
     assert config_of(folder)["quantization_config"]["ignore"] == []
     other = loaded(folder)
-    assert torch.allclose(logits(other), logits(model), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(logits(other), logits(model), rtol=1e-4, atol=1e-5)
     assert torch.equal(other.lm_head.weight, model.lm_head.dequantized_weight())
 
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -24,6 +25,7 @@ from helpers.language_models import FLOAT, language_model, quantized
 from lsquant import LsquantError, QuantSpec, Recipe, Rule
 from lsquant._util.files import json_text, write_json
 from lsquant._util.tensors import read_tensors
+from lsquant.formats.gguf import Vocabulary, read_gguf
 from lsquant.formats.table import format_of
 from lsquant.report.run_files import read_verdict, run_files
 from lsquant.runs.directory import Run, start_run
@@ -95,6 +97,47 @@ def tiny_language_model() -> Any:
     model = language_model(hidden_size=16, intermediate_size=32, num_hidden_layers=1)
     groups, channels = QuantSpec(4, True, granularity="group", group_size=8), QuantSpec(5, True, granularity="channel")
     return quantized(model, Recipe(groups, rules=[*FLOAT, Rule("*.o_proj", channels)]))
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a GGUF file, the model in it, and tokenizers; read only."""
+    for package in ("gguf", "transformers"):
+        pytest.importorskip(package)
+    torch.manual_seed(0)
+    folder, model = tmp_path_factory.mktemp("language"), gguf_model()
+    lsquant.save(model, folder / "saved")
+    (folder / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), "▁the"]
+    pieces = [t.encode() for t in texts]
+    (folder / "tok.bin").write_bytes(b"\7\0\0\0" + b"".join(struct.pack("<fi", 0, len(t)) + t for t in pieces))
+    parts = [b"\x0a" + bytes([len(t)]) + t + b"\x15\0\0\x80\xbf" for t in pieces]  # text and score
+    (folder / "tokenizer.model").write_bytes(b"".join(b"\x0a" + bytes([len(p)]) + p for p in parts) + b"\x12\2\x18\2")
+    with pytest.warns(UserWarning, match="token_embd"):
+        lsquant.export_gguf(model, folder / "m.gguf", tokenizer=folder / "tokenizer.json")
+    return folder
+
+
+TOKENIZER = {
+    "added_tokens": [{"id": 3, "content": "<end>", "special": True}],
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "ByteLevel", "use_regex": True}]},
+    "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<end>"}}]},
+    "model": {"type": "BPE", "unk_token": "a", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b", ["a", "b"]]},
+}
+
+
+def gguf_model() -> nn.Module:
+    """A Llama of one layer, prepared, with steps that float16 holds."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    lsquant.prepare(model, Recipe.preset("w4g32", first_last=None, skip=[nn.Embedding]))
+    for _, quantizer in lsquant.quantizers(model):
+        quantizer.step.data = quantizer.step.data.half().float()
+    return model
 
 
 # ---- safetensors ----
@@ -266,6 +309,54 @@ def of_vectors(graphs: Path, folder: Path) -> Subject:
     return Subject(edit, lambda: check_vectors(str(graphs / "exact.onnx"), str(target)), (SystemExit,))
 
 
+# ---- GGUF and tokenizers ----
+
+NUMBERS = (0, 1, 2, 3, 7, 8, 9, 30, 31, 42, 255, 2**20, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1)
+
+
+def of_gguf(language: Path, folder: Path) -> Subject:
+    """Bytes and numbers of the header, bytes of the data; every file is read, and compared with the model."""
+    data, target = (language / "m.gguf").read_bytes(), folder / "m.gguf"
+    start = read_gguf(language / "m.gguf").start
+    shipped = ship(lsquant.load(language_model(), language / "saved").eval())
+
+    def edit(edits: Edits) -> str:
+        kind = edits.one(("bytes", "header", "header", "number", "number", "data"))
+        header, rest = bytearray(data[:start]), data[start:]
+        if kind == "number":
+            at, size = edits.random.randrange(start - 8), edits.one((1, 4, 8))
+            header[at : at + size] = (edits.one(NUMBERS) % 2 ** (8 * size)).to_bytes(size, "little")
+        elif kind == "header":
+            header = edits.data(bytes(header))
+        elif kind == "data":
+            rest = edits.data(rest)
+        target.write_bytes(edits.data(data) if kind == "bytes" else bytes(header) + rest)
+        return kind
+
+    def read() -> None:
+        row = format_of(target)
+        compare_weights(str(target), row.weights(row.read(target), shipped))
+
+    return Subject(edit, read)
+
+
+def of_tokenizer(language: Path, folder: Path) -> Subject:
+    good = {name: (language / name).read_bytes() for name in ("tokenizer.json", "tokenizer.model", "tok.bin")}
+    target = [folder]
+
+    def edit(edits: Edits) -> str:
+        name = edits.one(("tokenizer.json", "tokenizer.json", "tokenizer.model", "tok.bin"))
+        target[0] = folder / name
+        if name == "tokenizer.json":
+            text = edits.json(good[name].decode())
+            target[0].write_bytes(text.encode("utf-8", "replace"))
+            return f"{name} {text[:3000]}"
+        target[0].write_bytes(edits.data(good[name]))
+        return f"{name} bytes"
+
+    return Subject(edit, lambda: Vocabulary.of(target[0]).fields(1 << 17))
+
+
 # ---- recipes and run directories ----
 
 
@@ -392,6 +483,8 @@ SUBJECTS: dict[str, tuple[str, Callable[[Path, Path], Subject]]] = {
     "run": ("bases", of_run),
     "state": ("bases", of_state),
     "vectors": ("graphs", of_vectors),
+    "gguf": ("language", of_gguf),
+    "tokenizer": ("language", of_tokenizer),
 }
 SLOWER = {"exact": 60, "small": 60, "qdq": 60, "state": 60, "run": 100}
 """Formats of which the fast suite reads fewer files, for each is run."""

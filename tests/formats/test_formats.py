@@ -77,14 +77,16 @@ def trained() -> nn.Module:
 
 
 def test_every_row_says_what_it_does() -> None:
-    assert list(file_formats()) == ["exact", "qdq", "small", "integer", "program", "packed", "compressed-tensors", "hf"]
+    assert list(file_formats()) == [
+        "exact", "qdq", "small", "integer", "program", "packed", "compressed-tensors", "hf", "gguf",
+    ]  # fmt: skip
     for name, row in FORMATS.items():
         assert row.name == name
         assert row.promise in LEVELS[1:]
         assert row.about
         assert isinstance(row, ModuleFormat if name == "torchao" else FileFormat)
     assert file_format(None).name == "exact"
-    named = "'exact', 'qdq', 'small', 'integer', 'program', 'packed', 'compressed-tensors', 'hf'"
+    named = "'exact', 'qdq', 'small', 'integer', 'program', 'packed', 'compressed-tensors', 'hf', 'gguf'"
     with pytest.raises(UsageError, match=f"'torchao'; choose from {named}"):
         file_format("torchao")
 
@@ -119,9 +121,8 @@ def test_a_new_format_on_the_command_line(
 ) -> None:
     with pytest.raises(SystemExit):
         parser().parse_args(["export", "--help"])
-    assert "one of exact, qdq, small, integer, program, packed, compressed-tensors, hf, dummy" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    named = "one of exact, qdq, small, integer, program, packed, compressed-tensors, hf, gguf, dummy"
+    assert named in " ".join(capsys.readouterr().out.split())
     lsquant.save(trained, tmp_path / "m.safetensors")
     (tmp_path / "own.py").write_text("from test_formats import build, data\n")
     own = [f"--model={tmp_path / 'own.py'}:build", f"--data={tmp_path / 'own.py'}:data", "--profile=dummy"]
@@ -145,7 +146,9 @@ def test_files_of_no_format(tmp_path: Path) -> None:
     assert format_of(tmp_path / "safetensors").name == "packed"
     (tmp_path / "onnx").write_bytes(b"\x08\x0a\x12\x07lsquant")
     assert format_of(tmp_path / "onnx").name == "exact"
-    known = r"\(exact, qdq, small, integer, program, packed\)"
+    (tmp_path / "gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    assert format_of(tmp_path / "gguf").name == "gguf"
+    known = r"\(exact, qdq, small, integer, program, packed, gguf\)"
     with pytest.raises(DamagedFile, match=f"is of no format that lsquant reads {known}"):
         format_of(tmp_path / "f")
 

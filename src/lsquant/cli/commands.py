@@ -111,7 +111,7 @@ def export(a: Namespace) -> Outcome:
         require_no_link(path)
         path.parent.mkdir(exist_ok=True)
     example = subject.example_input
-    options = given(a, "opset", "form", "tokenizer")
+    options = given(a, "opset", "form", "type", "tokenizer")
     for name in options:
         if name not in row.options:
             takers = ", ".join(other.name for other in file_formats().values() if name in other.options)

@@ -19,6 +19,7 @@ from lsquant.cli import commands
 from lsquant.cli.reporting import report
 from lsquant.cli.training import train
 from lsquant.formats import DEFAULT, INTEGER_ONLY, file_formats
+from lsquant.formats.gguf.blocks import TYPES
 from lsquant.formats.onnx.integer import FORMS
 from lsquant.runs import is_run
 from lsquant.runs.settings import Optimizer
@@ -61,12 +62,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) for the model")
     _rules(sub, "rule of the initial steps (default mse)")
 
-    sub = add("export", commands.export, "write the trained integers of a run or FILE as ONNX, packed, ...")
+    sub = add("export", commands.export, "write the trained integers of a run or FILE as ONNX, packed, GGUF, ...")
     _subject(sub)
     _profile(sub)
     sub.add_argument("--opset", type=int, metavar="N", help="operator set (default: the lowest that suffices)")
     sub.add_argument("--form", choices=FORMS, help="of profile integer (default: qdq)")
-    sub.add_argument("--tokenizer", metavar="DIR", help="whose files go into the folder of a language model")
+    sub.add_argument("--type", choices=TYPES, help="of profile gguf: of weights that it holds exactly (default: q4_0)")
+    sub.add_argument("--tokenizer", metavar="PATH", help="of a language model: folder, for gguf also a file")
     sub.add_argument("--out", metavar="FILE", help="default: RUN/export/PROFILE.onnx or packed.safetensors, or by FILE")
     about = "also write inputs, codes and outputs of 4 samples as FILE.npz, and check_vectors.py beside it"
     sub.add_argument("--vectors", metavar="FILE", help=about)

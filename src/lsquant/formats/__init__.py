@@ -5,6 +5,7 @@ from lsquant.formats.base import Format as Format
 from lsquant.formats.base import ModuleFormat as ModuleFormat
 from lsquant.formats.folders import export_compressed_tensors as export_compressed_tensors
 from lsquant.formats.folders import export_hf as export_hf
+from lsquant.formats.gguf import export_gguf as export_gguf
 from lsquant.formats.onnx import export_onnx as export_onnx
 from lsquant.formats.onnx import onnx_session as onnx_session
 from lsquant.formats.packed import Packed as Packed

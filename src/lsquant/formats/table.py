@@ -9,6 +9,7 @@ from lsquant._util.errors import DamagedFile, UsageError
 from lsquant._util.files import is_folder, require_file
 from lsquant.formats.base import FileFormat, Format
 from lsquant.formats.folders.row import CompressedTensorsFormat, HfFormat
+from lsquant.formats.gguf.row import GgufFormat
 from lsquant.formats.onnx.integer_row import IntegerOnnxFormat
 from lsquant.formats.onnx.row import OnnxFormat
 from lsquant.formats.packed.row import PackedFormat
@@ -24,6 +25,7 @@ ROWS: tuple[Format, ...] = (
     PackedFormat(),
     CompressedTensorsFormat(),
     HfFormat(),
+    GgufFormat(),
     TorchaoFormat(),
 )
 FORMATS: dict[str, Format] = {row.name: row for row in ROWS}
