@@ -22,7 +22,7 @@ from lsquant.formats import DEFAULT, INTEGER_ONLY, file_formats
 from lsquant.formats.gguf.blocks import TYPES
 from lsquant.formats.onnx.integer import FORMS
 from lsquant.runs import is_run
-from lsquant.runs.settings import Optimizer
+from lsquant.runs.settings import Autocast, Optimizer
 from lsquant.tasks import TASKS
 from lsquant.verification import LEVELS, RUNTIMES
 
@@ -121,16 +121,25 @@ def _own(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max-batches", type=int, metavar="N", help="look at no more than N batches of --data")
 
 
-def _task_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--data", metavar="DIR", help="folder of the task's data (cifar10)")
-    sub.add_argument("--model", metavar="NAME", help="network of the task (cifar10: resnet20, 32, 44, 56)")
+def _task_options(sub: argparse.ArgumentParser, files: bool = False) -> None:
+    about = "folder of the task's data (cifar10), or text files (text)"
+    sub.add_argument("--data", metavar="PLACE", help=about, nargs="+" if files else None)
+    about = "network of the task (cifar10: resnet20, 32, 44, 56; text: a folder of transformers)"
+    sub.add_argument("--model", metavar="NAME", help=about)
+    if files:
+        sub.add_argument("--valid", nargs="+", metavar="FILE", help="text: measure on these (default: the last 5 %%)")
+        sub.add_argument("--sequence", type=int, metavar="N", help="text: tokens of a sample (default 256)")
+        sub.add_argument("--eval-tokens", type=int, metavar="N", help="text: measure on N tokens (default 100000)")
+        about = "text: compute activations twice instead of keeping them"
+        sub.add_argument("--activation-checkpointing", action="store_true", default=None, help=about)
 
 
 def _bits(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--bits", type=int, metavar="N", help="bits of weights and activations")
     sub.add_argument("--weight-bits", type=int, metavar="N", help="bits of weights alone")
     sub.add_argument("--activation-bits", type=int, metavar="N", help="bits of activations alone")
-    sub.add_argument("--recipe", metavar="FILE", help="a recipe in TOML instead of --bits")
+    about = "a recipe in TOML instead of --bits, or the name of a preset: w4a4, w4g32, ..."
+    sub.add_argument("--recipe", metavar="FILE", help=about)
     about = "8-bit codes between all layers, additions included: an integer-only network (docs/integer-only.md)"
     sub.add_argument("--integer-only", action="store_true", help=about)
 
@@ -142,7 +151,7 @@ def _train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     sub.add_argument("--overwrite", action="store_true", help="replace a run that exists")
     _bits(sub)
-    _task_options(sub)
+    _task_options(sub, files=True)
     sub.add_argument("--init", metavar="FILE", help="a float checkpoint (.safetensors) instead of float training")
     about = "train the network of this packed or saved file further, instead of a float one"
     sub.add_argument("--start", metavar="FILE", help=about)
@@ -155,6 +164,7 @@ def _train(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--weight-decay-by-bits", action=boolean, default=None, help=about)
     about = "at low bits: sgd, or adam, adamw with --lr 0.001 by default (default sgd)"
     sub.add_argument("--optimizer", choices=get_args(Optimizer), help=about)
+    sub.add_argument("--autocast", choices=get_args(Autocast), help="type of the forward passes in training")
     sub.add_argument("--progressive", type=numbers, metavar="N,N", help="train at these bits first, e.g. 8,4")
     for name, about in _WHOLE.items():
         sub.add_argument(f"--{name}", type=int, metavar="N", help=about)
@@ -172,6 +182,7 @@ _WHOLE = {
     "epochs": "epochs at low bits",
     "float-epochs": "epochs of the float network",
     "batch-size": "samples in a training batch",
+    "accumulate": "cut every batch into N parts and add their gradients: less memory",
     "warmup": "iterations in which learning rates rise",
     "progressive-epochs": "epochs at each of --progressive, taken from --epochs",
     "fold-epochs": "the last of --epochs, in the integer-only form (with --integer-only)",

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lsquant._util.entry import shown
 from lsquant._util.errors import UsageError
 from lsquant.quantizer import Method
 
 Optimizer = Literal["sgd", "adam", "adamw"]
+Autocast = Literal["bfloat16", "float16"]
 MOST = 2**63
 """Whole numbers are below it."""
 
@@ -25,6 +26,7 @@ _LEAST = {
     "bn_batches": 0,
     "progressive_epochs": 1,
     "fold_epochs": 0,
+    "accumulate": 1,
 }
 LARGEST = 1e30
 """Of a rate or a factor: PyTorch's optimizers fail where it leaves float32."""
@@ -60,6 +62,8 @@ class Settings:
             the step (`relative_step_lr` of `param_groups`)
         weight_decay_by_bits: less decay for weights of 2 and 3 bits (`param_groups`)
         clip_norm: largest norm of the gradient; None does not clip
+        accumulate: cut every batch into so many parts and add their gradients, for less memory; of both phases
+        autocast: "bfloat16" or "float16", the type of forward passes in training; of both phases
         optimizer: "sgd"; "adam" or "adamw", which want `lr` near 0.001
         transition_rate: share of the low-bit weights that change code in a step at the beginning, e.g. 0.002; it falls
             to 0 along a cosine and decides the learning rate of these weights (`TransitionRate`); None: `lr` does
@@ -91,6 +95,8 @@ class Settings:
     weight_decay_by_bits: bool = False
     warmup: int = 0
     clip_norm: float | None = None
+    accumulate: int = 1
+    autocast: Autocast | None = None
     optimizer: Optimizer = "sgd"
     transition_rate: float | None = None
     distill: bool = False
@@ -113,13 +119,14 @@ class Settings:
         self._check_numbers()
         self._check_shares()
         self._check_progressive()
-        for name, kind in (("weight_init", Method), ("activation_init", Method), ("optimizer", Optimizer)):
-            if getattr(self, name) not in get_args(kind):
+        words = (("weight_init", Method), ("activation_init", Method), ("optimizer", Optimizer), ("autocast", Autocast))
+        for name, kind in words:
+            if getattr(self, name) not in (*get_args(kind), *([None] if name == "autocast" else [])):
                 raise UsageError(f"{name}={getattr(self, name)!r}: one of {', '.join(get_args(kind))}")
 
     def _check_types(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
-            value, kinds = getattr(self, name), get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            value, kinds = getattr(self, name), get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
             if value is None and NoneType in kinds:
                 continue
             if name == "progressive":

@@ -317,6 +317,8 @@ class _Training:
             loss=make_loss(task, settings),
             teacher=teacher,
             clip_norm=None if label == FLOAT else settings.clip_norm,
+            accumulate=settings.accumulate,
+            autocast=settings.autocast,
             evaluate=evaluate,
             after_step=None if average is None else lambda iteration: average.update(),
             extras={} if average is None else {"average": average},

@@ -11,9 +11,10 @@ from lsquant._util.errors import UsageError
 from lsquant.runs.task import Task
 from lsquant.tasks.cifar10 import Cifar10
 from lsquant.tasks.digits import Digits
+from lsquant.tasks.text import Text
 from lsquant.tasks.user_objects import call, load_object
 
-TASKS: dict[str, Callable[..., Task]] = {"digits": Digits, "cifar10": Cifar10}
+TASKS: dict[str, Callable[..., Task]] = {"digits": Digits, "cifar10": Cifar10, "text": Text}
 
 
 def get_task(name: str, **options: Any) -> Task:

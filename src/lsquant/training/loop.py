@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import islice
@@ -84,6 +85,8 @@ def fit(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     teacher: nn.Module | None = None,
     clip_norm: float | None = None,
+    accumulate: int = 1,
+    autocast: str | None = None,
     evaluate: Callable[[nn.Module], Mapping[str, Any]] | None = None,
     observe: Callable[[nn.Module], dict[str, dict[str, Any]]] = quantizer_facts,
     after_step: Callable[[int], None] | None = None,
@@ -107,6 +110,8 @@ def fit(
     forward: `forward(model, batch)` gives the output; by default see `calibrate`
     teacher: a network in eval mode, which is not trained
     clip_norm: largest norm of the gradient of all parameters together
+    accumulate: cut every batch into so many parts, whose gradients are added: memory for one part, the same step
+    autocast: "bfloat16" or "float16": the type of the forward passes of model and teacher
     evaluate: `evaluate(model)` gives metrics for the log at the end of an epoch
     observe: `observe(model)` (of a `FusedNetwork` the model in it) gives facts by quantizer, between backward and step
         in an epoch's last iteration
@@ -179,14 +184,22 @@ def fit(
             iteration = at.epoch * steps_per_epoch + at.step
             if schedule is not None:
                 schedule.apply(optimizer, iteration)
-            teacher_output = None
-            if teacher is not None:
-                with torch.no_grad():
-                    teacher_output = run_batch(teacher, batch, forward)
-            output = run_batch(model, batch, forward)
-            value = loss(output, batch, teacher_output)
             optimizer.zero_grad(set_to_none=True)
-            value.backward()
+            value: Any = 0.0
+            for part, share in parts_of(batch, accumulate):
+                teacher_output = None
+                with autocast_to(autocast, sums.device):
+                    if teacher is not None:
+                        with torch.no_grad():
+                            teacher_output = run_batch(teacher, part, forward)
+                    output = run_batch(model, part, forward)
+                    one = loss(output, part, teacher_output)
+                (one if share == 1.0 else one * share).backward()
+                value = value + (one.detach() if share == 1.0 else one.detach() * share)
+                right, targets = hits(logits_of(output), part)
+                sums[1] += right
+                at.targets += targets
+                at.samples += samples_in(output)
             at.step += 1
             if at.step == steps_per_epoch:
                 facts = observe(prepared)
@@ -196,12 +209,9 @@ def fit(
             oscillation.look()
             if after_step is not None:
                 after_step(iteration)
-            sums[0] += value.detach()
-            right, targets = hits(output, batch)
-            sums[1] += right
-            at.targets += targets
-            at.samples += len(output) if isinstance(output, torch.Tensor) and output.ndim else 0
-            bar.note(partial(_note, sums, at, optimizer.param_groups[0]["lr"], transition))
+            sums[0] += value
+            seconds = time.monotonic() - clock
+            bar.note(partial(_note, sums, at, optimizer.param_groups[0]["lr"], transition, seconds))
             if checkpoint_every and (iteration + 1) % checkpoint_every == 0 and at.step < steps_per_epoch:
                 _read(sums, clock, label, at)
                 write_checkpoint()
@@ -221,6 +231,44 @@ def fit(
     return at
 
 
+def logits_of(output: Any) -> Any:
+    """Return the logits in what a model of transformers returns; anything else itself."""
+    return getattr(output, "logits", output)
+
+
+def samples_in(output: Any) -> int:
+    """Return the samples of an output, 0 where it does not say."""
+    output = logits_of(output)
+    return len(output) if isinstance(output, torch.Tensor) and output.ndim else 0
+
+
+def parts_of(batch: Any, count: int) -> Iterator[tuple[Any, float]]:
+    """Cut a batch into parts along its first dimension.  Yields each with its share of the samples.
+
+    batch: a tensor, or a tuple, list or mapping of tensors of one length.
+
+    Raises: UsageError for a batch that cannot be cut.
+    """
+    if count == 1:
+        yield batch, 1.0
+        return
+    listed = batch if isinstance(batch, (tuple, list)) else [batch]
+    values: dict[Any, Any] = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(listed))
+    sizes = {len(t) for t in values.values() if isinstance(t, torch.Tensor) and t.ndim}
+    if len(sizes) != 1 or not all(isinstance(t, torch.Tensor) and t.ndim for t in values.values()):
+        raise UsageError("accumulate: a batch has to be a tensor, or a tuple or mapping of tensors of one length")
+    size = sizes.pop()
+    for at in torch.arange(size).tensor_split(min(count, size)):
+        cut = {name: t[at[0] : at[-1] + 1] for name, t in values.items()}
+        whole: Any = cut if isinstance(batch, Mapping) else tuple(cut.values())
+        yield (whole[0] if isinstance(batch, torch.Tensor) else whole), len(at) / size
+
+
+def autocast_to(dtype: str | None, device: torch.device) -> Any:
+    """Return the context in which forward passes run in a type; None: as they are."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=getattr(torch, dtype))
+
+
 def _rest(batches: Callable[[int], Iterable[Any]], at: TrainProgress, epoch_rng: dict[str, Any]) -> Iterable[Any]:
     """Return the batches of the present epoch that are still to come.
 
@@ -238,11 +286,12 @@ def _rest(batches: Callable[[int], Iterable[Any]], at: TrainProgress, epoch_rng:
     return rest
 
 
-def _note(sums: torch.Tensor, at: TrainProgress, lr: float, transition: TransitionRate | None) -> str:
+def _note(sums: torch.Tensor, at: TrainProgress, lr: float, transition: TransitionRate | None, seconds: float) -> str:
     """Format what the bar shows: means over the epoch so far, learning rates, the accuracy after the epoch before."""
     loss, right, _ = sums.tolist()
     parts = [f"loss {loss / at.step:.4f}"]
     parts += [f"accuracy {100.0 * right / at.targets:.2f} %"] if at.targets else []
+    parts += [f"{at.targets / max(seconds, 1e-9):,.0f} tokens/s"] if at.targets > at.samples > 0 else []
     tested = at.row.get("accuracy")
     parts += [f"tested {tested:.2f} % after epoch {at.epoch}"] if isinstance(tested, float) else []
     parts += [f"lr {lr:.3g}"]
@@ -277,6 +326,8 @@ def _row(label: str, at: TrainProgress, steps: int, optimizer: torch.optim.Optim
     row["seconds"] = round(at.epoch_seconds, 3)
     if at.samples:
         row["samples_per_second"] = round(at.samples / max(at.epoch_seconds, 1e-9), 1)
+    if at.targets > at.samples > 0:  # several a sample: tokens
+        row["targets_per_second"] = round(at.targets / max(at.epoch_seconds, 1e-9), 1)
     return row
 
 
