@@ -207,6 +207,10 @@ def test_windows_and_what_is_measured(place: Path) -> None:
     assert len(tokens) == 30 * 10
     found = [(x, y) for x, y in chosen.batches("test", batch_size=4)]
     assert torch.cat([y.flatten() for _, y in found]).tolist() == tokens[1:]  # every token but the first, once
+    assert max(len(x) for x, _ in chosen.batches("test", batch_size=250)) == 16
+    assert (
+        sum(len(x) for x, _ in chosen.batches("calibration", batch_size=250)) == (len(chosen.tokens["train"]) - 1) // 12
+    )
     epochs = [list(chosen.batches("train", batch_size=8, seed=0, epoch=e)) for e in (0, 0, 1)]
     assert all(torch.equal(a[0], b[0]) for a, b in zip(epochs[0], epochs[1], strict=True))
     assert not torch.equal(epochs[0][0][0], epochs[2][0][0])

@@ -41,6 +41,8 @@ HELD_OUT = 0.05
 """The last part of the text that is not trained on, where no file is given for it."""
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 TERNARY = re.compile(r"ternary(?:g(\d{1,9}))?", re.ASCII)
+AT_ONCE = 16
+"""Windows of a batch that is not trained on, at most: logits over a vocabulary are large."""
 BLOCK = 32
 """Neighbours that share a step in embeddings and head beside weights in groups: a block of GGUF's Q8_0."""
 
@@ -191,22 +193,20 @@ class Text:
         size = self.options["sequence"]
         if split == "test":
             tokens = self.tokens["test"][: self.options["eval_tokens"] + 1]
-            starts = torch.arange(0, max(1, len(tokens) - 1), size)
-            for part in starts.split(batch_size):
-                whole = [start for start in part.tolist() if start + size < len(tokens)]
-                if whole:
-                    yield _windows(tokens, torch.tensor(whole), size)
-            rest = starts[starts + size >= len(tokens)]
-            for start in rest.tolist():  # what is left is shorter
-                if len(tokens) - 1 > start:
-                    yield _windows(tokens, torch.tensor([start]), len(tokens) - 1 - start)
+            starts = torch.arange(0, len(tokens) - size, size)
+            for part in starts.split(min(batch_size, AT_ONCE)):
+                yield _windows(tokens, part, size)
+            start = size * len(starts)
+            if rest := max(0, len(tokens) - 1 - start):  # the last window is shorter
+                yield _windows(tokens, torch.tensor([start]), rest)
             return
         tokens, draw = self.tokens["train"], generator(seed, self.name, split, epoch)
-        count = self._count(batch_size) * batch_size
-        offset = int(torch.randint(0, size, (), generator=draw)) if split == "train" else 0
+        if split == "train":
+            offset, count = int(torch.randint(0, size, (), generator=draw)), self._count(batch_size) * batch_size
+        else:
+            offset, count, batch_size = 0, None, min(batch_size, AT_ONCE)
         room = (len(tokens) - 1 - offset) // size
-        starts = offset + size * torch.randperm(room, generator=draw)[:count]
-        for part in starts.split(batch_size):
+        for part in (offset + size * torch.randperm(room, generator=draw)[:count]).split(batch_size):
             yield _windows(tokens, part, size)
 
     def _count(self, batch_size: int) -> int:
@@ -226,7 +226,7 @@ class Text:
         """Return perplexity, and loss: its logarithm, nats a token."""
         total, count = 0.0, 0
         with evaluating(model):
-            for x, y in self.batches("test", batch_size=8):
+            for x, y in self.batches("test", batch_size=AT_ONCE):
                 logits = logits_of(model(x))
                 total += float(F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum"))
                 count += y.numel()
