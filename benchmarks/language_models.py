@@ -1,10 +1,10 @@
-"""A small language model at few bits: float, rounded by least squares, trained with learned steps; perplexity and bytes.
+"""A small language model at few bits: float, rounded by least squares, trained; perplexity and bytes.
 
     python benchmarks/stories260k.py --data DIR --out FOLDER
     python benchmarks/language_models.py --model FOLDER --data TEXT.txt --valid OTHER.txt --runs runs/text
 
-Every recipe is a run of `lsquant train text`, resumed where it was stopped; results/text/NAME.json is written when it has
-ended.  --only names recipes.  `python benchmarks/results.py` makes the table of docs/text.md from these files.
+Every recipe is a run of `lsquant train text`, resumed where it was stopped; results/text/NAME.json is written when it
+has ended.  --only names recipes.  `python benchmarks/results.py` makes the table of docs/text.md from these files.
 """
 
 from __future__ import annotations
