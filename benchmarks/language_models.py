@@ -2,9 +2,10 @@
 
     python benchmarks/stories260k.py --data DIR --out FOLDER
     python benchmarks/language_models.py --model FOLDER --data TEXT.txt --valid OTHER.txt --runs runs/text
+    python benchmarks/language_models.py                   # the table of docs/text.md alone, from results/text
 
 Every recipe is a run of `lsquant train text`, resumed where it was stopped; results/text/NAME.json is written when it
-has ended.  --only names recipes.  `python benchmarks/results.py` makes the table of docs/text.md from these files.
+has ended.  --only names recipes.
 """
 
 from __future__ import annotations
@@ -15,28 +16,50 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tables import ROOT, replaced, table
 
 import lsquant
-from lsquant._util.files import write_json
+from lsquant._util.files import atomic_write_text, read_json, write_json
 from lsquant.diagnostics.environment import environment
 from lsquant.runs import Run, run_training
 from lsquant.tasks import get_task, open_run
 
-RESULTS = Path(__file__).parent.parent / "results" / "text"
+RESULTS = ROOT / "results" / "text"
 RATES = {"w8g32": 1e-4, "w4g32": 3e-4, "w3g32": 1e-3, "w2g32": 2e-3, "ternaryg32": 2e-3}
 """Recipe -> learning rate of Adam."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="FOLDER")
-    parser.add_argument("--data", required=True, nargs="+", metavar="FILE")
-    parser.add_argument("--valid", required=True, nargs="+", metavar="FILE")
+    parser.add_argument("--model", metavar="FOLDER")
+    parser.add_argument("--data", nargs="+", metavar="FILE")
+    parser.add_argument("--valid", nargs="+", metavar="FILE")
     parser.add_argument("--runs", type=Path, default=Path("runs/text"), metavar="DIR")
     parser.add_argument("--only", nargs="+", choices=RATES, default=list(RATES), metavar="RECIPE")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    if arguments.model:
+        measure(arguments)
+    place = ROOT / "docs" / "text.md"
+    atomic_write_text(place, replaced(place.read_text(encoding="utf-8"), {"text": page()}.__getitem__))
+
+
+def page() -> str:
+    """Return the table of what is in results/text."""
+    rows = sorted(map(read_json, RESULTS.glob("*.json")), key=lambda r: (r["model"], list(RATES).index(r["recipe"])))
+    head = ["model", "weights", "float, nats a token", "rounded by least squares", "trained"]
+    head += ["share of the excess left", "bytes, packed", "steps"]
+    cells = [
+        [r["model"], f"`{r['recipe']}`", *(f"{r[key]['loss']:.3f}" for key in ("float", "rounded")),
+         f"**{r['lsq']['loss']:.3f}**", f"{r['share_of_excess']:.2f}", f"{r['packed_bytes']:,}", str(r["steps"])]
+        for r in rows
+    ]  # fmt: skip
+    return "\n".join(table(head, cells))
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Train, or go on with, the runs that were asked for, and write their results."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     name = Path(arguments.model).name
     for recipe in arguments.only:
