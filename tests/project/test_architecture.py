@@ -27,6 +27,7 @@ LAYERS = {
     "changes": 1,
     "reference": 2,
     "reference_integer": 2,
+    "mse_rows": 2,
     "kernels": 3,
     "ops": 4,
     "quantizer": 5,
