@@ -309,7 +309,9 @@ class Recipe:
             raise UsageError(f"Recipe.preset: integer_only={shown(integer_only)}; it must be True or False")
         own = (*_listed(rules, "Recipe.preset: rules"), *skip_rules)
         if not integer_only and target != "onnxruntime":
-            raise UsageError(f"Recipe.preset: target={shown(target)} is for integer-only networks: give integer_only=True")
+            raise UsageError(
+                f"Recipe.preset: target={shown(target)} is for integer-only networks: give integer_only=True"
+            )
         return cls(weight, activation, own, first_and_last, joins=8 if integer_only else None, target=target)
 
     def all_rules(self) -> tuple[Rule, ...]:

@@ -67,15 +67,11 @@ def _refuse_idle(a: Namespace, names: tuple[str, ...], why: str) -> None:
 def _refuse_changes(a: Namespace, run: Run) -> None:
     """Raise UsageError where options beside --resume say something else than the run, which has them all."""
     asked = given(a, *_SETTINGS, "init", "teacher", "start", "model")
-    has = {
-        **run.task.options,
-        **run.settings.to_dict(),
-        "init": run.init,
-        "teacher": run.teacher,
-        "start": run.start,
-    }
+    has = {**run.task.options, **run.settings.to_dict(), "init": run.init, "teacher": run.teacher, "start": run.start}
     differ = [f"{name} is {has.get(name)!r}, not {value!r}" for name, value in asked.items() if has.get(name) != value]
-    if (a.recipe or a.bits or a.weight_bits or a.activation_bits or a.integer_only) and recipe_of(a) != run.recipe:
+    if (a.recipe or a.bits or a.weight_bits or a.activation_bits or a.integer_only or a.target) and (
+        recipe_of(a) != run.recipe
+    ):
         differ.append("its recipe has other bits")
     if a.teacher is not None and Path(a.teacher).is_file() and sha256(a.teacher) != run.teacher_sha256:
         differ.append(f"{a.teacher} is not the file it was")
@@ -86,8 +82,11 @@ def _refuse_changes(a: Namespace, run: Run) -> None:
 def recipe_of(a: Namespace) -> Recipe:
     """Return the recipe of --recipe, or of the bits."""
     if a.recipe is not None:
-        if a.bits or a.weight_bits or a.activation_bits or a.integer_only:
-            raise UsageError("give --recipe or bits, not both; a recipe says joins = 8 instead of --integer-only")
+        if a.bits or a.weight_bits or a.activation_bits or a.integer_only or a.target:
+            raise UsageError(
+                "give --recipe or bits, not both; a recipe says joins = 8 instead of --integer-only, and "
+                'target = "NAME" instead of --target'
+            )
         if not Path(a.recipe).is_file():
             raise MissingFile(f"the recipe {a.recipe} does not exist")
         return recipe_of_file(read_text(a.recipe, LARGEST_TOML), a.recipe, UsageError)
@@ -96,4 +95,7 @@ def recipe_of(a: Namespace) -> Recipe:
         raise UsageError("give --bits N, or --weight-bits and --activation-bits, or --recipe FILE")
     if bad := [bits for bits in (weight, activation) if not 2 <= bits <= 8]:
         raise UsageError(f"--bits {bad[0]}: bits are 2 to 8")
-    return Recipe.preset(f"w{weight}a{activation}", integer_only=a.integer_only)
+    if a.target and not a.integer_only:
+        raise UsageError(f"--target {a.target} is for integer-only networks: give --integer-only as well")
+    target = a.target or "onnxruntime"
+    return Recipe.preset(f"w{weight}a{activation}", integer_only=a.integer_only, target=target)
