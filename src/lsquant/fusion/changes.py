@@ -48,7 +48,7 @@ class FoldChanges:
     raised: layer -> channels whose step was raised until their sums fit into int32, or their bias into float32.
     largest_output: the largest difference of an output.
     metric: (of the model as trained, of the integer-only form), means over the batches; None without a metric.
-    clipped: layer -> codes -128 that became 127, where a target wants positive steps and BatchNorm's factor is negative.
+    clipped: layer -> codes -128 that became 127, negated because the target wants positive steps.
     """
 
     stored: tuple[StoredChange, ...]

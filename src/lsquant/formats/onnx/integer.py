@@ -334,7 +334,7 @@ class Writer:
 
     def _spread(self, step: Step, y: str, spread: Spread, output: str) -> str:
         """Write what spreads channels over space, and crops."""
-        name, s, n = step.name, spread.block, len(spread.kernel)
+        s, n = spread.block, len(spread.kernel)
         is_cropped = any(map(any, spread.crop))
         target = f"{output}/spread" if is_cropped else output
         if s > 1 and n == 2:
