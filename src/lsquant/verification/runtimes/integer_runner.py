@@ -114,21 +114,23 @@ def _move_limits(graph: Any, constants: dict[str, Any]) -> None:
     nodes: list[Any] = []
     for node in graph.node:
         nodes.append(node)
-        limit = makers.get(node.input[0]) if node.op_type == "QuantizeLinear" and len(node.input) > 2 else None
-        names = [] if limit is None else [*node.input[1:3], *limit.input[1:]]
-        alone = limit is not None and limit.op_type in ("Relu", "Clip") and readers[limit.output[0]] == 1
-        if limit is None or not alone or any(name and name not in constants for name in names):
+        limit = makers.get(node.input[0]) if node.op_type == "QuantizeLinear" and len(node.input) == 3 else None
+        if limit is None or limit.op_type not in ("Relu", "Clip") or readers[limit.output[0]] > 1:
             continue
-        step, zero, *edges = (onnx.numpy_helper.to_array(constants[name]) if name else None for name in names)
+        edges = [*limit.input[1:], "", ""][:2]
+        if any(name not in constants for name in (*node.input[1:], *filter(None, edges))):
+            continue
+        step, zero = (onnx.numpy_helper.to_array(constants[name]) for name in node.input[1:])
         if step.size != 1 or zero.size != 1:
             continue
-        ends = [np.float32(0), None] if limit.op_type == "Relu" else [*edges, None, None][:2]
         bounds = []
-        for end, held in zip(ends, (-128, 127), strict=True):
-            code = held if end is None else np.clip(np.rint(end / step.reshape(())) + int(zero.reshape(())), -128, 127)
-            name = f"{node.output[0]}/bound_{len(bounds)}"
-            graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(code).astype(np.int8), name))
-            bounds.append(name)
+        for place, (edge, held) in enumerate(zip(edges, (-128, 127), strict=True)):
+            code: Any = held
+            if edge or (limit.op_type == "Relu" and place == 0):
+                end = onnx.numpy_helper.to_array(constants[edge]) if edge else np.float32(0)
+                code = np.clip(np.rint(end / step.reshape(())) + int(zero.reshape(())), -128, 127)
+            bounds.append(f"{node.output[0]}/bound_{place}")
+            graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(code).astype(np.int8), bounds[-1]))
         codes, raw = node.output[0], f"{node.output[0]}/unlimited"
         node.input[0], node.output[0] = limit.input[0], raw
         nodes.remove(limit)
