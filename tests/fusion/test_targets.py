@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import lsquant
 import oracle
+from helpers import packed_files
 from helpers.command_line import TINY, refused, run
 from helpers.integer_nets import drawn
 from lsquant import QuantSpec, Recipe, Rule, UsageError
@@ -410,31 +411,32 @@ def test_unsigned_tensors_have_seven_bits_in_every_file(tmp_path: Path) -> None:
 
 
 def test_a_packed_file_says_what_was_asked_for(tmp_path: Path) -> None:
-    import json
-
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
     torch.manual_seed(0)
     x = torch.randn(2, 3, 6, 6)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    fresh = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    model = copy.deepcopy(fresh)
     lsquant.prepare(model, Recipe(4, 8, joins=8, target="tensorrt"), example_inputs=x)
     lsquant.calibrate(model, [x])
     path = lsquant.export_packed(model, tmp_path / "p.safetensors")
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    document = json.loads(metadata["lsquant.packed"])
+    tensors, document = packed_files.read(path)
     assert document["joins"] == {"bits": 8, "container": "symmetric"}
     entry = document["quantizers"]["2.input_quantizer"]
     assert {k: entry[k] for k in ("bits", "signed", "container", "decided", "asked") if k in entry} == {
         "bits": 7, "signed": False, "container": "symmetric", "decided": True, "asked": 8,
     }  # fmt: skip
     assert "asked" not in document["quantizers"]["0.input_quantizer"]
-    for bad in (6, 9, "8"):
-        entry["asked"] = bad
-        save_file(load_file(path), tmp_path / "bad.safetensors", {**metadata, "lsquant.packed": json.dumps(document)})
-        with pytest.raises(lsquant.LsquantError, match=r"damaged|asked"):
-            lsquant.load_packed(copy.deepcopy(lsquant.revert(copy.deepcopy(model))), tmp_path / "bad.safetensors")
+    says = {6: "6 bits were asked for, which do not become 7 bit", 9: "asked is 9", "8": "asked is '8'"}
+    for asked, text in says.items():
+        entry["asked"] = asked
+        packed_files.write(path, tensors, document)
+        with pytest.raises(lsquant.DamagedFile, match=text):
+            lsquant.load_packed(copy.deepcopy(fresh), path)
+    entry["asked"], document["quantizers"]["0.input_quantizer"]["container"] = 8, "int8"
+    packed_files.write(path, tensors, document)
+    with pytest.raises(
+        lsquant.LsquantError, match="container is that of target='xnnpack', and the recipe's is 'tensorrt'"
+    ):
+        lsquant.load_packed(copy.deepcopy(fresh), path)
 
 
 TOML = """format = 1
