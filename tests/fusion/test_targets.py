@@ -19,6 +19,7 @@ from helpers import packed_files
 from helpers.command_line import TINY, refused, run
 from helpers.integer_nets import drawn
 from lsquant import QuantSpec, Recipe, Rule, UsageError
+from lsquant._util.errors import DamagedFile
 from lsquant.checkpoint import read_metadata
 from lsquant.formats.onnx.reader import load_onnx, onnx_session
 from lsquant.nn.stored import FUNCTIONS
@@ -429,7 +430,7 @@ def test_a_packed_file_says_what_was_asked_for(tmp_path: Path) -> None:
     for asked, text in says.items():
         entry["asked"] = asked
         packed_files.write(path, tensors, document)
-        with pytest.raises(lsquant.DamagedFile, match=text):
+        with pytest.raises(DamagedFile, match=text):
             lsquant.load_packed(copy.deepcopy(fresh), path)
     entry["asked"], document["quantizers"]["0.input_quantizer"]["container"] = 8, "int8"
     packed_files.write(path, tensors, document)

@@ -29,10 +29,10 @@ from lsquant.shipped import integer_model, ship
 
 BY_BYTES = {"session.x64quantprecision": "1"}
 SESSION: dict[str, dict[str, str]] = {"exact": {}, "qdq": BY_BYTES, "small": {}, "integer": BY_BYTES}
+"""Profile -> recommended configuration entries of the session (docs/deployment.md has the measurements)."""
 INT8_SESSION = {"session.qdqisint8allowed": "1"}
 """Of integer-only files with int8 codes, which ONNX Runtime on x86 else computes in floating point.  With the other
 option it asks for kernels that it does not have."""
-"""Profile -> recommended configuration entries of the session (docs/deployment.md has the measurements)."""
 
 
 def export_onnx(

@@ -120,15 +120,15 @@ def _move_limits(graph: Any, constants: dict[str, Any]) -> None:
         edges = [*limit.input[1:], "", ""][:2]
         if any(name not in constants for name in (*node.input[1:], *filter(None, edges))):
             continue
-        step, zero = (onnx.numpy_helper.to_array(constants[name]) for name in node.input[1:])
-        if step.size != 1 or zero.size != 1:
+        held = {name: onnx.numpy_helper.to_array(constants[name]) for name in (*node.input[1:], *filter(None, edges))}
+        if any(value.size != 1 or not np.isfinite(value).all() for value in held.values()):
             continue
+        step, zero = (held[name].reshape(()) for name in node.input[1:])
         bounds = []
-        for place, (edge, held) in enumerate(zip(edges, (-128, 127), strict=True)):
-            code: Any = held
+        for place, (edge, code) in enumerate(zip(edges, (-128, 127), strict=True)):
             if edge or (limit.op_type == "Relu" and place == 0):
-                end = onnx.numpy_helper.to_array(constants[edge]) if edge else np.float32(0)
-                code = np.clip(np.rint(end / step.reshape(())) + int(zero.reshape(())), -128, 127)
+                end = held[edge].reshape(()) if edge else np.float32(0)
+                code = np.clip(np.rint(end / step) + int(zero), -128, 127)
             bounds.append(f"{node.output[0]}/bound_{place}")
             graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(code).astype(np.int8), bounds[-1]))
         codes, raw = node.output[0], f"{node.output[0]}/unlimited"
