@@ -426,18 +426,19 @@ def test_a_packed_file_says_what_was_asked_for(tmp_path: Path) -> None:
         "bits": 7, "signed": False, "container": "symmetric", "decided": True, "asked": 8,
     }  # fmt: skip
     assert "asked" not in document["quantizers"]["0.input_quantizer"]
+    edited = tmp_path / "edited.safetensors"
     says = {6: "6 bits were asked for, which do not become 7 bit", 9: "asked is 9", "8": "asked is '8'"}
     for asked, text in says.items():
         entry["asked"] = asked
-        packed_files.write(path, tensors, document)
+        packed_files.write(edited, tensors, document)
         with pytest.raises(DamagedFile, match=text):
-            lsquant.load_packed(copy.deepcopy(fresh), path)
+            lsquant.load_packed(copy.deepcopy(fresh), edited)
     entry["asked"], document["quantizers"]["0.input_quantizer"]["container"] = 8, "int8"
-    packed_files.write(path, tensors, document)
+    packed_files.write(edited, tensors, document)
     with pytest.raises(
         lsquant.LsquantError, match="container is that of target='xnnpack', and the recipe's is 'tensorrt'"
     ):
-        lsquant.load_packed(copy.deepcopy(fresh), path)
+        lsquant.load_packed(copy.deepcopy(fresh), edited)
 
 
 TOML = """format = 1
