@@ -42,7 +42,7 @@ from lsquant.nn import (
 )  # fmt: skip
 from lsquant.program import program_of
 from lsquant.quantizer import Quantizer
-from lsquant.recipe import Recipe, Rule, glob_of
+from lsquant.recipe import Recipe, Rule, glob_of, target_of
 from lsquant.spec import QuantSpec
 from lsquant.tying import layers_by_weight, share_weight_quantizers
 from lsquant.unsupported import SEEN, not_its_own, note_seen, reason_for_layer, reason_for_module, writers_without_form
@@ -557,4 +557,5 @@ def resolved_recipe(model: nn.Module) -> Recipe:
         weight = None if layer.weight_quantizer is None else layer.weight_quantizer.requested
         activation = None if layer.input_quantizer is None else layer.input_quantizer.requested
         rules.append(Rule(glob_of(name), weight, activation))
-    return Recipe(None, None, rules, joins=vars(unwrapped(model)).get(STORED))
+    joins = vars(unwrapped(model)).get(STORED)
+    return Recipe(None, None, rules, joins=joins, target=target_of(joins))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from torch import nn
 
@@ -17,7 +17,7 @@ from lsquant._util.errors import DamagedFile, LsquantError, MissingExtra, UsageE
 from lsquant._util.optional import require
 from lsquant._util.toml import to_toml
 from lsquant.nn import quantized_type
-from lsquant.spec import MAX_BITS, MIN_BITS, QuantSpec
+from lsquant.spec import MAX_BITS, MIN_BITS, Container, QuantSpec
 
 INHERIT = "inherit"
 """In a Rule: leave weight or activation to the next rule that matches, at last to the recipe's default."""
@@ -25,6 +25,9 @@ INHERIT = "inherit"
 Setting = QuantSpec | int | None | str
 FORMAT = 1
 HALVES = ("weight", "activation")
+Target = Literal["onnxruntime", "xnnpack", "tensorrt"]
+CONTAINER_OF: dict[str, Container] = {"onnxruntime": "uint8", "xnnpack": "int8", "tensorrt": "symmetric"}
+"""Target -> the container of stored tensors."""
 POSITIONS = ("first", "last")
 PRESET = re.compile(r"w(\d{1,9})(?:g(\d{1,9}))?(?:a(\d{1,9}))?", re.ASCII)
 RE2_MEMORY = 1 << 20
@@ -102,6 +105,8 @@ def _specification(value: Setting, what: str) -> QuantSpec | str | None:
         if value.granularity != "tensor":
             raise UsageError(f"activation={value}: a layer's input has one step; use granularity='tensor'")
         return value
+    if value.container != "uint8":
+        raise UsageError(f"weight={value}: a container is that of stored tensors, which are activations")
     if value.offset:
         raise UsageError(f"weight={value}: weights are symmetric, an offset belongs to activations")
     return replace(value, signed=True) if value.signed is None else value
@@ -118,6 +123,25 @@ def _joins(value: Setting) -> QuantSpec | None:
             "one step each, no offset, and a sign that calibration decides"
         )
     return spec
+
+
+def _contained(value: QuantSpec | str | None, target: str, where: str) -> QuantSpec | str | None:
+    """Return what an activation is quantized by, in the container of a target.  Raises: UsageError naming ``where``."""
+    if not isinstance(value, QuantSpec):
+        return value
+    container = CONTAINER_OF[target]
+    if value.container not in ("uint8", container):
+        other = target_of(value)
+        raise UsageError(f"{where}={value}: this container is that of target={other!r}, and the recipe's is {target!r}")
+    try:
+        return replace(value, container=container)
+    except UsageError as error:
+        raise UsageError(f"{where}={value} with target={target!r}: {error}") from error
+
+
+def target_of(joins: QuantSpec | None) -> Target:
+    """Return the target whose container a specification has; the default one for None."""
+    return next(t for t in get_args(Target) if joins is None or CONTAINER_OF[t] == joins.container)
 
 
 def _listed(value: Any, what: str) -> tuple[Any, ...]:
@@ -197,6 +221,8 @@ class Recipe:
     joins: bits or a QuantSpec of what additions, concatenations, averages and elementwise functions read, usually 8:
         every tensor between two layers is then stored as codes, and all who read it share its step
         (docs/integer-only.md).  None: joins compute in floating point, and every layer has an input step of its own.
+    target: with joins, for which runtimes: "onnxruntime", stored tensors are uint8; "xnnpack", the same codes as int8;
+        "tensorrt", int8 with zero point 0, so that unsigned codes have at most 7 bits.
     Raises: UsageError for a value that is not allowed.
 
     >>> recipe = lsquant.Recipe(4, 4, [lsquant.Rule("first", 8, 8)])
@@ -209,9 +235,15 @@ class Recipe:
     rules: Sequence[Rule] = ()
     preset_rules: Sequence[Rule] = field(default=())
     joins: Setting = field(default=None, kw_only=True)
+    target: Target = field(default="onnxruntime", kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "joins", _joins(self.joins))
+        target = self.target
+        if not isinstance(target, str) or target not in CONTAINER_OF:
+            raise UsageError(f"Recipe: target={shown(target)}; use one of {', '.join(CONTAINER_OF)}")
+        if target != "onnxruntime" and self.joins is None:
+            raise UsageError(f"Recipe: target={target!r} is for integer-only networks: give joins=8 as well")
         for what in HALVES:
             if getattr(self, what) == INHERIT:
                 raise UsageError(f"Recipe: {what}='inherit' has nothing to inherit from")
@@ -221,7 +253,14 @@ class Recipe:
             for rule in rules:
                 if not isinstance(rule, Rule):
                     raise UsageError(f"Recipe: {name} holds {rule!r}, which is not a Rule")
-            object.__setattr__(self, name, rules)
+            object.__setattr__(self, name, tuple(self._of_target(rule) for rule in rules))
+        for what in ("activation", "joins"):
+            object.__setattr__(self, what, _contained(getattr(self, what), target, f"Recipe: {what}"))
+
+    def _of_target(self, rule: Rule) -> Rule:
+        """Return a rule whose activation is in the target's container."""
+        value = _contained(rule.activation, self.target, f"Recipe: the rule for {rule.which!r}: activation")  # type: ignore[arg-type]
+        return rule if value == rule.activation else replace(rule, activation=value)
 
     @classmethod
     def preset(
@@ -232,6 +271,7 @@ class Recipe:
         skip: Iterable[Any] = (),
         rules: Iterable[Rule] = (),
         integer_only: bool = False,
+        target: Target = "onnxruntime",
     ) -> Recipe:
         """Make a recipe from a name: ``w4a4``, ``w2a2``, ``w4`` (= ``w4a16``: weights only), ``w4g32`` (groups of 32).
 
@@ -241,6 +281,7 @@ class Recipe:
         skip: names, globs or classes that stay float.
         rules: more rules, which go first.
         integer_only: whether every tensor between two layers is stored in 8 bits, as ``joins=8``.
+        target: as of a recipe, with ``integer_only``.
         Raises: UsageError for an unknown name.
 
         >>> lsquant.Recipe.preset("w4a4").weight.bits
@@ -267,7 +308,11 @@ class Recipe:
         if type(integer_only) is not bool:
             raise UsageError(f"Recipe.preset: integer_only={shown(integer_only)}; it must be True or False")
         own = (*_listed(rules, "Recipe.preset: rules"), *skip_rules)
-        return cls(weight, activation, own, first_and_last, joins=8 if integer_only else None)
+        if not integer_only and target != "onnxruntime":
+            raise UsageError(
+                f"Recipe.preset: target={shown(target)} is for integer-only networks: give integer_only=True"
+            )
+        return cls(weight, activation, own, first_and_last, joins=8 if integer_only else None, target=target)
 
     def all_rules(self) -> tuple[Rule, ...]:
         """Return the user's rules, then the preset's."""
@@ -339,7 +384,9 @@ class Recipe:
         """
 
         def entry(value: Any) -> Any:
-            return value.to_dict() if isinstance(value, QuantSpec) else "float" if value is None else value
+            if isinstance(value, QuantSpec):  # its container is the target's
+                return {k: v for k, v in value.to_dict().items() if k != "container"}
+            return "float" if value is None else value
 
         def table(rule: Rule) -> dict[str, Any]:
             halves = {half: entry(getattr(rule, half)) for half in HALVES if getattr(rule, half) != INHERIT}
@@ -352,6 +399,7 @@ class Recipe:
             "rules": [table(r) for r in self.rules],
             "preset_rules": [table(r) for r in self.preset_rules],
             **({} if self.joins is None else {"joins": entry(self.joins)}),
+            **({} if self.target == "onnxruntime" else {"target": self.target}),
         }
         return to_toml({k: v for k, v in values.items() if v != []})
 
@@ -397,7 +445,7 @@ def recipe_of_file(text: str, file: str, error: type[LsquantError] = DamagedFile
     version = document.value.pop("format", FORMAT)
     if type(version) is not int or version != FORMAT:
         document.refuse(f"format {shown(version)}; this lsquant reads format {FORMAT}, update it")
-    found = document.record((), (*HALVES, "rules", "preset_rules", "joins"))
+    found = document.record((), (*HALVES, "rules", "preset_rules", "joins", "target"))
     weight, activation = (_setting(found[half]) if half in found else None for half in HALVES)
     lists = [_rules_of_file(found[name]) if name in found else [] for name in ("rules", "preset_rules")]
     if sum(len(rules) for rules in lists) > MOST_RULES:
@@ -406,7 +454,8 @@ def recipe_of_file(text: str, file: str, error: type[LsquantError] = DamagedFile
     if patterns > MOST_PATTERNS:
         document.refuse(f"{patterns:,} rules with patterns; a file may have {MOST_PATTERNS:,}, and more with names")
     joins = _setting(found["joins"]) if "joins" in found else None
-    return _made(document, lambda: Recipe(weight, activation, *lists, joins=joins))
+    target: Any = found["target"].choice(tuple(CONTAINER_OF)) if "target" in found else "onnxruntime"
+    return _made(document, lambda: Recipe(weight, activation, *lists, joins=joins, target=target))
 
 
 def _made(entry: Entry, make: Callable[[], Made]) -> Made:

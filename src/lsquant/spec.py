@@ -16,6 +16,10 @@ FORMER = {"dynamic": False}
 Granularity = Literal["tensor", "channel", "group"]
 STEP_DTYPES = ("float32", "float16", "bfloat16")
 StepDtype = Literal["float32", "float16", "bfloat16"]
+CONTAINERS = ("uint8", "int8", "symmetric")
+SYMMETRIC_BITS = 7
+"""Unsigned codes in int8 with zero point 0 have at most so many bits."""
+Container = Literal["uint8", "int8", "symmetric"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class QuantSpec:
     offset: LSQ+'s learned offset; implies unsigned unless ``signed=True``.
     step_dtype: the type in which a file will hold the step, "float32", "float16" (GGUF) or "bfloat16".  Every forward
         pass uses the step rounded to it, so that what ships is what was trained; the parameter stays float32.
+    container: how files of integer-only networks hold stored tensors: "uint8"; "int8", the same codes; or "symmetric",
+        int8 with zero point 0, in which unsigned codes have at most 7 bits.  ``Recipe(target=...)`` sets it.
     Raises: UsageError naming the field, its value and what is allowed.
 
     >>> QuantSpec(4, signed=True).q_min, QuantSpec(4, signed=True).q_max
@@ -45,6 +51,7 @@ class QuantSpec:
     group_size: int | None = None
     offset: bool = False
     step_dtype: StepDtype = "float32"
+    container: Container = "uint8"
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
@@ -75,6 +82,20 @@ class QuantSpec:
             raise UsageError(f"QuantSpec: group_size={shown(self.group_size)}; it must be a positive integer")
         if self.signed is None and (self.narrow or self.offset):
             object.__setattr__(self, "signed", bool(self.narrow))
+        self._check_container()
+
+    def _check_container(self) -> None:
+        container = self.container
+        if not isinstance(container, str) or container not in CONTAINERS:
+            raise UsageError(f"QuantSpec: container={shown(container)}; use one of {', '.join(CONTAINERS)}")
+        if container != "uint8" and self.offset:
+            raise UsageError(f"QuantSpec: offset=True with container={container!r}; stored tensors have no offset")
+        if container == "symmetric" and self.signed is False and self.bits > SYMMETRIC_BITS:
+            raise UsageError(
+                f"QuantSpec: {self.bits} unsigned bits do not fit int8 with zero point 0 (container='symmetric', "
+                f"target='tensorrt'); use bits={SYMMETRIC_BITS}, or signed=None: calibration then takes "
+                f"{SYMMETRIC_BITS} bits where no value is below 0"
+            )
 
     @property
     def q_min(self) -> int:
@@ -97,8 +118,17 @@ class QuantSpec:
         return self.signed
 
     def decide(self, signed: bool) -> QuantSpec:
-        """Return the same specification with the sign decided; a sign that was asked for stays."""
-        return self if self.signed is not None else replace(self, signed=signed)
+        """Return the same specification with the sign decided; a sign that was asked for stays.
+
+        Unsigned in the container "symmetric" has at most 7 bits.
+
+        >>> QuantSpec(8, container="symmetric").decide(False).q_max
+        127
+        """
+        if self.signed is not None:
+            return self
+        bits = self.bits if signed or self.container != "symmetric" else min(self.bits, SYMMETRIC_BITS)
+        return replace(self, bits=bits, signed=signed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from the defaults, and always ``bits``."""
@@ -126,4 +156,5 @@ class QuantSpec:
         parts.append(f"per {self.granularity}" + (f" of {self.group_size}" if self.group_size else ""))
         parts += ["offset"] if self.offset else []
         parts += [f"steps in {self.step_dtype}"] if self.step_dtype != "float32" else []
+        parts += [self.container] if self.container != "uint8" else []
         return ", ".join(parts)

@@ -172,18 +172,20 @@ class Net(nn.Module):
         return self.end(self.head(x if self.is_head else self.flatten(self.pool(x))))
 
 
-def drawn(seed: int) -> tuple[lsquant.FusedNetwork, nn.Module, Tensor]:
+def drawn(seed: int, target: str = "onnxruntime") -> tuple[lsquant.FusedNetwork, nn.Module, Tensor]:
     """Return (fused network, the model in it, an input) of a random network, calibrated and trained for two steps.
+
+    target: of its recipe.
 
     Where a tensor of it is all zeros, so that no step can be set, another one is drawn.
     """
     for again in range(10):
-        if found := _drawn(seed + 1_000_000 * again):
+        if found := _drawn(seed + 1_000_000 * again, target):
             return found
     raise AssertionError(f"seed {seed}: ten networks that cannot be calibrated")
 
 
-def _drawn(seed: int) -> tuple[lsquant.FusedNetwork, nn.Module, Tensor] | None:
+def _drawn(seed: int, target: str) -> tuple[lsquant.FusedNetwork, nn.Module, Tensor] | None:
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     model = Net(rng)
@@ -203,7 +205,8 @@ def _drawn(seed: int) -> tuple[lsquant.FusedNetwork, nn.Module, Tensor] | None:
     model.eval()
     low = QuantSpec(int(rng.integers(2, 9)), granularity=str(rng.choice(["tensor", "channel"])))  # type: ignore[arg-type]
     ends = [Rule("first", 8, 8), Rule("last", 8, 8)] if rng.random() < 0.7 else []
-    recipe = Recipe(low, int(rng.integers(2, 9)), ends, joins=int(rng.choice([8, 8, 8, 6, 4])))
+    inputs, joins = int(rng.integers(2, 9)), int(rng.choice([8, 8, 8, 6, 4]))
+    recipe = Recipe(low, inputs, ends, joins=joins, target=target)  # type: ignore[arg-type]
     lsquant.prepare(model, recipe, example_inputs=x)
     try:
         lsquant.calibrate(model, [x])

@@ -166,8 +166,8 @@ def test_frozen() -> None:
 
 def test_defaults_are_those_of_the_design() -> None:
     spec = QuantSpec(4)
-    expected = (4, None, False, "tensor", None, False, "float32")
-    names = ("bits", "signed", "narrow", "granularity", "group_size", "offset", "step_dtype")
+    expected = (4, None, False, "tensor", None, False, "float32", "uint8")
+    names = ("bits", "signed", "narrow", "granularity", "group_size", "offset", "step_dtype", "container")
     assert tuple(getattr(spec, name) for name in names) == expected
     assert {f.name for f in dataclasses.fields(spec)} == set(names)
 

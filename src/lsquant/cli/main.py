@@ -21,6 +21,7 @@ from lsquant.cli.training import train
 from lsquant.formats import DEFAULT, INTEGER_ONLY, file_formats
 from lsquant.formats.gguf.blocks import TYPES
 from lsquant.formats.onnx.integer import FORMS
+from lsquant.recipe import Target
 from lsquant.runs import is_run
 from lsquant.runs.settings import Autocast, Optimizer
 from lsquant.tasks import TASKS
@@ -142,6 +143,8 @@ def _bits(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--recipe", metavar="FILE", help=about)
     about = "8-bit codes between all layers, additions included: an integer-only network (docs/integer-only.md)"
     sub.add_argument("--integer-only", action="store_true", help=about)
+    about = "with --integer-only: the runtimes it is for, which decide the type of stored codes (default onnxruntime)"
+    sub.add_argument("--target", choices=get_args(Target), help=about)
 
 
 def _train(sub: argparse.ArgumentParser) -> None:

@@ -72,7 +72,7 @@ def _refuse_changes(a: Namespace, run: Run) -> None:
     asked = given(a, *_SETTINGS, *_TASK[2:], "init", "teacher", "start", "model")
     has = {**run.task.options, **run.settings.to_dict(), "init": run.init, "teacher": run.teacher, "start": run.start}
     differ = [f"{name} is {has.get(name)!r}, not {value!r}" for name, value in asked.items() if has.get(name) != value]
-    has_bits = a.recipe or a.bits or a.weight_bits or a.activation_bits or a.integer_only
+    has_bits = a.recipe or a.bits or a.weight_bits or a.activation_bits or a.integer_only or a.target
     if has_bits and recipe_of(a, run.task) != run.recipe:
         differ.append("its recipe has other bits")
     if a.teacher is not None and Path(a.teacher).is_file() and sha256(a.teacher) != run.teacher_sha256:
@@ -92,8 +92,11 @@ def _single(a: Namespace) -> None:
 def recipe_of(a: Namespace, task: Task | None = None) -> Recipe:
     """Return the recipe of --recipe, a file or a preset's name, or of the bits."""
     if a.recipe is not None:
-        if a.bits or a.weight_bits or a.activation_bits or a.integer_only:
-            raise UsageError("give --recipe or bits, not both; a recipe says joins = 8 instead of --integer-only")
+        if a.bits or a.weight_bits or a.activation_bits or a.integer_only or a.target:
+            raise UsageError(
+                "give --recipe or bits, not both; a recipe says joins = 8 instead of --integer-only, and "
+                'target = "NAME" instead of --target'
+            )
         if not Path(a.recipe).is_file():
             if isinstance(task, Text):
                 return task.preset(a.recipe)
@@ -106,4 +109,7 @@ def recipe_of(a: Namespace, task: Task | None = None) -> Recipe:
         raise UsageError("give --bits N, or --weight-bits and --activation-bits, or --recipe FILE")
     if bad := [bits for bits in (weight, activation) if not 2 <= bits <= 8]:
         raise UsageError(f"--bits {bad[0]}: bits are 2 to 8")
-    return Recipe.preset(f"w{weight}a{activation}", integer_only=a.integer_only)
+    if a.target and not a.integer_only:
+        raise UsageError(f"--target {a.target} is for integer-only networks: give --integer-only as well")
+    target = a.target or "onnxruntime"
+    return Recipe.preset(f"w{weight}a{activation}", integer_only=a.integer_only, target=target)

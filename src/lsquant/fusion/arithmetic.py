@@ -7,6 +7,7 @@ for bit; the gradients are those of docs/mathematics.md, section "Integer-only a
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,9 @@ from lsquant.quantizer import Quantizer
 
 EXACT_IN_FLOAT32 = 2**24
 """Sums of whole numbers below it are exact in float32, in any order."""
+BIAS_IN_FLOAT32 = 2**22
+"""Below it ``rint(fl(fl(b s) / s))`` is b."""
+LARGEST_INT8 = 127
 
 
 class Codes(NamedTuple):
@@ -129,15 +133,25 @@ class Folded(NamedTuple):
     """(M13) What a layer multiplies with and adds.
 
     codes: of the weight, rows, whole float32 numbers; those of a channel that BatchNorm multiplies by 0 are 0.
-    step: (C,) float32, the folded step, negative where BatchNorm's factor is.
+    step: (C,) float32, the folded step, negative where BatchNorm's factor is; positive for the container "symmetric".
     bias: (C,) float64 whole numbers.
-    raised: channels whose step was raised until bias and sums fit into int32.
+    raised: channels whose step was raised until bias and sums fit.
+    clipped: codes -128 that became 127, where a channel's codes were negated.
     """
 
     codes: Tensor
     step: Tensor
     bias: Tensor
     raised: int
+    clipped: int = 0
+
+    def positive(self) -> Folded:
+        """Return the same with positive steps: codes and bias of a channel with a negative one are negated."""
+        negative = self.step < 0
+        codes = torch.where(negative.reshape([-1] + [1] * (self.codes.dim() - 1)), -self.codes, self.codes)
+        held = codes.clamp(max=LARGEST_INT8)
+        bias = torch.where(negative, -self.bias, self.bias)
+        return Folded(held + 0.0, self.step.abs(), bias + 0.0, self.raised, int((held != codes).sum()))
 
 
 @torch.no_grad()
@@ -152,6 +166,7 @@ def folded(
     input_step: Tensor,
     output_step: Tensor,
     largest_input: int,
+    most_bias: float = math.inf,
 ) -> Folded:
     """(M13) Fold BatchNorm into the steps and the bias of a layer; raise steps until every sum fits into int32.
 
@@ -161,13 +176,18 @@ def folded(
     bounds: of the codes.
     alpha, beta: (C,) float32.
     bias: (C,) float32 or None, the layer's own.
+    most_bias: below which ``|b_c|`` has to be.
     """
+
+    def fitting() -> Tensor:
+        return reference.fits_int32(codes, shift, largest_input) & (shift.abs() < most_bias)
+
     fold = reference.fold_batch_norm
     step, shift = fold(weight_step, alpha, beta, input_step, output_step, bias)
     dead = (weight_step * alpha).expand_as(step) == 0
     shape = [-1] + [1] * (rows.dim() - 1)
     codes = torch.where(dead.reshape(shape), torch.zeros_like(weight_codes), weight_codes)
-    fits, raised = reference.fits_int32(codes, shift, largest_input), 0
+    fits, raised = fitting(), 0
     own = weight_step.expand_as(step).clone()
     while not bool(fits.all()):
         raised = max(raised, int((~fits).sum()))
@@ -177,7 +197,7 @@ def folded(
         step = torch.where(fits, step, step * 2)
         total = beta.double() if bias is None else beta.double() + alpha.double() * bias.double()
         shift = torch.round(total / (input_step * step).double()).clamp(-(2.0**62), 2.0**62).to(torch.int64)
-        fits = reference.fits_int32(codes, shift, largest_input)
+        fits = fitting()
     return Folded(codes, step, shift.double(), raised)
 
 
@@ -237,8 +257,10 @@ def fold_layer(layer: Any, norm: ExactBatchNorm | None, read: Codes, out: Codes 
     s_x = read.step.detach()
     s_y = torch.ones_like(s_x) if out is None else out.step.detach()
     bounds, largest = (quantizer.q_min, quantizer.q_max), max(abs(read.low), abs(read.high))
-    constants = folded(rows, codes, s_w, bounds, alpha, beta, layer.bias, s_x, s_y, largest)
-    return Folding(fake, alpha, beta), constants
+    symmetric = layer.input_quantizer.spec.container == "symmetric"
+    most_bias = BIAS_IN_FLOAT32 if symmetric else math.inf
+    constants = folded(rows, codes, s_w, bounds, alpha, beta, layer.bias, s_x, s_y, largest, most_bias)
+    return Folding(fake, alpha, beta), constants.positive() if symmetric else constants
 
 
 class End(NamedTuple):

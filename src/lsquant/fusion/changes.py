@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -45,15 +45,17 @@ class FoldChanges:
     """What ``fuse`` changed; prints as a table.
 
     stored: a row for each stored tensor that a layer or a join reads, in order of execution.
-    raised: layer -> channels whose step was raised until their sums fit into int32.
+    raised: layer -> channels whose step was raised until their sums fit into int32, or their bias into float32.
     largest_output: the largest difference of an output.
     metric: (of the model as trained, of the integer-only form), means over the batches; None without a metric.
+    clipped: layer -> codes -128 that became 127, negated because the target wants positive steps.
     """
 
     stored: tuple[StoredChange, ...]
     raised: dict[str, int]
     largest_output: float
     metric: tuple[float, float] | None
+    clipped: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rows = [("stored tensor", "codes", "differ", "share", "largest")]
@@ -66,7 +68,9 @@ class FoldChanges:
             lines.append("  ".join([first.ljust(widths[0]), *cells]))
         lines.append(f"largest difference of an output: {self.largest_output:.3g}")
         for name, count in self.raised.items():
-            lines.append(f"{name}: the step of {count} channels was raised to keep sums in int32")
+            lines.append(f"{name}: the step of {count} channels was raised to keep sums in range")
+        for name, count in self.clipped.items():
+            lines.append(f"{name}: {count} codes of -128 became 127, negated for positive steps; narrow=True has none")
         if self.metric is not None:
             lines.append(f"metric: {self.metric[0]:.4g} as trained, {self.metric[1]:.4g} integer-only")
         return "\n".join(lines)
@@ -103,8 +107,11 @@ def changes(
             sums = [total + float(metric(y, batch)) for total, y in zip(sums, outputs, strict=True)]
         runs += 1
     rows = tuple(StoredChange(name, *counts[name]) for name in names)
-    raised = {name: folded.raised for name, folded in network.constants().items() if folded.raised}
-    return FoldChanges(rows, raised, largest, None if metric is None else (sums[0] / runs, sums[1] / runs))
+    constants = network.constants()
+    raised = {name: folded.raised for name, folded in constants.items() if folded.raised}
+    clipped = {name: folded.clipped for name, folded in constants.items() if folded.clipped}
+    means = None if metric is None else (sums[0] / runs, sums[1] / runs)
+    return FoldChanges(rows, raised, largest, means, clipped)
 
 
 def _readers(network: Any) -> dict[str, tuple[nn.Module, int, Quantizer]]:

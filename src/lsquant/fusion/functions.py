@@ -1,6 +1,7 @@
 """(M18) Elementwise functions between two quantizers: one code of the output for each code of the input.
 
-SiLU is ``x sigmoid(x)`` with the sigmoid in codes of 8 bits, as integer runtimes compute it.
+SiLU is ``x sigmoid(x)`` with the sigmoid in codes of 8 bits, as integer runtimes compute it; in the container
+"symmetric", which has no 8 unsigned bits, a function like the others.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def all_products(largest_a: int, largest_b: int) -> Tensor:
 
 
 def has_gate(module: nn.Module) -> bool:
-    """Tell whether a function is its input times a sigmoid in codes."""
-    return isinstance(module, nn.SiLU)
+    """Tell whether a function is its input times a sigmoid in codes of 8 unsigned bits."""
+    return isinstance(module, nn.SiLU) and module.quantizer_of(0).spec.container != "symmetric"  # type: ignore[operator]
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ from lsquant.nn import StoredInputs, quantizers
 from lsquant.nn.pool import is_windowed, window_means, window_size
 from lsquant.program import Kind, Program, Step, gives_parts, program_of
 from lsquant.quantizer import Quantizer
+from lsquant.spec import QuantSpec
 from lsquant.tied import TiedQuantizer
 
 MOST_PASSES, PASSES_OF_FUNCTIONS = 1000, 20
@@ -78,10 +79,12 @@ class FusedNetwork(nn.Module):
     model: the trained model, in eval mode; it is what is saved.
     program: the steps.
     taps: name of a stored tensor, that of the module which makes it -> where its codes can be seen.
+    joins: of what joins read.
     """
 
     model: nn.Module
     taps: dict[str, Tap]
+    joins: QuantSpec
 
     def __init__(self, model: nn.Module, program: Program) -> None:
         super().__init__()

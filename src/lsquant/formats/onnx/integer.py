@@ -1,8 +1,10 @@
-"""Profile integer: the program of an integer-only network as ONNX operators over uint8 codes.
+"""Profile integer: the program of an integer-only network as ONNX operators over codes of 8 bits.
 
-A stored tensor is uint8: an unsigned code as it is with zero point 0, a signed one as code + 128 with zero point 128.
-Codes of fewer than 8 bits, and limits (ReLU on signed codes, ReLU6), are held in range by Min and Max over uint8; a
-ReLU on unsigned codes is the saturation of uint8 itself.  The two forms are:
+The container of stored tensors is that of the recipe's target.  uint8: an unsigned code as it is with zero point 0, a
+signed one as code + 128 with zero point 128.  int8: the same less 128.  Codes of fewer than 8 bits, and limits (ReLU on
+signed codes, ReLU6), are held in range by Min and Max over codes; a ReLU on unsigned codes is the saturation of the
+container itself.  symmetric: int8 with zero point 0, only QuantizeLinear and DequantizeLinear touch codes, and a float
+Relu or Clip before QuantizeLinear holds them in range.  The two forms are:
 
 - qdq: DequantizeLinear, a float operator, QuantizeLinear; runtimes fuse the three to one integer operator.  Scales and
   zero points of tensors are 0-d, as ONNX Runtime's fusion of additions wants them.
@@ -30,7 +32,7 @@ from lsquant.formats.onnx.codes import NARROW, narrow_type
 from lsquant.formats.onnx.graph import FLOAT, INT8, INT32, Graph, LayerTrace, array
 from lsquant.formats.subpixel import Spread, as_written, spread_of
 from lsquant.fusion.arithmetic import Codes, Folded
-from lsquant.fusion.functions import all_codes, function_quotients, is_safe
+from lsquant.fusion.functions import all_codes, function_quotients, has_gate, is_safe
 from lsquant.fusion.network import FusedNetwork, Run, averaged, limits_of
 from lsquant.nn.pool import is_windowed, sizes_of, window_geometry, window_size
 from lsquant.program import Kind, Step, gives_parts, output_nodes
@@ -47,6 +49,7 @@ END = 2**63 - 1
 INT4_SINCE = dict(NARROW)[4]
 SHIFT = 128
 """What is added to a signed code for storage as uint8."""
+SYMMETRIC = "symmetric"
 _MICROSOFT_OPERATORS = (
     "QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearLeakyRelu", "QLinearGlobalAveragePool", "QGemm",
 )  # fmt: skip
@@ -58,17 +61,24 @@ _FUNCTIONS: dict[type, Any] = {
     nn.Hardsigmoid: lambda m: ("HardSigmoid", 2e-7, {"alpha": 1.0 / 6.0, "beta": 0.5}),
     nn.ELU: lambda m: ("Elu", 4e-7, {"alpha": float(m.alpha)}),
     nn.GELU: lambda m: ("Erf" if m.approximate == "none" else "", 2e-6, {}),
+    nn.SiLU: lambda m: ("Silu", 4e-7, {}),
 }
-"""Float type -> operator, twice the largest error of ONNX Runtime's that was seen for inputs up to 20, attributes."""
+"""Float type -> operator, twice the largest error of ONNX Runtime's that was seen for inputs up to 20, attributes.
+SiLU's error is that for inputs up to 1, and grows with them."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The scale and the zero point of a tensor in the file: initializers, 0-d.  shift: what is added to its codes."""
+    """The scale and the zero point of a tensor in the file: initializers, 0-d.
+
+    shift: what is added to its codes.
+    container: numpy.uint8 or numpy.int8.
+    """
 
     step: str
     zero: str
     shift: int
+    container: Any
 
 
 def require_single(run: Run) -> None:
@@ -149,10 +159,11 @@ class Writer:
     run: of the network over an example, with its constants.
     form: one of FORMS.
     opset: of the file, which decides whether weights of few bits are INT4 or INT2.
+    container: of stored tensors, one of ``spec.CONTAINERS``.
     """
 
-    def __init__(self, graph: Graph, run: Run, form: str, opset: int) -> None:
-        self.graph, self.run, self.form, self.opset = graph, run, form, opset
+    def __init__(self, graph: Graph, run: Run, form: str, opset: int, container: str = "uint8") -> None:
+        self.graph, self.run, self.form, self.opset, self.container = graph, run, form, opset, container
         self.has_narrow = False
         self.traces: list[LayerTrace] = []
         self.steps = run.program.steps
@@ -208,15 +219,22 @@ class Writer:
         return self._scale(self.run.grid(node), quantizer.name)
 
     def _scale(self, grid: Codes, name: str) -> Scale:
-        shift = SHIFT if grid.low < 0 else 0
-        step = self.graph.constant(f"{name}.step", np.float32(grid.step.item()))
-        return Scale(step, self.graph.constant(f"zero_point_{shift}", np.uint8(shift)), shift)
+        return self._held(self.graph.constant(f"{name}.step", np.float32(grid.step.item())), signed=grid.low < 0)
+
+    def _held(self, step: str, signed: bool) -> Scale:
+        """Return how codes are held in the container."""
+        shift = {"uint8": SHIFT * signed, "int8": SHIFT * signed - SHIFT, SYMMETRIC: 0}[self.container]
+        kind = np.uint8 if self.container == "uint8" else np.int8
+        return Scale(step, self.graph.constant(f"zero_point_{shift}", kind(shift)), shift, kind)
 
     def _real(self, codes: str, scale: Scale, output: str, label: str = "") -> str:
         return self.node("DequantizeLinear", [codes, scale.step, scale.zero], output, label)
 
     def _codes(self, real: str, scale: Scale, grid: Codes, output: str, label: str = "") -> str:
         """Write QuantizeLinear and what holds codes in range."""
+        if self.container == SYMMETRIC:
+            real = self._limited(real, scale, grid, output, label and f"{label}_limit")
+            return self.node("QuantizeLinear", [real, scale.step, scale.zero], output, label)
         clipped = self._clip_nodes(grid, scale)
         raw = f"{output}/raw" if clipped else output
         self.node("QuantizeLinear", [real, scale.step, scale.zero], raw, label)
@@ -224,12 +242,40 @@ class Writer:
 
     @staticmethod
     def _clip_nodes(grid: Codes, scale: Scale) -> list[tuple[str, int]]:
-        low, high = grid.low + scale.shift, grid.high + scale.shift
-        return [("Max", low)] * (low > 0) + [("Min", high)] * (high < 255)
+        low, high, held = grid.low + scale.shift, grid.high + scale.shift, np.iinfo(scale.container)
+        return [("Max", low)] * (low > held.min) + [("Min", high)] * (high < held.max)
+
+    def _limited(self, real: str, scale: Scale, grid: Codes, output: str, label: str) -> str:
+        """Write the float Relu or Clip that holds codes in range; what QuantizeLinear saturates at needs none."""
+        held = np.iinfo(scale.container)
+        if grid.low <= held.min and grid.high >= held.max:
+            return real
+        if grid.low == 0 and grid.high >= held.max:
+            return self.node("Relu", [real], f"{output}/limited", label)
+        step, edges = self.graph.constants[scale.step], {"lowest": grid.low, "highest": grid.high}
+        ends = [self.graph.constant(f"{output}.{edge}", np.float32(code) * step) for edge, code in edges.items()]
+        return self.node("Clip", [real, *ends], f"{output}/limited", label)
+
+    def _moved(
+        self, operator: str, inputs: list[str], output: str, node: Node, label: str = "", **attributes: Any
+    ) -> str:
+        """Write an operator that moves codes; in the container "symmetric" it moves real values of the same scale.
+
+        inputs: codes, and constants.
+        node: a tensor with the scale of the codes.
+        """
+        if self.container != SYMMETRIC:
+            return self.node(operator, inputs, output, label, **attributes)
+        scale, label, reals = self.scale(node), label or operator, []
+        for i, x in enumerate(inputs):
+            is_codes = bool(x) and x not in self.graph.constants
+            reals.append(self._real(x, scale, f"{output}/{label}_{i}", f"{label}_Dequantize_{i}") if is_codes else x)
+        real = self.node(operator, reals, f"{output}/{label}", label, **attributes)
+        return self.node("QuantizeLinear", [real, scale.step, scale.zero], output, f"{label}_Quantize")
 
     def _within(self, codes: str, clipped: list[tuple[str, int]], output: str, label: str = "") -> str:
         for i, (kind, bound) in enumerate(clipped):
-            name = self.graph.constant(f"uint8_{bound}", np.uint8(bound))
+            name = self.graph.constant(f"{self.container}_{bound}", np.dtype(self.container).type(bound))
             end = output if i == len(clipped) - 1 else f"{output}/{kind}"
             codes = self.node(kind, [codes, name], end, f"{kind}{label}")
         return codes
@@ -255,10 +301,19 @@ class Writer:
         shape = self.run.stored[step.node.inputs[0]].shape
         if not isinstance(step.module, nn.Linear) or len(shape) == 2:
             return self._layer(step, inputs[0], output)
-        rows = self.node("Reshape", [inputs[0], self._shape([-1, shape[-1]])], f"{step.name}/rows", "Reshape_input")
-        found = self._layer(step, rows, f"{step.name}/rows_output")
+        rows = [inputs[0], self._shape([-1, shape[-1]])]
+        x = self._moved("Reshape", rows, f"{step.name}/rows", step.node.inputs[0], "Reshape_input")
+        found = self._layer(step, x, f"{step.name}/rows_output")
         sizes = self._shape([-1, *shape[1:-1], step.module.out_features])
-        return self.node("Reshape", [found, sizes], output, "Reshape_output")
+        return self._behind(step, "Reshape", [found, sizes], output, "Reshape_output")
+
+    def _behind(
+        self, step: Step, operator: str, inputs: list[str], output: str, label: str = "", **attributes: Any
+    ) -> str:
+        """Write an operator that moves what a step has made, codes or real values."""
+        if self.run.program.stored[step.end] is None:
+            return self.node(operator, inputs, output, label, **attributes)
+        return self._moved(operator, inputs, output, step.end, label, **attributes)
 
     def _shape(self, sizes: list[int]) -> str:
         return self.graph.constant("shape_" + "_".join(map(str, sizes)), np.array(sizes, np.int64))
@@ -280,25 +335,27 @@ class Writer:
 
     def _spread(self, step: Step, y: str, spread: Spread, output: str) -> str:
         """Write what spreads channels over space, and crops."""
-        name, s, n = step.name, spread.block, len(spread.kernel)
+        s, n = spread.block, len(spread.kernel)
         is_cropped = any(map(any, spread.crop))
         target = f"{output}/spread" if is_cropped else output
         if s > 1 and n == 2:
-            y = self.node("DepthToSpace", [y], target, blocksize=s, mode="CRD")
+            y = self._behind(step, "DepthToSpace", [y], target, blocksize=s, mode="CRD")
         elif s > 1:
-            parts = self.node("Reshape", [y, self._shape([0, step.module.out_channels, s, -1])], f"{output}/parts")
-            turned = self.node("Transpose", [parts], f"{output}/turned", perm=[0, 1, 3, 2])
-            y = self.node("Reshape", [turned, self._shape([0, step.module.out_channels, -1])], target, "Reshape_spread")
+            channels = step.module.out_channels
+            parts = self._behind(step, "Reshape", [y, self._shape([0, channels, s, -1])], f"{output}/parts")
+            turned = self._behind(step, "Transpose", [parts], f"{output}/turned", perm=[0, 1, 3, 2])
+            y = self._behind(step, "Reshape", [turned, self._shape([0, channels, -1])], target, "Reshape_spread")
         if not is_cropped:
-            return y if s > 1 else self.node("Identity", [y], output)
+            return y if s > 1 else self._behind(step, "Identity", [y], output)
         edges = [(2 + d, before, -after or END) for d, (before, after) in enumerate(spread.crop)]
-        return self._slice(name, y, [(axis, start, end, 1) for axis, start, end in edges], output)
+        return self._slice(step, y, [(axis, start, end, 1) for axis, start, end in edges], output)
 
-    def _slice(self, name: str, x: str, edges: list[tuple[int, int, int, int]], output: str) -> str:
+    def _slice(self, step: Step, x: str, edges: list[tuple[int, int, int, int]], output: str) -> str:
         """Write a slice.  edges: (axis, start, end, step)."""
+        name = step.name
         columns = zip(("axes", "starts", "ends", "steps"), zip(*edges, strict=True), strict=True)
         held = {n: self.graph.constant(f"{name}.{n}", np.array(v, np.int64)) for n, v in columns}
-        return self.node("Slice", [x, *(held[n] for n in ("starts", "ends", "axes", "steps"))], output)
+        return self._behind(step, "Slice", [x, *(held[n] for n in ("starts", "ends", "axes", "steps"))], output)
 
     def _products(
         self, step: Step, x: str, scale: Scale, read: Codes, constants: Folded, geometry: dict[str, Any], output: str
@@ -312,24 +369,35 @@ class Writer:
         codes = constants.codes.to(torch.int8)
         low, high = int(codes.min()), int(codes.max())
         assert -128 <= low <= high <= 127
-        weight = self._weight(name, array(codes), narrow_type(low, high, self.opset))
+        narrow = None if self.container == SYMMETRIC else narrow_type(low, high, self.opset)
+        weight = self._weight(name, array(codes), narrow)
         steps = self.graph.constant(f"{name}.weight_step", array(constants.step))
         zeros = self.graph.constant(f"{name}.weight_zero_point", np.zeros(len(constants.step), np.int8))
-        bias = self.graph.constant(f"{name}.bias", array(constants.bias).astype(np.int32))
+        bias = self._bias(name, read, constants)
         stored = self.run.program.stored[step.end] is not None
         out = self.scale(step.end) if stored else None
         grid = self.run.limited(step) if stored else None
-        if self.form == "qoperator" or (out is None and not is_linear):
+        symmetric = self.container == SYMMETRIC
+        if self.form == "qoperator" or (out is None and not is_linear and not symmetric):
             given = [x, weight, steps, zeros, bias]
             return self._layer_operator(step, given, scale, out, grid, output, geometry, read, constants)
         real = self._real(x, scale, f"{name}/input", "Dequantize_input")
         w = self.node("DequantizeLinear", [weight, steps, zeros], f"{name}/weight", "Dequantize_weight", axis=0)
-        scales = self.graph.constant(f"{name}.bias_step", array(read.step * constants.step))
-        shift = self.graph.constant(f"{name}.bias_zero_point", np.zeros(len(constants.step), np.int32))
-        b = self.node("DequantizeLinear", [bias, scales, shift], f"{name}/bias", "Dequantize_bias", axis=0)
+        if symmetric:
+            b = bias
+        else:
+            scales = self.graph.constant(f"{name}.bias_step", array(read.step * constants.step))
+            shift = self.graph.constant(f"{name}.bias_zero_point", np.zeros(len(constants.step), np.int32))
+            b = self.node("DequantizeLinear", [bias, scales, shift], f"{name}/bias", "Dequantize_bias", axis=0)
         operator = "Gemm" if is_linear else "Conv"
         y = self.node(operator, [real, w, b], output if grid is None else f"{name}/sum", **geometry)
         return y if grid is None or out is None else self._codes(y, out, grid, output)
+
+    def _bias(self, name: str, read: Codes, constants: Folded) -> str:
+        """Write b as int32; in the container "symmetric" as ``fl(b s_x s_w)``, which says b exactly."""
+        if self.container == SYMMETRIC:
+            return self.graph.constant(f"{name}.bias", array(constants.bias.float() * (read.step * constants.step)))
+        return self.graph.constant(f"{name}.bias", array(constants.bias).astype(np.int32))
 
     def _weight(self, name: str, codes: np.ndarray, narrow: Any) -> str:
         """Write the codes of a weight; as INT4 or INT2 with a Cast, which runtimes compute once."""
@@ -444,7 +512,7 @@ class Writer:
             operands = [inputs[0], source.step, source.zero, out.step, out.zero]
             y = self.node("QLinearGlobalAveragePool", operands, f"{result}/raw" if clipped else result, channels_last=0)
             y = self._within(y, clipped, result)
-        return y if keep else self.node("Flatten", [y], output, axis=1)
+        return y if keep else self._moved("Flatten", [y], output, step.end, axis=1)
 
     def _windows(self, step: Step, x: str, output: str) -> str:
         """Write an average over windows as a layer whose weights are 1."""
@@ -462,7 +530,7 @@ class Writer:
         return self._products(step, x, self.scale(source), self.run.grid(source), constants, geometry, output)
 
     def cat(self, step: Step, inputs: list[str], output: str) -> str:
-        return self.node("Concat", inputs, output, axis=step.module.dim)
+        return self._moved("Concat", inputs, output, step.end, axis=step.module.dim)
 
     def function(self, step: Step, inputs: list[str], output: str) -> str:
         """Write a function as the runtime's own, of whose errors nothing comes near a tie; else as a table."""
@@ -472,9 +540,11 @@ class Writer:
         every = all_codes(read.low, read.high, read.step.device)
         if not is_safe(module, every, (grid.low, grid.high), read.step.detach(), grid.step.detach()):
             return self._table(step, inputs, output)
-        if isinstance(module, nn.SiLU):
+        if has_gate(module):
             return self._silu(step, inputs[0], output)
         operator, error, attributes = _FUNCTIONS.get(module.float_type, lambda m: ("", np.inf, {}))(module)
+        if operator == "Silu":
+            error *= float(every.abs().max() * read.step)
         if not operator or error > FUNCTION_MARGIN * float(grid.step):
             return self._table(step, inputs, output)
         quantized = {"Sigmoid": "QLinearSigmoid", "LeakyRelu": "QLinearLeakyRelu"}.get(operator)
@@ -489,6 +559,9 @@ class Writer:
     def _real_function(self, step: Step, operator: str, x: str, attributes: dict[str, Any]) -> str:
         """Write a function in floating point."""
         name = step.name
+        if operator == "Silu":
+            share = self.node("Sigmoid", [x], f"{name}/sigmoid")
+            return self.node("Mul", [x, share], f"{name}/real")
         if operator != "Erf":
             return self.node(operator, [x], f"{name}/real", **attributes)
         root, one, half = (self.graph.constant(f"float_{v:.4g}", np.float32(v)) for v in (2**0.5, 1.0, 0.5))
@@ -503,7 +576,7 @@ class Writer:
         name, grid = step.name, self.run.grid(step.end)
         source, out = self.scale(step.node.inputs[0]), self.scale(step.end)
         held = self.graph.constant("gate_step", np.float32(GATE_STEP))
-        gate = Scale(held, self.graph.constant("zero_point_0", np.uint8(0)), 0)
+        gate = self._held(held, signed=False)
         if self.form == "qdq":
             real = self._real(x, source, f"{name}/gate_input", "Dequantize_gate_input")
             share = self.node("Sigmoid", [real], f"{name}/sigmoid")
@@ -523,39 +596,58 @@ class Writer:
         read, grid = self.run.grid(step.node.inputs[0]), self.run.grid(step.end)
         every = all_codes(read.low, read.high, read.step.device)
         values = function_quotients(step.module, every, read.step.detach(), grid.step.detach())
-        codes = torch.round(values).clamp(grid.low, grid.high).to(torch.int64) + out.shift
-        table = np.zeros(256, np.uint8)
-        table[read.low + source.shift : read.high + source.shift + 1] = array(codes).astype(np.uint8)
-        held = self.graph.constant(f"{step.name}.table", table)
+        codes = array(torch.round(values).clamp(grid.low, grid.high)).astype(np.int64)
+        name = f"{step.name}.table"
+        if self.container == SYMMETRIC:
+            reals = codes.astype(np.float32) * self.graph.constants[out.step]
+            found = self._looked_up(step, inputs[0], source, read.low, self.graph.constant(name, reals))
+            return self.node("QuantizeLinear", [found, out.step, out.zero], output)
+        table = np.zeros(256, out.container)
+        # an index below 0 counts from the end
+        table[np.arange(read.low, read.high + 1) + source.shift] = (codes + out.shift).astype(out.container)
+        held = self.graph.constant(name, table)
         index = self.node("Cast", inputs, f"{step.name}/index", to=INT32)
         return self.node("Gather", [held, index], output, axis=0)
+
+    def _looked_up(self, step: Step, x: str, source: Scale, low: int, table: str) -> str:
+        """Write a table of real values whose index is made in floating point, from real values."""
+        name = step.name
+        real = self._real(x, source, f"{name}/input")
+        quotient = self.node("Div", [real, source.step], f"{name}/quotient")
+        first = self.graph.constant(f"float_{low}", np.float32(low))
+        place = self.node("Sub", [self.node("Round", [quotient], f"{name}/whole"), first], f"{name}/place")
+        index = self.node("Cast", [place], f"{name}/index", to=INT32)
+        return self.node("Gather", [table, index], f"{name}/real", axis=0)
 
     def move(self, step: Step, inputs: list[str], output: str) -> str:
         module, graph = step.module, self.graph
         if module is None or (isinstance(module, lnn.Slice) and all(isinstance(p, slice) for p in module.index)):
             edges = self._edges(step)
-            return self._slice(step.name, inputs[0], edges, output) if edges else self.node("Identity", inputs, output)
+            if not edges:
+                return self._moved("Identity", inputs, output, step.end)
+            return self._slice(step, inputs[0], edges, output)
         if isinstance(module, nn.Flatten) and module.end_dim == -1 and module.start_dim == 1:
-            return self.node("Flatten", inputs, output, axis=1)
+            return self._moved("Flatten", inputs, output, step.end, axis=1)
         if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)):
             n = self.run.stored[step.end].dim() - 2
             kernel, stride, padding, dilation = (
                 sizes_of(v, n) or () for v in (module.kernel_size, module.stride, module.padding, module.dilation)
             )
-            return self.node(
-                "MaxPool", inputs, output, kernel_shape=kernel, strides=stride, pads=[*padding, *padding],
+            return self._moved(
+                "MaxPool", inputs, output, step.end, kernel_shape=kernel, strides=stride, pads=[*padding, *padding],
                 dilations=dilation, ceil_mode=int(module.ceil_mode),
             )  # fmt: skip
         if isinstance(module, nn.PixelShuffle):
-            return self.node("DepthToSpace", inputs, output, blocksize=module.upscale_factor, mode="CRD")
+            factor = module.upscale_factor
+            return self._moved("DepthToSpace", inputs, output, step.end, blocksize=factor, mode="CRD")
         if isinstance(module, nn.Upsample):
             source, target = (self.run.stored[node].shape for node in (step.node.inputs[0], step.end))
             factors = [1.0, 1.0, *(b / a for a, b in zip(source[2:], target[2:], strict=True))]
             if any(factor != int(factor) for factor in factors):
                 raise UsageError(f"{step.name}: upsampling by {factors[2:]} has no integer form; use whole factors")
             scales = graph.constant(f"{step.name}.scales", np.array(factors, np.float32))
-            return self.node(
-                "Resize", [*inputs, "", scales], output, mode="nearest", nearest_mode="floor",
+            return self._moved(
+                "Resize", [*inputs, "", scales], output, step.end, mode="nearest", nearest_mode="floor",
                 coordinate_transformation_mode="asymmetric",
             )  # fmt: skip
         if hasattr(module, "padding") and type(module).__name__.endswith(("Pad1d", "Pad2d", "Pad3d")):
@@ -565,7 +657,9 @@ class Writer:
             sides = [(0, 0)] * (dims - len(last)) + last
             ends = np.array([before for before, _ in sides] + [after for _, after in sides], np.int64)
             pads = graph.constant(f"{step.name}.pads", ends)
-            return self.node("Pad", [*inputs, pads, self.scale(step.end).zero], output)
+            zero = self.scale(step.end).zero
+            value = graph.constant("float_0", np.float32(0)) if self.container == SYMMETRIC else zero
+            return self._moved("Pad", [*inputs, pads, value], output, step.end)
         raise UsageError(f"{step.name}: {type(module).__name__} has no integer form in ONNX yet")
 
     def _edges(self, step: Step) -> list[tuple[int, int, int, int]]:
@@ -633,7 +727,13 @@ def integer_proto(
             raise UsageError(f"export_onnx: example_inputs of type {x.dtype}; give float32, and a float32 model")
     with torch.no_grad():
         run.outputs(given)
-    writer = Writer(Graph(), run, form, opset or INT4_SINCE)
+    container = network.joins.container
+    if container == SYMMETRIC and form != "qdq":
+        raise UsageError(
+            f"export_onnx: form={form!r} is no form of target='tensorrt', which reads QuantizeLinear and "
+            "DequantizeLinear; use form='qdq'"
+        )
+    writer = Writer(Graph(), run, form, opset or INT4_SINCE, container)
     proto = _whole_graph(network, writer, args, kwargs, max(opset or 0, TORCH_OPSET), dynamic_batch)
     if proto is None:
         proto = exported(MarkedNetwork(network, run), example_inputs, opset or TORCH_OPSET, dynamic_batch)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from lsquant._util.errors import UsageError
 from lsquant.formats.onnx.graph import array
@@ -14,7 +14,15 @@ from lsquant.formats.onnx.reader import initializers
 from lsquant.formats.onnx.row import OnnxFile, OnnxFormat
 from lsquant.formats.subpixel import as_written
 from lsquant.fusion import FusedNetwork, fuse
+from lsquant.fusion.arithmetic import Folded
 from lsquant.shipped import Pair
+
+
+def _biases(held: np.ndarray, folded: Folded, read_step: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return a file's bias and the folded one: integers, or float32 as files of target "tensorrt" have it."""
+    if held.dtype == np.float32:
+        return held, array(folded.bias.float() * (read_step * folded.step))
+    return held.astype(np.int64), array(folded.bias).astype(np.int64)
 
 
 class IntegerOnnxFormat(OnnxFormat):
@@ -43,7 +51,7 @@ class IntegerOnnxFormat(OnnxFormat):
                 raise UsageError(f"{content.path} is of another model: only the file has a layer {name!r}")
             folded = as_written(network.layer(name), constants[name], name, "export_onnx")
             yield Pair(name, values[trace.weights[0]].astype(np.int32), array(folded.codes).astype(np.int32))
-            yield Pair(name, values[bias].reshape(-1).astype(np.int64), array(folded.bias).astype(np.int64))
+            yield Pair(name, *_biases(values[bias].reshape(-1), folded, network.read_step(name)))
             for key in trace.weight_steps:
                 yield Pair(name, values[key].reshape(-1), array(folded.step))
             for key in trace.scales:

@@ -17,7 +17,10 @@ from lsquant.formats.onnx.graph import LayerTrace
 FORMAT = 1
 """Version of the metadata; a reader refuses a higher one."""
 PROFILES = ("exact", "qdq", "small", "integer")
-SESSION_OPTIONS: dict[str, tuple[str, ...]] = {"session.x64quantprecision": ("0", "1")}
+SESSION_OPTIONS: dict[str, tuple[str, ...]] = {
+    "session.x64quantprecision": ("0", "1"),
+    "session.qdqisint8allowed": ("0", "1"),
+}
 """The options that a file may recommend, each with its values.  None of them names a file or code."""
 LAYOUTS = ("", "own", "reversed")
 MOST_BYTES = 2**31

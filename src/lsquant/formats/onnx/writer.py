@@ -30,6 +30,9 @@ from lsquant.shipped import integer_model, ship
 BY_BYTES = {"session.x64quantprecision": "1"}
 SESSION: dict[str, dict[str, str]] = {"exact": {}, "qdq": BY_BYTES, "small": {}, "integer": BY_BYTES}
 """Profile -> recommended configuration entries of the session (docs/deployment.md has the measurements)."""
+INT8_SESSION = {"session.qdqisint8allowed": "1"}
+"""Of integer-only files with int8 codes, which ONNX Runtime on x86 else computes in floating point.  With the other
+option it asks for kernels that it does not have."""
 
 
 def export_onnx(
@@ -97,7 +100,8 @@ def onnx_model(
         with evaluating(network):
             run_batch(network, example_inputs)
             proto, traces, opset = integer_proto(network, example_inputs, form, opset, dynamic_batch)
-        return _finished(network, proto, traces, profile, opset)
+        session = SESSION[profile] if network.joins.container == "uint8" else INT8_SESSION
+        return _finished(network, proto, traces, profile, session, opset)
     if isinstance(model, FusedNetwork):
         raise UsageError(f"export_onnx: a fused network is written by profile='integer', not {profile!r}")
     with evaluating(model):
@@ -107,15 +111,17 @@ def onnx_model(
     opset = small_opset(frozen, opset) if profile == "small" else opset
     proto, layers = captured(frozen, example_inputs, opset or TORCH_OPSET, dynamic_batch)
     traces = _replace_marked(proto.graph, layers, profile, opset or TORCH_OPSET)
-    return _finished(frozen, proto, traces, profile, opset)
+    return _finished(frozen, proto, traces, profile, SESSION[profile], opset)
 
 
-def _finished(module: nn.Module, proto: Any, traces: list[LayerTrace], profile: str, opset: int | None) -> Any:
+def _finished(
+    module: nn.Module, proto: Any, traces: list[LayerTrace], profile: str, session: dict[str, str], opset: int | None
+) -> Any:
     """Name, label and check a graph.  module: what it was made of."""
     onnx = require("onnx", extra="onnx")
     tidy(proto, traces)
     set_opset(proto, opset)
-    _write_metadata(proto, profile, traces)
+    _write_metadata(proto, profile, session, traces)
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
@@ -169,12 +175,12 @@ def _replace_marked(graph: Any, layers: dict[str, nn.Module], profile: str, opse
     return traces
 
 
-def _write_metadata(proto: Any, profile: str, traces: list[LayerTrace]) -> None:
+def _write_metadata(proto: Any, profile: str, session: dict[str, str], traces: list[LayerTrace]) -> None:
     properties = {
         "lsquant.format": str(FORMAT),
         "lsquant.version": __version__,
         "lsquant.profile": profile,
-        "lsquant.session": json.dumps(SESSION[profile]),
+        "lsquant.session": json.dumps(session),
         "lsquant.layers": json.dumps([trace.to_dict() for trace in traces]),
     }
     require("onnx", extra="onnx").helper.set_model_props(proto, properties)

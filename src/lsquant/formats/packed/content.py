@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lsquant.recipe import Recipe, Rule, glob_of
+from lsquant.recipe import Recipe, Rule, glob_of, target_of
 from lsquant.shipped.record import own_layout
 from lsquant.spec import QuantSpec
 
@@ -105,7 +105,7 @@ class Packed:
             Rule(glob_of(name), asked[layer.get("weight")], asked[layer.get("input")])
             for name, layer in self.layers.items()
         ]
-        return Recipe(None, None, rules, joins=self.joins)
+        return Recipe(None, None, rules, joins=self.joins, target=target_of(self.joins))
 
 
 def crc32(t: Tensor) -> int:

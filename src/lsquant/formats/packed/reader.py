@@ -16,14 +16,14 @@ from lsquant._util.tensors import CHECKSUM, read_tensors
 from lsquant._version import __version__
 from lsquant.formats.packed.content import JOINED_FORMAT, KEY, Packed, PackedQuantizer, crc32
 from lsquant.nn import weight_steps
-from lsquant.recipe import Recipe
+from lsquant.recipe import Recipe, target_of
 from lsquant.shipped.record import is_shippable
-from lsquant.spec import QuantSpec
+from lsquant.spec import MAX_BITS, MIN_BITS, QuantSpec
 
 MOST = 2**63 - 1
 """Of a number that becomes an int64."""
-SPEC = ("bits", "signed", "narrow", "granularity", "group_size", "offset", "step_dtype", "dynamic")
-OWN = ("count", "decided", "axis", "weight", "shape", "swapped", "tied")
+SPEC = ("bits", "signed", "narrow", "granularity", "group_size", "offset", "step_dtype", "dynamic", "container")
+OWN = ("count", "decided", "asked", "axis", "weight", "shape", "swapped", "tied")
 
 
 def read_packed(path: str | os.PathLike[str]) -> Packed:
@@ -76,7 +76,8 @@ def _joins(entry: Entry) -> QuantSpec:
     """Return the specification of what joins read."""
     found = entry.record(("bits",), SPEC[1:])
     try:
-        spec = Recipe(joins=QuantSpec.from_dict({key: part.value for key, part in found.items()})).joins
+        asked = QuantSpec.from_dict({key: part.value for key, part in found.items()})
+        spec = Recipe(joins=asked, target=target_of(asked)).joins
     except UsageError as error:
         entry.refuse(str(error))
     assert isinstance(spec, QuantSpec)
@@ -106,6 +107,10 @@ def _quantizer(name: str, entry: Entry, tensors: dict[str, Tensor]) -> PackedQua
     axis = found["axis"].integer(0, MOST) if "axis" in found else None
     decided = found["decided"].boolean() if "decided" in found else False
     asked = replace(spec, signed=None) if decided else spec
+    if "asked" in found:
+        asked = replace(asked, bits=found["asked"].integer(MIN_BITS, MAX_BITS))
+        fits = decided and asked.decide(spec.signed is True) == spec
+        entry.require(fits, f"{asked.bits} bits were asked for, which do not become {spec}")
     if "tied" in found:
         alone = spec.granularity == "tensor" and not spec.offset and "weight" not in found
         entry.require(alone, "a tied quantizer has one step, no offset and no weight")

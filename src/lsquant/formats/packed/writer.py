@@ -77,6 +77,8 @@ def _entry(quantizer: ShippedQuantizer, aliases: dict[str, str]) -> dict[str, An
     entry: dict[str, Any] = {**quantizer.spec.to_dict(), "count": quantizer.count}
     if quantizer.requested.signed is None:
         entry["decided"] = True
+    if quantizer.requested.bits != quantizer.spec.bits:
+        entry["asked"] = quantizer.requested.bits
     if quantizer.owner is not None:
         entry["tied"] = quantizer.owner
     if quantizer.axis is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 from lsquant._util.batches import Forward
 from lsquant._util.errors import UsageError
 from lsquant._util.optional import require
-from lsquant.formats.onnx.graph import UINT8, LayerTrace, array
+from lsquant.formats.onnx.graph import INT8, UINT8, LayerTrace, array
 from lsquant.formats.onnx.row import OnnxFile
 from lsquant.fusion import FusedNetwork
 from lsquant.program import gives_parts, whole
@@ -85,11 +86,54 @@ def _explain(first: str) -> str:
 
 
 def _with_codes(proto: Any, names: list[str]) -> bytes:
-    """Return the model with these uint8 values as further outputs, serialized."""
+    """Return the model with these codes as further outputs, serialized; limits are behind QuantizeLinear."""
     onnx = require("onnx", extra="onnx")
     model = onnx.ModelProto()
     model.CopyFrom(proto)
     present = {value.name for value in model.graph.output}
-    extra = [onnx.helper.make_tensor_value_info(name, UINT8, None) for name in names if name not in present]
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    points = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2}
+    kinds = {constants[name].data_type for name in points if name in constants}
+    container = INT8 if kinds == {INT8} else UINT8
+    extra = [onnx.helper.make_tensor_value_info(name, container, None) for name in names if name not in present]
     model.graph.output.extend(extra)
+    if container == INT8:
+        _move_limits(model.graph, constants)
     return model.SerializeToString()
+
+
+def _move_limits(graph: Any, constants: dict[str, Any]) -> None:
+    """Put an integer Clip behind QuantizeLinear in the place of a Relu or Clip before it, which gives the same codes.
+
+    ONNX Runtime makes an integer operator of a layer only where QuantizeLinear follows at once.  Rounding is monotone:
+    ``rint(clip(x, a, b) / s) = clip(rint(x / s), rint(a / s), rint(b / s))``.
+    """
+    onnx = require("onnx", extra="onnx")
+    makers = {name: node for node in graph.node for name in node.output}
+    readers = Counter(name for node in graph.node for name in node.input) + Counter(v.name for v in graph.output)
+    nodes: list[Any] = []
+    for node in graph.node:
+        nodes.append(node)
+        limit = makers.get(node.input[0]) if node.op_type == "QuantizeLinear" and len(node.input) == 3 else None
+        if limit is None or limit.op_type not in ("Relu", "Clip") or readers[limit.output[0]] > 1:
+            continue
+        edges = [*limit.input[1:], "", ""][:2]
+        if any(name not in constants for name in (*node.input[1:], *filter(None, edges))):
+            continue
+        held = {name: onnx.numpy_helper.to_array(constants[name]) for name in (*node.input[1:], *filter(None, edges))}
+        if any(value.size != 1 or not np.isfinite(value).all() for value in held.values()):
+            continue
+        step, zero = (held[name].reshape(()) for name in node.input[1:])
+        bounds = []
+        for place, (edge, code) in enumerate(zip(edges, (-128, 127), strict=True)):
+            if edge or (limit.op_type == "Relu" and place == 0):
+                end = held[edge].reshape(()) if edge else np.float32(0)
+                code = np.clip(np.rint(end / step) + int(zero), -128, 127)
+            bounds.append(f"{node.output[0]}/bound_{place}")
+            graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(code).astype(np.int8), bounds[-1]))
+        codes, raw = node.output[0], f"{node.output[0]}/unlimited"
+        node.input[0], node.output[0] = limit.input[0], raw
+        nodes.remove(limit)
+        nodes.append(onnx.helper.make_node("Clip", [raw, *bounds], [codes]))
+    del graph.node[:]
+    graph.node.extend(nodes)
