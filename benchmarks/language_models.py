@@ -79,6 +79,7 @@ def measure(arguments: argparse.Namespace) -> None:
             "float_bytes": sum(4 * p.numel() for p in task.model().parameters()),
             "hardware": environment(), "torch": torch.__version__,
         }  # fmt: skip
+        RESULTS.mkdir(parents=True, exist_ok=True)
         write_json(RESULTS / f"{name}-{recipe}.json", row)
         print(recipe, {key: round(value["loss"], 4) for key, value in results.items()}, row["share_of_excess"])
 

@@ -6,6 +6,7 @@ from lsquant import reference as reference
 from lsquant._util.errors import LsquantError as LsquantError
 from lsquant._util.errors import UsageError as UsageError
 from lsquant._version import __version__ as __version__
+from lsquant.bias_correction import correct_bias as correct_bias
 from lsquant.calibration import calibrate as calibrate
 from lsquant.changes import Changes as Changes
 from lsquant.checkpoint import load as load
@@ -67,6 +68,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "check",
+    "correct_bias",
     "disabled",
     "export_compressed_tensors",
     "export_gguf",

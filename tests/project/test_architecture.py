@@ -42,6 +42,7 @@ LAYERS = {
     "program": 9,
     "convert": 10,
     "calibration": 11,
+    "bias_correction": 11,
     "checkpoint": 11,
     "fusion": 11,
     "diagnostics": 12,
