@@ -1,4 +1,4 @@
-"""What an integer-only ResNet-20 has without training: least squares, importance, corrected biases (docs/integer-only.md).
+"""Integer-only ResNet-20 without training: least squares, importance, corrected biases (docs/integer-only.md).
 
     python studies/without_training.py --data DIR --init resnet20.safetensors
 
