@@ -81,7 +81,6 @@ class _Moments:
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
-        self.count = 0
 
     def of(self, layer: QuantizedLayer) -> Callable[[Tensor], None]:
         """Return the function that takes in an input of a layer."""
@@ -94,13 +93,19 @@ class _Moments:
         rows = x.detach().movedim(axis, 0).flatten(1).double()
         squares = rows.square().sum(1)
         self.total = squares if self.total is None else self.total + squares
-        self.count += rows.shape[1]
 
-    def mean(self) -> Tensor | None:
-        """Return (inputs,) float32; None where nothing was seen, or only zeros."""
+    def mean(self, name: str) -> Tensor | None:
+        """Return (inputs,) float32, the largest 1; None where nothing was seen, or only zeros.
+
+        Raises: UsageError naming the layer for NaN or infinite inputs.
+        """
         if self.total is None or not bool(self.total.any()):
             return None
-        return (self.total / max(self.count, 1)).float()
+        if not bool(torch.isfinite(self.total).all()):
+            raise UsageError(
+                f"calibrate: the inputs of {name!r} are NaN or infinite; clean the data, or look at the layer before"
+            )
+        return (self.total / self.total.max()).float()
 
 
 def calibrate(
@@ -174,7 +179,13 @@ def calibrate(
         for observer in observers.values():
             observer.check()
         if importance:
-            found = [(q, _weight_step(layer, q, weights, moments[q].mean())) for q, layer in wanted]
+            names = {q: name for q, (name, _) in weight_quantizers(model).items()}
+            found = [(q, _weight_step(layer, q, weights, moments[q].mean(names[q]))) for q, layer in wanted]
+            if unseen := [names[q] for q, _ in wanted if moments[q].total is None]:
+                warnings.warn(
+                    f"calibrate: nothing reached {', '.join(unseen)}: all errors of these weights count alike",
+                    stacklevel=2,
+                )
         found += [(observer.quantizer, observer.initialized(method)) for observer in observers.values()]
         with unchanged_on_error(quantizer for quantizer, _ in found):
             for quantizer, ready in found:

@@ -109,10 +109,11 @@ class Flow:
 
     nodes: all of them; dropout and identities are left out, their readers read what they read.
     of: call in ``torch.fx`` -> its node, or the node that stands for it.
+    model: whose they are.
     """
 
-    def __init__(self, nodes: list[Node], of: dict[fx.Node, Node]) -> None:
-        self.nodes, self.of = nodes, of
+    def __init__(self, nodes: list[Node], of: dict[fx.Node, Node], model: nn.Module) -> None:
+        self.nodes, self.of, self.model = nodes, of, model
         self.readers: dict[Node, list[tuple[Node, int]]] = {node: [] for node in nodes}
         for node in nodes:
             for place, source in enumerate(node.inputs):
@@ -181,8 +182,10 @@ def dataflow(model: nn.Module, caller: str) -> Flow:
             sources = tuple(found[a] for a in call.args if isinstance(a, fx.Node)) or sources
         elif call.target is operator.getitem and sources[0].role is Role.MOVE:
             role = Role.MOVE
+        if role in (Role.ADD, Role.MULTIPLY) and len(sources) != 2:  # the other operand is a number
+            role = None
         times[name] = times.get(name, 0) + 1
         name += f"#{times[name]}" if times[name] > 1 else ""
         found[call] = Node(name, module, role, sources, kind, call)
         nodes.append(found[call])
-    return Flow(nodes, found)
+    return Flow(nodes, found, model)

@@ -168,6 +168,11 @@ def connect(model: nn.Module, flow: Flow, joins: QuantSpec, former: Former) -> N
                 continue
             own = module.input_quantizer
             assert own is not None
+            if own.requested.step_dtype != "float32":
+                raise UsageError(
+                    f"layer {names[module]!r}: the step of a stored tensor is float32, not {own.requested.step_dtype}: "
+                    "use joins=None, or QuantSpec without step_dtype for this layer's input"
+                )
             if own.spec.offset:
                 raise UsageError(
                     f"layer {names[module]!r}: an input with an offset cannot be a stored tensor; use joins=None, or "

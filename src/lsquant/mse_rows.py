@@ -32,13 +32,18 @@ def row_steps(rows: Tensor, q_min: int, q_max: int, importance: Tensor | None = 
     if importance is not None:
         importance = importance.detach().float().expand_as(rows)
         rows = torch.where(importance > 0, rows, torch.zeros_like(rows))
+        importance = importance / importance.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     per_chunk = max(1, AT_ONCE // max(1, rows.shape[1] * CANDIDATES))
     parts = torch.arange(len(rows)).split(per_chunk)
     found = [_searched(rows[p], None if importance is None else importance[p], q_min, q_max) for p in parts]
     return torch.cat(found) if found else rows.new_empty(0)
 
 
-def _searched(rows: Tensor, importance: Tensor | None, q_min: int, q_max: int) -> Tensor:
+def _searched(given: Tensor, importance: Tensor | None, q_min: int, q_max: int) -> Tensor:
+    if not len(given) or not given.shape[1]:
+        return given.new_zeros(len(given))
+    exponents = torch.frexp(given.abs().amax(1, keepdim=True))[1]
+    rows = torch.ldexp(given, -exponents)  # squares of very large and very small values are none in float32
     top = rows.new_zeros(len(rows))  # the step at which neither end is cut
     if q_min < 0:
         top = torch.maximum(top, rows.amin(1) / q_min)
@@ -69,7 +74,8 @@ def _searched(rows: Tensor, importance: Tensor | None, q_min: int, q_max: int) -
         error = torch.minimum(error, errors.gather(1, order[:, :1]))
         candidates = closed.gather(1, order)
     found = torch.where(live, best[:, 0], torch.zeros_like(top))
-    return _exact_where_possible(rows, found, error[:, 0], q_min, q_max)
+    exact = torch.nonzero((error[:, 0] > 0) & (error[:, 0] < 1e-9 * rows.square().sum(1))).flatten()
+    return _exact_where_possible(given, torch.ldexp(found, exponents[:, 0]), exact, q_min, q_max)
 
 
 def _errors(rows: Tensor, steps: Tensor, importance: Tensor | None, q_min: int, q_max: int) -> tuple[Tensor, Tensor]:
@@ -88,10 +94,9 @@ def _errors(rows: Tensor, steps: Tensor, importance: Tensor | None, q_min: int, 
     return errors, closed
 
 
-def _exact_where_possible(rows: Tensor, steps: Tensor, errors: Tensor, q_min: int, q_max: int) -> Tensor:
-    """Return steps, for rows that some step represents as they are that step, as ``mse.best_step`` does."""
-    energy = rows.square().sum(1)
-    for row in torch.nonzero((errors > 0) & (errors < 1e-9 * energy)).flatten().tolist():
+def _exact_where_possible(rows: Tensor, steps: Tensor, among: Tensor, q_min: int, q_max: int) -> Tensor:
+    """Return steps; of the rows among which there may be one that a step represents as it is, that step."""
+    for row in among.tolist():
         exact = exact_step(rows[row].cpu().numpy(), q_min, q_max)
         if exact:
             steps[row] = exact

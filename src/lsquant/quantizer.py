@@ -383,6 +383,13 @@ class Quantizer(nn.Module):
                 f"{self._who()}: all values are zero, no step can be set; check the data, or skip this layer"
             )
         step[tiny] = step[~tiny].median()
+        if self.step_dtype != "float32":
+            off = (reference.snapped(step, self.step_dtype) - step).abs() > step / 64
+            if bool(off.any()):
+                raise UsageError(
+                    f"{self._who()}: a step would be {float(step[off][0]):.3g}, which {self.step_dtype} does not hold; "
+                    "use step_dtype='bfloat16', or 'float32'"
+                )
         self.filled_steps = int(tiny.sum())
         self.step.copy_(step)
         if self.offset is not None and offset is not None:

@@ -117,10 +117,11 @@ def _joins(value: Setting) -> QuantSpec | None:
     spec = _specification(value, "activation") if isinstance(value, (int, QuantSpec)) else value
     if spec is None:
         return None
-    if not isinstance(spec, QuantSpec) or spec.offset or spec.signed is not None or spec.narrow:
+    plain = isinstance(spec, QuantSpec) and spec.step_dtype == "float32"
+    if not isinstance(spec, QuantSpec) or not plain or spec.offset or spec.signed is not None or spec.narrow:
         raise UsageError(
             f"joins={shown(value)}: give bits (2 to 8), or None for floating point; the tensors that joins read have "
-            "one step each, no offset, and a sign that calibration decides"
+            "one float32 step each, no offset, and a sign that calibration decides"
         )
     return spec
 
@@ -297,7 +298,7 @@ class Recipe:
         assert bits is not None
         activation = None if input_bits is None or input_bits in (16, 32) else QuantSpec(input_bits)
         weight = QuantSpec(bits, signed=True)
-        if group_size:
+        if group_size is not None:
             weight = replace(weight, granularity="group", group_size=group_size)
         first_and_last: tuple[Rule, ...] = ()
         if first_last is not None:

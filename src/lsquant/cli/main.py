@@ -133,6 +133,8 @@ def _task_options(sub: argparse.ArgumentParser, files: bool = False) -> None:
         sub.add_argument("--eval-tokens", type=int, metavar="N", help="text: measure on N tokens (default 100000)")
         about = "text: compute activations twice instead of keeping them"
         sub.add_argument("--activation-checkpointing", action="store_true", default=None, help=about)
+        about = "text: leave embeddings and head in floating point, as vLLM wants them"
+        sub.add_argument("--float-embeddings", action="store_true", default=None, help=about)
 
 
 def _bits(sub: argparse.ArgumentParser) -> None:

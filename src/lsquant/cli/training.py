@@ -18,7 +18,15 @@ from lsquant.tasks.text import Text
 
 ADAM_LR = 1e-3  # where the optimizer is Adam or AdamW and no --lr is given
 _SETTINGS = tuple(Settings.__dataclass_fields__)  # each has an option of its name
-_TASK = ("data", "valid", "model", "sequence", "eval_tokens", "activation_checkpointing")  # options of tasks
+_TASK = (
+    "data",
+    "valid",
+    "model",
+    "sequence",
+    "eval_tokens",
+    "activation_checkpointing",
+    "float_embeddings",
+)  # options of tasks
 _FLOAT = tuple(name for name in _SETTINGS if name.startswith("float_"))  # of the float training
 
 
@@ -83,8 +91,9 @@ def _refuse_changes(a: Namespace, run: Run) -> None:
 
 def _single(a: Namespace) -> None:
     """Take one name of --data as the place of the data, and a task's name behind several ones as the task."""
-    if a.data is not None and a.task is None and a.data[-1] in TASKS:  # train --data DIR cifar10
-        a.task = a.data.pop()
+    for files in (a.data, a.valid):
+        if files and a.task is None and files[-1] in TASKS:  # train --data DIR cifar10
+            a.task = files.pop()
     if a.data is not None and len(a.data) == 1:
         a.data = a.data[0]
 

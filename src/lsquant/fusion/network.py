@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -328,6 +329,8 @@ class Run:
             self.real[step.end] = step.module.float_type.forward(step.module, *args, **kwargs)
         elif step.module is not None:
             self.real[step.end] = step.module(*args, **kwargs)
+        elif call.op == "get_attr":  # a parameter of the model's own
+            self.real[step.end] = reduce(getattr, str(call.target).split("."), self.program.flow.model)
         elif call.op == "call_method":
             self.real[step.end] = getattr(args[0], str(call.target))(*args[1:], **kwargs)
         else:

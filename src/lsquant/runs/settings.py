@@ -12,7 +12,8 @@ from lsquant._util.errors import UsageError
 from lsquant.quantizer import Method
 
 Optimizer = Literal["sgd", "adam", "adamw"]
-Autocast = Literal["bfloat16", "float16"]
+Autocast = Literal["bfloat16"]
+"""float16 would need a loss scaler: gradients of a distillation over a vocabulary are 0 in it."""
 MOST = 2**63
 """Whole numbers are below it."""
 
@@ -63,7 +64,7 @@ class Settings:
         weight_decay_by_bits: less decay for weights of 2 and 3 bits (`param_groups`)
         clip_norm: largest norm of the gradient; None does not clip
         accumulate: cut every batch into so many parts and add their gradients, for less memory; of both phases
-        autocast: "bfloat16" or "float16", the type of forward passes in training; of both phases
+        autocast: "bfloat16", the type of forward passes in training; of both phases
         optimizer: "sgd"; "adam" or "adamw", which want `lr` near 0.001
         transition_rate: share of the low-bit weights that change code in a step at the beginning, e.g. 0.002; it falls
             to 0 along a cosine and decides the learning rate of these weights (`TransitionRate`); None: `lr` does

@@ -8,6 +8,7 @@ one is predicted.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from lsquant._util.batches import evaluating
 from lsquant._util.entry import shown
-from lsquant._util.errors import MissingFile, UsageError
+from lsquant._util.errors import LsquantError, MissingFile, UsageError
 from lsquant._util.optional import require
 from lsquant.recipe import Recipe, Rule, glob_of
 from lsquant.runs.defaults import FLOAT, low_bit_optimizer
@@ -56,6 +57,8 @@ class Text:
     sequence: tokens of a window
     eval_tokens: measure on so many tokens at most, from the beginning
     activation_checkpointing: compute activations again in the backward pass instead of keeping them
+    float_embeddings: whether presets leave embeddings and head in floating point, as vLLM wants them
+    text_sha256: of the text that a run was started with; another text is an error
 
     Raises: UsageError for an option that is missing or out of range; MissingFile.
     """
@@ -70,14 +73,18 @@ class Text:
         sequence: int = 256,
         eval_tokens: int = 100_000,
         activation_checkpointing: bool = False,
+        float_embeddings: bool = False,
+        text_sha256: str | None = None,
     ) -> None:
         if model is None or not isinstance(model, (str, os.PathLike)):
             raise UsageError("task 'text' needs --model FOLDER, a model as transformers saves it (docs/text.md)")
         for name, value, least in (("sequence", sequence, 2), ("eval_tokens", eval_tokens, 2)):
             if type(value) is not int or not least <= value < 2**40:
                 raise UsageError(f"task 'text': {name}={shown(value)}; a whole number from {least}")
-        if type(activation_checkpointing) is not bool:
-            raise UsageError(f"task 'text': activation_checkpointing={shown(activation_checkpointing)}; True or False")
+        flags = (("activation_checkpointing", activation_checkpointing), ("float_embeddings", float_embeddings))
+        for name, flag in flags:
+            if type(flag) is not bool:
+                raise UsageError(f"task 'text': {name}={shown(flag)}; True or False")
         folder = Path(model)
         if not (folder / "config.json").is_file():
             raise MissingFile(f"task 'text': {folder} has no config.json; --model is a folder of transformers")
@@ -87,10 +94,24 @@ class Text:
             "sequence": sequence,
             "eval_tokens": eval_tokens,
             "activation_checkpointing": activation_checkpointing,
+            "float_embeddings": float_embeddings,
         }
         if valid is not None:
             self.options["valid"] = _names(valid, "valid")
+        found = _sha256([*self.options["data"], *self.options.get("valid", ())])
+        if text_sha256 is not None and found not in (None, text_sha256):
+            raise UsageError(
+                "task 'text': the text is another one than the run was started with; give the same files by --data"
+            )
+        if found or text_sha256:
+            self.options["text_sha256"] = text_sha256 or found
         self.has_weights = any((folder / name).is_file() for name in WEIGHTS)
+        others = [file for end in ("*.bin", "*.pt", "*.pth", "*.safetensors", "*.gguf") for file in folder.glob(end)]
+        if not self.has_weights and others:
+            raise UsageError(
+                f"task 'text': {folder} has {others[0].name}, and weights are read from {WEIGHTS[0]} only; save the "
+                "model by model.save_pretrained(folder), or remove that file to train from scratch"
+            )
         self.settings = Settings(
             batch_size=16, float_epochs=0 if self.has_weights else 5, float_lr=1e-3, float_weight_decay=0.1, epochs=2,
             optimizer="adam", lr=3e-4, weight_decay=0.0, distill=True, clip_norm=1.0, calibration_batches=4,
@@ -99,20 +120,7 @@ class Text:
     # ---- model ----
 
     def model(self) -> nn.Module:
-        transformers = require("transformers", extra="integrations")
-        folder = self.options["model"]
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            if self.has_weights:
-                with _no_bars(transformers.utils.logging):
-                    model = transformers.AutoModelForCausalLM.from_pretrained(
-                        folder, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True
-                    )
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UsageError(f"task 'text': {folder} holds no causal language model ({reason})") from error
+        model = self._built(self.has_weights)
         model.config.use_cache = False
         if self.options["activation_checkpointing"]:
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -140,27 +148,48 @@ class Text:
             weight = QuantSpec(plain.weight.bits, signed=True, step_dtype="float16")
         rows = replace(weight, granularity="channel")
         weight = rows if size is None else replace(weight, granularity="group", group_size=size)
-        rules = []
+        rules, fits = [], False
         with torch.device("meta"):
-            model = self._empty()
+            model = self._built(False)
         ends = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
         for layer_name, layer in model.named_modules():
             if not isinstance(layer, (nn.Linear, nn.Embedding)):
                 continue
             inputs = layer.weight.shape[1]
             if id(layer) in ends or isinstance(layer, nn.Embedding):
+                if self.options["float_embeddings"]:
+                    rules.append(Rule(glob_of(layer_name), None, None))
+                    continue
                 wide = replace(rows, bits=8, narrow=False)
                 if size is not None and inputs % BLOCK == 0:
                     wide = replace(wide, granularity="group", group_size=BLOCK)
                 rules.append(Rule(glob_of(layer_name), wide, activation))
             elif size is not None and inputs % size:
                 rules.append(Rule(glob_of(layer_name), rows))
+            else:
+                fits = True
+        if not fits:
+            raise UsageError(f"--recipe {name}: groups of {size} divide the inputs of no layer of this model")
         return Recipe(weight, activation, rules)
 
-    def _empty(self) -> Any:
+    def _built(self, with_weights: bool) -> Any:
+        """Build the model.  Code in its folder is never run.  Raises: UsageError for a folder of no such model."""
         transformers = require("transformers", extra="integrations")
-        config = transformers.AutoConfig.from_pretrained(self.options["model"], local_files_only=True)
-        return transformers.AutoModelForCausalLM.from_config(config)
+        folder, kind = self.options["model"], transformers.AutoModelForCausalLM
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if not with_weights:
+                return kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            with _no_bars(transformers.utils.logging):
+                return kind.from_pretrained(
+                    folder, config=config, dtype=torch.float32, local_files_only=True, use_safetensors=True,
+                    trust_remote_code=False,
+                )  # fmt: skip
+        except Exception as error:
+            if isinstance(error, (LsquantError, torch.OutOfMemoryError)):
+                raise
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            raise UsageError(f"task 'text': {folder} holds no causal language model ({reason})") from error
 
     # ---- training ----
 
@@ -183,9 +212,22 @@ class Text:
         tokenizer = _tokenizer(self.options["model"])
         train = _encoded(tokenizer, self.options["data"])
         if "valid" in self.options:
-            return {"train": train, "test": _encoded(tokenizer, self.options["valid"])}
-        cut = int(len(train) * (1.0 - HELD_OUT))
-        return {"train": train[:cut], "test": train[cut:]}
+            found = {"train": train, "test": _encoded(tokenizer, self.options["valid"])}
+        else:
+            cut = int(len(train) * (1.0 - HELD_OUT))
+            found = {"train": train[:cut], "test": train[cut:]}
+        if len(found["test"]) < 2:
+            raise UsageError("task 'text': fewer than two tokens are left to measure on; give text by --valid FILE")
+        largest, known = max(int(t.max()) for t in found.values() if len(t)), self._vocabulary()
+        if largest >= known:
+            raise UsageError(
+                f"task 'text': the tokenizer gives the token {largest}, the model knows {known}; is it another model's?"
+            )
+        return found
+
+    def _vocabulary(self) -> int:
+        with torch.device("meta"):
+            return self._built(False).get_input_embeddings().weight.shape[0]
 
     def batches(
         self, split: Split, *, batch_size: int, seed: int = 0, epoch: int = 0
@@ -193,7 +235,7 @@ class Text:
         size = self.options["sequence"]
         if split == "test":
             tokens = self.tokens["test"][: self.options["eval_tokens"] + 1]
-            starts = torch.arange(0, len(tokens) - size, size)
+            starts = torch.arange(0, max(0, len(tokens) - size), size)
             for part in starts.split(min(batch_size, AT_ONCE)):
                 yield _windows(tokens, part, size)
             start = size * len(starts)
@@ -279,12 +321,25 @@ def _no_bars(logging: Any) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def _sha256(files: list[str]) -> str | None:
+    """Return the SHA-256 of files one after the other; None where one cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        for file in files:
+            with open(file, "rb") as data:
+                while part := data.read(1 << 20):
+                    digest.update(part)
+    except (OSError, ValueError):
+        return None
+    return digest.hexdigest()
+
+
 def _tokenizer(folder: str) -> Any:
     transformers = require("transformers", extra="integrations")
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
         raise UsageError(f"task 'text': {folder} has no tokenizer that transformers reads ({reason})") from error
 
 
@@ -294,14 +349,18 @@ def _encoded(tokenizer: Any, files: list[str]) -> Tensor:
     found: list[int] = []
     for file in files:
         try:
-            text = Path(file).read_text(encoding="utf-8")
+            text = Path(file).read_text(encoding="utf-8-sig")
         except FileNotFoundError as error:
             raise MissingFile(f"task 'text': the text file {file} does not exist") from error
-        except UnicodeDecodeError as error:
-            place = f"{error.reason} at byte {error.start}"
-            raise UsageError(f"task 'text': {file} is not text in UTF-8 ({place})") from error
-        documents = [part.strip() for part in text.split(END_OF_TEXT)]
-        encoded = tokenizer([d for d in documents if d], add_special_tokens=False, verbose=False)["input_ids"]
+        except (OSError, ValueError) as error:
+            if isinstance(error, UnicodeDecodeError):
+                place = f"{error.reason} at byte {error.start}"
+                raise UsageError(f"task 'text': {file} is not text in UTF-8 ({place})") from error
+            raise UsageError(f"task 'text': {shown(str(file))} cannot be read as a text file ({error})") from error
+        documents = [part.strip() for part in text.split(END_OF_TEXT) if part.strip()]
+        if not documents:
+            raise UsageError(f"task 'text': there is no text in {file}")
+        encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
         for tokens in encoded:
             found += [first, *tokens] if first is not None else [*tokens, *([] if last is None else [last])]
     return torch.tensor(found, dtype=torch.int64)

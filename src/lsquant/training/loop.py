@@ -110,8 +110,9 @@ def fit(
     forward: `forward(model, batch)` gives the output; by default see `calibrate`
     teacher: a network in eval mode, which is not trained
     clip_norm: largest norm of the gradient of all parameters together
-    accumulate: cut every batch into so many parts, whose gradients are added: memory for one part, the same step
-    autocast: "bfloat16" or "float16": the type of the forward passes of model and teacher
+    accumulate: cut every batch into so many parts, whose gradients are added: memory for one part, and the same step
+        for a loss that is the mean over samples of equal weight, and a network without BatchNorm
+    autocast: "bfloat16": the type of the forward passes of model and teacher
     evaluate: `evaluate(model)` gives metrics for the log at the end of an epoch
     observe: `observe(model)` (of a `FusedNetwork` the model in it) gives facts by quantizer, between backward and step
         in an epoch's last iteration
@@ -134,6 +135,7 @@ def fit(
     """
     if epochs < 0 or steps_per_epoch < 1:
         raise UsageError(f"epochs={epochs}, steps_per_epoch={steps_per_epoch}: at least 0 and 1 are needed")
+    _require_parts(model, accumulate, autocast)
     rows, extras = log if isinstance(log, Log) else Log(log), dict(extras or {})
     if transition is not None:
         if transition.optimizer is not unwrapped(optimizer):
@@ -231,6 +233,20 @@ def fit(
     return at
 
 
+def _require_parts(model: nn.Module, accumulate: Any, autocast: Any) -> None:
+    """Raise UsageError for arguments that ``fit`` cannot do."""
+    if type(accumulate) is not int or accumulate < 1:
+        raise UsageError(f"fit: accumulate={shown(accumulate)}; a whole number from 1")
+    if autocast not in (None, "bfloat16"):
+        raise UsageError(f"fit: autocast={shown(autocast)}; 'bfloat16' or None")
+    if accumulate > 1:
+        norms = (n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        if (name := next(norms, None)) is not None and not isinstance(model, FusedNetwork):
+            raise UsageError(
+                f"fit: accumulate={accumulate}: {name} normalizes over the batch, so parts are another step"
+            )
+
+
 def logits_of(output: Any) -> Any:
     """Return the logits in what a model of transformers returns; anything else itself."""
     return getattr(output, "logits", output)
@@ -258,10 +274,23 @@ def parts_of(batch: Any, count: int) -> Iterator[tuple[Any, float]]:
     if len(sizes) != 1 or not all(isinstance(t, torch.Tensor) and t.ndim for t in values.values()):
         raise UsageError("accumulate: a batch has to be a tensor, or a tuple or mapping of tensors of one length")
     size = sizes.pop()
+    if not size:
+        raise UsageError("accumulate: an empty batch")
     for at in torch.arange(size).tensor_split(min(count, size)):
         cut = {name: t[at[0] : at[-1] + 1] for name, t in values.items()}
-        whole: Any = cut if isinstance(batch, Mapping) else tuple(cut.values())
-        yield (whole[0] if isinstance(batch, torch.Tensor) else whole), len(at) / size
+        yield _like(batch, cut), len(at) / size
+
+
+def _like(batch: Any, cut: dict[Any, torch.Tensor]) -> Any:
+    """Return parts in the form of the batch."""
+    if isinstance(batch, Mapping):
+        return cut
+    values = list(cut.values())
+    if isinstance(batch, torch.Tensor):
+        return values[0]
+    if isinstance(batch, list):
+        return values
+    return type(batch)(*values) if hasattr(batch, "_fields") else tuple(values)
 
 
 def autocast_to(dtype: str | None, device: torch.device) -> Any:

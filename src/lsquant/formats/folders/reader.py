@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,18 +45,20 @@ class ModelFolder:
     path: of the folder.
     layers: name -> codes and steps.
     tensors: name -> tensor that is not quantized.
+    config: of the model, without its quantization.
     """
 
     path: str
     layers: dict[str, Stored]
     tensors: dict[str, Tensor]
+    config: dict[str, Any]
 
 
 def read_floats(folder: str | os.PathLike[str]) -> ModelFolder:
     """Return the tensors of a folder without quantization.  Raises: MissingFile, DamagedFile."""
     config = read_json(Path(folder) / CONFIG)
     config.require(KEY not in config.table(), f"it has a {KEY!r}")
-    return ModelFolder(os.fspath(folder), {}, _tensors(folder))
+    return ModelFolder(os.fspath(folder), {}, _tensors(folder), config.value)
 
 
 def read_compressed(folder: str | os.PathLike[str]) -> ModelFolder:
@@ -86,7 +89,8 @@ def read_compressed(folder: str | os.PathLike[str]) -> ModelFolder:
             entry.refuse(f"it has codes, and {CONFIG} does not count it among the quantized layers")
         entry.require(f"{name}.weight" not in tensors, "it has codes and a float weight")
         layers[name] = _layer(entry, found, *(tensors.pop(f"{name}.{part}", None) for part in (PACKED, SCALE, SHAPE)))
-    return ModelFolder(os.fspath(folder), layers, tensors)
+    said = {key: value for key, value in config.value.items() if key != KEY}
+    return ModelFolder(os.fspath(folder), layers, tensors, said)
 
 
 def _tensors(folder: str | os.PathLike[str]) -> dict[str, Tensor]:

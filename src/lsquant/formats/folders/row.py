@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from lsquant._util.entry import read_json
-from lsquant._util.errors import LsquantError
+from lsquant._util.entry import read_json, shown
+from lsquant._util.errors import LsquantError, UsageError
 from lsquant.formats.base import FileFormat
 from lsquant.formats.folders.content import CONFIG, KEY
 from lsquant.formats.folders.reader import ModelFolder, read_compressed, read_floats
-from lsquant.formats.folders.writer import export_compressed_tensors, export_hf, float_weights
+from lsquant.formats.folders.writer import config_of, export_compressed_tensors, export_hf, float_weights, floats_of
 from lsquant.shipped import Pair, Shipped, paired
 
 
@@ -27,6 +27,24 @@ class FolderFormat(FileFormat):
 
     def size(self, path: Path) -> int:
         return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+
+
+def require_config(content: ModelFolder, record: Shipped) -> None:
+    """Raise a UsageError for a folder whose config.json is not that of the model."""
+    wanted, found = config_of(record), content.config
+    keys = sorted((wanted.keys() | found.keys()) - {"transformers_version"})
+    missing = object()
+    if odd := [key for key in keys if wanted.get(key, missing) != found.get(key, missing)]:
+        said, own = shown(found.get(odd[0])), shown(wanted.get(odd[0]))
+        raise UsageError(f"{content.path} is of another model: its {CONFIG} has {odd[0]}={said}, the model {own}")
+
+
+def _floats(content: ModelFolder, wanted: dict[str, Tensor], known: Collection[str] = ()) -> Iterator[Pair]:
+    """Yield what stays in floating point, and what a folder holds besides."""
+    for name, value in wanted.items():
+        yield Pair(name, content.tensors.get(name), value)
+    for name in sorted(content.tensors.keys() - wanted.keys() - set(known)):
+        yield Pair(name, content.tensors[name], None)
 
 
 class CompressedTensorsFormat(FolderFormat):
@@ -51,7 +69,9 @@ class CompressedTensorsFormat(FolderFormat):
         return read_compressed(path)
 
     def weights(self, content: ModelFolder, record: Shipped) -> Iterator[Pair]:
-        return paired(record, {f"{name}.weight_quantizer": stored for name, stored in content.layers.items()})
+        require_config(content, record)
+        yield from paired(record, {f"{name}.weight_quantizer": stored for name, stored in content.layers.items()})
+        yield from _floats(content, floats_of(record))
 
 
 class HfFormat(FolderFormat):
@@ -74,5 +94,9 @@ class HfFormat(FolderFormat):
 
     def weights(self, content: ModelFolder, record: Shipped) -> Iterator[Pair]:
         """Yield the float weights of a folder beside ``code * step`` in the type that the layer multiplies in."""
-        for quantizer, (name, wanted) in float_weights(record).items():
+        require_config(content, record)
+        own = float_weights(record)
+        for quantizer, (name, wanted) in own.items():
             yield Pair(quantizer, content.tensors.get(name), wanted)
+        quantized = {name for name, _ in own.values()}
+        yield from _floats(content, floats_of(record), quantized)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lsquant._util.entry import reason, shown
-from lsquant._util.errors import MissingFile, UsageError
+from lsquant._util.errors import LsquantError, MissingFile, UsageError
 from lsquant._util.files import as_path, atomic_folder, write_json
 from lsquant._util.optional import require
-from lsquant._util.tensors import write_tensors
+from lsquant._util.tensors import CHECKSUM, read_tensors, write_tensors
 from lsquant.formats.folders.content import (
     CONFIG,
     FORMAT,
@@ -39,6 +39,7 @@ TOKENIZER_FILES = (
     *("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json"),
 )
 """What is copied out of a tokenizer's folder."""
+GENERATION = "generation_config.json"
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -217,7 +218,7 @@ def _weight(layer: ShippedLayer) -> tuple[ShippedQuantizer, Tensor]:
 
 def _scale_dtype(record: Shipped, asked: str | None) -> torch.dtype:
     """Return the type of the steps.  Raises: UsageError naming a layer with a step that is no number of it."""
-    if asked is not None and asked not in SCALE_DTYPES:
+    if asked is not None and (not isinstance(asked, str) or asked not in SCALE_DTYPES):
         raise UsageError(f"scale_dtype={shown(asked)}; use one of {', '.join(map(repr, SCALE_DTYPES))}")
     for layer in record.layers.values():  # transformers and vLLM read steps in the type of the model
         own = layer.source.weight.dtype
@@ -304,6 +305,8 @@ def _write(
     """Write the folder aside and rename it."""
     model: Any = record.model
     files = _tokenizer_files(tokenizer)
+    if overwrite:
+        _require_own(as_path(folder))
     with atomic_folder(folder, replace=CONFIG if overwrite else None) as temporary:
         write_tensors(temporary / WEIGHTS, tensors, {"format": "pt"})
         write_json(temporary / CONFIG, _config(model, quantization))
@@ -314,6 +317,31 @@ def _write(
         for file in files or ():
             shutil.copyfile(file, temporary / file.name)
     return Path(folder)
+
+
+def _require_own(folder: Path) -> None:
+    """Raise a UsageError for a folder with anything in it that is not of an earlier call."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    known = {CONFIG, WEIGHTS, GENERATION, *TOKENIZER_FILES}
+    if foreign := sorted(file.name for file in folder.iterdir() if file.name not in known):
+        raise UsageError(f"{folder} is not replaced: {foreign[0]!r} in it was not written here; give another folder")
+    try:
+        is_own = CHECKSUM in read_tensors(folder / WEIGHTS, with_tensors=False)[0]
+    except LsquantError:
+        is_own = False
+    if not is_own:
+        raise UsageError(f"{folder} is not replaced: lsquant has not written its {WEIGHTS}; give another folder")
+
+
+def config_of(record: Shipped) -> dict[str, Any]:
+    """Return what config.json says of a model but for its quantization."""
+    return _config(record.model, None)
+
+
+def floats_of(record: Shipped) -> dict[str, Tensor]:
+    """Return the tensors that stay in floating point, under all names that a folder has for them."""
+    return _with_aliases(record, *leftovers(record))
 
 
 def _save_generation_config(config: Any, folder: Path) -> None:

@@ -79,3 +79,6 @@ def _require_parameters(content: GgufFile, language: LanguageModel) -> None:
         wanted = float(np.float32(value)) if isinstance(value, float) else value
         if type(found) is not type(wanted) or found != wanted:
             raise UsageError(f"{content.path} is of another model: its {key} is {found!r:.80}, this model's {wanted!r}")
+    own = f"{language.architecture.name}."
+    if more := sorted(k for k in content.metadata if k.startswith(own) and k not in language.parameters):
+        raise UsageError(f"{content.path} is of another model: it has {more[0]!r:.80}, which this model has not")

@@ -52,7 +52,7 @@ def export_gguf(
     Warns: UserWarning naming the matrices that are not in ``type``, and why.
     """
     for name, value, known in (("type", type, TYPES), ("float_type", float_type, FLOAT_TYPES)):
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise UsageError(f"export_gguf: {name}={shown(value)}; choose from {', '.join(map(repr, known))}")
     record = ship(model).require_layers("export_gguf")
     language, tensors = planned(record)

@@ -28,7 +28,7 @@ def windows(q, kernel, step, pad):
     """Return (batch, channels, *positions, *kernel), the windows of a padded image."""
     size = [(k - 1) * d + 1 for k, d in zip(kernel, step["dilation"], strict=True)]
     q = np.pad(q, [(0, 0), (0, 0), *step["padding"]], constant_values=pad)
-    every = [slice(None, None, skipped) for skipped in (*step["stride"], *step["dilation"])]
+    every = (slice(None, None, skipped) for skipped in step["stride"] + step["dilation"])
     return views(q, size, tuple(range(2, q.ndim)))[(..., *every)]
 
 
@@ -37,9 +37,8 @@ def convolution(q, w, step):
     g, seen = step["groups"], windows(q.astype(np.float64), w.shape[2:], step, 0)
     positions = seen.shape[2 : w.ndim]
     seen = np.moveaxis(seen.reshape(len(q), g, w.shape[1], *positions, *w.shape[2:]), 2, w.ndim)
-    rows = seen.reshape(len(q), g, int(np.prod(positions)), w[0].size)
-    sums = rows @ np.swapaxes(w.reshape(g, len(w) // g, -1), 1, 2)
-    return np.swapaxes(sums, 2, 3).reshape(len(q), len(w), *positions)
+    rows, columns = seen.reshape(len(q), g, int(np.prod(positions)), w[0].size), w.reshape(g, len(w) // g, -1)
+    return np.swapaxes(rows @ np.swapaxes(columns, 1, 2), 2, 3).reshape(len(q), len(w), *positions)
 
 
 def moved(q, step):
@@ -50,7 +49,8 @@ def moved(q, step):
     if kind == "slice":
         return q[tuple(slice(*part) for part in step["index"])]
     if kind == "chunk":
-        return np.split(q, step["chunks"], step["axis"])[step["part"]]
+        first = step["part"] * (size := -(-q.shape[step["axis"]] // step["chunks"]))
+        return q[(slice(None),) * step["axis"] + (slice(first, first + size),)]
     if kind == "pad":
         return np.pad(q, [(0, 0)] * (q.ndim - len(step["padding"])) + step["padding"])
     if kind == "upsample":

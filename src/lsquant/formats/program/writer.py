@@ -160,7 +160,7 @@ def _function(run: Run, step: Step, tensors: dict[str, Tensor]) -> Entry:
 def _part(step: Step) -> Entry:
     """Return what is said of a part of what Chunk or Split cuts, or of an index."""
     cutter, index = step.node.inputs[0].module, step.node.call.args[1]
-    if isinstance(cutter, lnn.Chunk) and isinstance(index, int):
+    if isinstance(cutter, lnn.Chunk) and isinstance(index, int) and index >= 0 and cutter.dim >= 0:
         return {"move": "chunk", "chunks": cutter.chunks, "axis": cutter.dim, "part": index}
     if (
         isinstance(cutter, lnn.Split)
@@ -173,7 +173,10 @@ def _part(step: Step) -> Entry:
         return {"move": "slice", "index": [*others, [start, start + cutter.sizes[index], None]]}
     parts: Any = index if isinstance(index, tuple) else (index,)
     if not all(isinstance(part, slice) for part in parts):
-        raise UsageError(f"{step.name}: the index {index} has no form in a program; use lsquant.nn.Slice")
+        raise UsageError(
+            f"{step.name}: the index {index} has no form in a program; use Chunk or Split with a dimension and places "
+            "from the front, or lsquant.nn.Slice"
+        )
     return {"move": "slice", "index": [[part.start, part.stop, part.step] for part in parts]}
 
 
