@@ -20,7 +20,7 @@ def test_weight_steps_are_set_by_prepare_and_an_all_zero_channel_gets_the_median
     layer = nn.Linear(8, 5)
     with torch.no_grad():
         layer.weight[2] = 0.0
-    lsquant.prepare(layer, Recipe(QuantSpec(4, granularity="channel"), None))
+    lsquant.prepare(layer, Recipe(QuantSpec(4, granularity="channel"), 8))
     q = layer.weight_quantizer
     want = oracle.initial_step(layer.weight.detach().numpy(), 7, axis=0)
     others = sorted(float(s) for k, s in enumerate(want) if k != 2)

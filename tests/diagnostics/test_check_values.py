@@ -53,7 +53,8 @@ def test_unused_levels(kind, preset):
 
 def test_the_papers_rule_at_8_bits_uses_few_levels_and_is_no_finding():
     model = nn.Linear(64, 128)
-    lsquant.prepare(model, Recipe.preset("w8"))
+    lsquant.prepare(model, Recipe(8, 8))
+    lsquant.calibrate(model, [torch.randn(64, 64)])
     assert int(model.integer_weight()[0].max()) < 32
     assert check(model) == check(model, batches=[torch.randn(2, 64)]) == []
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,9 @@ def test_transformers_loads_what_was_trained(kind: str, recipe: str, tmp_path: P
     )
     codes = sum(layer.weight.numel() for layer in weights(model).values())
     steps = sum(layer.weight_quantizer.step.numel() for layer in weights(model).values())
-    assert verdict.checks[0].compared == codes + steps
+    stored, _ = read_safetensors(folder / "model.safetensors")
+    floats = sum(t.numel() for name, t in stored.items() if name.rpartition(".")[2] in ("weight", "bias"))
+    assert verdict.checks[0].compared == codes + steps + floats
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
@@ -162,13 +165,13 @@ def test_float_weights_while_loading(scale: str, tmp_path: Path) -> None:
 def test_a_quantized_head_and_training_go_along(tmp_path: Path) -> None:
     """A few steps of training, then what was trained is shipped, head and all."""
     model = language_model(tie_word_embeddings=False)
-    lsquant.prepare(model, Recipe.preset("w4g32", first_last=None, skip=[nn.Embedding]))
+    spec = QuantSpec(4, True, granularity="group", group_size=32, step_dtype="float16")
+    lsquant.prepare(model, Recipe(spec, rules=[Rule(nn.Embedding, None)]))
     optimizer = torch.optim.SGD(lsquant.param_groups(model, lr=0.05), momentum=0.9)
     for _ in range(3):
         model(input_ids=TOKENS, labels=TOKENS).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    snap(model, torch.float16)
     folder = lsquant.export_compressed_tensors(model, tmp_path / "f")
     assert config_of(folder)["quantization_config"]["ignore"] == []
     other = loaded(folder)
@@ -281,16 +284,22 @@ def test_folders_are_replaced_on_demand_only(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="f exists: give another folder, or overwrite=True"):
         lsquant.export_compressed_tensors(model, folder)
     assert profile_of(folder) == "hf"
-    (folder / "old").write_text("x")
     lsquant.export_compressed_tensors(model, folder, overwrite=True)
     assert profile_of(folder) == "compressed-tensors"
-    assert not (folder / "old").exists()
+    (folder / "notes").write_text("x")
+    with pytest.raises(UsageError, match="'notes' in it was not written here; give another folder"):
+        lsquant.export_hf(model, folder, overwrite=True)
+    (folder / "notes").unlink()
+    language_model().save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UsageError, match=r"theirs is not replaced: lsquant has not written its model.safetensors"):
+        lsquant.export_hf(model, tmp_path / "theirs", overwrite=True)
+    shutil.rmtree(tmp_path / "theirs")
     (folder / "more").mkdir()
-    with pytest.raises(UsageError, match=r"f is no model folder, .*: it is not replaced"):
+    with pytest.raises(UsageError, match=r"'more' in it was not written here"):
         lsquant.export_hf(model, folder, overwrite=True)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter").write_text("dear")
-    with pytest.raises(UsageError, match="is no model folder"):
+    with pytest.raises(UsageError, match="'letter' in it was not written here"):
         lsquant.export_hf(model, tmp_path / "other", overwrite=True)
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="is a file: give the name of a folder"):
@@ -429,6 +438,24 @@ def test_verify_of_other_things(tmp_path: Path) -> None:
         lsquant.verify(model, tmp_path / "nothing", [])
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(MissingFile, match=r"model\.safetensors does not exist"):
+        lsquant.verify(model, folder, [])
+
+
+@pytest.mark.parametrize("write", [lsquant.export_compressed_tensors, lsquant.export_hf])
+def test_what_stays_float_and_the_config_are_compared(write: Any, tmp_path: Path) -> None:
+    model = quantized(language_model(), W4G32)
+    folder = write(model, tmp_path / "f")
+    assert lsquant.verify(model, folder, []).level == "weights"
+    with torch.no_grad():
+        model.model.norm.weight[3] += 1e-6
+    verdict = lsquant.verify(model, folder, [])
+    assert (verdict.level, verdict.checks[0].mismatches, verdict.checks[0].worst) == ("none", 1, "model.norm.weight")
+    with torch.no_grad():
+        model.model.norm.weight.copy_(torch.ones(64))
+    assert lsquant.verify(model, folder, []).level == "weights"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    with pytest.raises(UsageError, match=r"its config.json has rms_norm_eps=0.5, the model 1e-06"):
         lsquant.verify(model, folder, [])
 
 

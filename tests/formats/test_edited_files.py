@@ -318,7 +318,7 @@ def of_gguf(language: Path, folder: Path) -> Subject:
     """Bytes and numbers of the header, bytes of the data; every file is read, and compared with the model."""
     data, target = (language / "m.gguf").read_bytes(), folder / "m.gguf"
     start = read_gguf(language / "m.gguf").start
-    shipped = ship(lsquant.load(language_model(), language / "saved").eval())
+    shipped = ship(lsquant.load(gguf_model(), language / "saved").eval())
 
     def edit(edits: Edits) -> str:
         kind = edits.one(("bytes", "header", "header", "number", "number", "data"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lsquant
 from lsquant import Recipe, UsageError, reference_integer
-from lsquant.nn import Add, Cat, Slice
+from lsquant.nn import Add, Cat, Chunk, Mul, Slice
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -202,3 +202,39 @@ def test_nan_stays_in_its_sample() -> None:
         wanted, found = network(X), network(x)
     assert torch.equal(found[[0, 2, 3]], wanted[[0, 2, 3]])
     assert bool(found[1].isnan().any())
+
+
+class WithNumbers(nn.Module):
+    """A product with a number, a sum with one, and a product with a parameter of the model's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.mul, self.add, self.scale = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3), Mul(), Add(), Mul()
+        self.gamma = nn.Parameter(torch.linspace(0.5, 2, 4)[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.scale(self.add(self.mul(self.a(x), 2.0), 1.0), self.gamma))
+
+
+def test_products_with_numbers_and_with_parameters() -> None:
+    network = ready(WithNumbers())
+    assert {step.name for step in network.program.floats} >= {"mul", "add", "gamma"}
+    x = X[:2]
+    with torch.no_grad():
+        assert (network(x) - network.model(x)).abs().max() < 0.05 * network.model(x).abs().max()
+
+
+@pytest.mark.parametrize("channels,chunks", [(5, 2), (6, 4), (7, 3)])
+def test_parts_of_unequal_sizes(channels: int, chunks: int, tmp_path: Path) -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            sizes = [len(part) for part in torch.arange(channels).chunk(chunks)]
+            self.a, self.cut, self.add, self.end = nn.Conv2d(3, channels, 3), Chunk(chunks), Add(), nn.Conv2d(2, 2, 1)
+            self.first, self.last, self.at = nn.Conv2d(sizes[0], 2, 3), nn.Conv2d(sizes[-1], 2, 3), len(sizes) - 1
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = self.cut(self.a(x))
+            return self.end(self.add(self.first(parts[0]), self.last(parts[self.at])))
+
+    exact(ready(Parts()), tmp_path, X, X[:1])

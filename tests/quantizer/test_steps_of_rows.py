@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,8 @@ def test_importance_of_tied_weights_unused_layers_and_wrong_arguments() -> None:
     model: Any = Tied()
     lsquant.prepare(model, Recipe(QuantSpec(4, granularity="channel")))
     x = torch.arange(9)
-    lsquant.calibrate(model, [x], weights="mse", importance=True)
+    with pytest.warns(UserWarning, match="nothing reached idle"):
+        lsquant.calibrate(model, [x], weights="mse", importance=True)
     moments = (model.embed.weight.detach()[x] * torch.tensor([1.0, 0.1, 3.0, 0.0])).double().square().mean(0).numpy()
     v, step = model.head.weight[2].detach().double().numpy(), model.head.weight_quantizer.step[2].item()
     assert excess(v, moments, step, -8, 7) <= 1.001
@@ -218,3 +220,43 @@ def test_an_offset_and_unknown_types_are_refused() -> None:
     with pytest.raises(UsageError, match="step_dtype='half'; use one of float32, float16, bfloat16"):
         QuantSpec(4, step_dtype="half")  # type: ignore[arg-type]
     assert str(QuantSpec(4, signed=True, step_dtype="float16")).endswith("steps in float16")
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e20, 1e30])
+def test_steps_follow_the_scale_of_values_and_of_inputs(scale: float) -> None:
+    rows = rows_of(3, 20, 32, -8)
+    power = 2.0 ** round(math.log2(scale))
+    assert torch.equal(row_steps(rows * power, -8, 7), row_steps(rows, -8, 7) * power)
+    importance = torch.rand(20, 32)
+    wanted = row_steps(rows, -8, 7, importance)
+    torch.testing.assert_close(row_steps(rows, -8, 7, importance * scale), wanted, rtol=1e-3, atol=0)
+
+
+def test_importance_of_bad_inputs_and_of_layers_that_nothing_reaches() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    model = Unused()
+    lsquant.prepare(model, Recipe(4))
+    with pytest.raises(UsageError, match="the inputs of 'used' are NaN or infinite"):
+        lsquant.calibrate(model, [torch.full((2, 4), float("nan"))], weights="mse", importance=True)
+    with pytest.warns(UserWarning, match="nothing reached idle"):
+        lsquant.calibrate(model, [torch.randn(2, 4)], weights="mse", importance=True)
+
+
+def test_a_step_that_the_type_does_not_hold_and_stored_tensors() -> None:
+    for scale in (1e8, 1e-9):
+        quantizer = Quantizer(QuantSpec(4, signed=True, step_dtype="float16"), count=4)
+        with pytest.raises(UsageError, match="which float16 does not hold; use step_dtype='bfloat16'"):
+            quantizer.initialize(torch.randn(64) * scale)
+    half = QuantSpec(8, step_dtype="float16")
+    with pytest.raises(UsageError, match="one float32 step each"):
+        Recipe(8, 8, joins=half)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+    with pytest.raises(UsageError, match="the step of a stored tensor is float32, not float16"):
+        lsquant.prepare(model, Recipe(8, half, joins=8), example_inputs=torch.randn(1, 3, 4, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lsquant.cli.main import main
 from lsquant.runs import Run, run_training
 from lsquant.tasks import get_task
 from lsquant.tasks.text import next_token_loss
-from lsquant.training.loop import parts_of
+from lsquant.training.loop import fit, parts_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -296,3 +297,106 @@ def test_the_name_of_a_task_behind_its_data(tmp_path: Path, capsys: pytest.Captu
         main(["train", "--out", str(tmp_path / "r"), "--bits", "4", "--data", str(tmp_path / "none"), "cifar10"]) == 3
     )
     assert "none" in capsys.readouterr().err
+
+
+def test_code_in_a_models_folder_is_never_run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers would ask, and a y would run it."""
+    monkeypatch.setattr("builtins.input", lambda *a: "y")
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    auto = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", None]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": auto}))
+    for call in (lambda t: t.model(), lambda t: t.preset("w4"), lambda t: t.steps_per_epoch(2)):
+        with pytest.raises(UsageError, match=r"holds no causal language model|has no tokenizer"):
+            call(task(place, model=str(tmp_path)))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_in_another_form_are_not_passed_over(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((place / "empty" / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"has pytorch_model.bin, and weights are read from model.safetensors only"):
+        task(place, model=str(tmp_path))
+
+
+def test_another_text_on_resume(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "t.txt").write_text(sentences(0, 120))
+    how = ["train", "text", "--model", str(place / "model"), "--sequence", "12", "--batch-size", "8", "--epochs", "1"]
+    how += ["--data", str(tmp_path / "t.txt"), "--recipe", "w4", "--quiet", "--out", str(tmp_path / "run")]
+    assert main(how) == 0
+    (tmp_path / "t.txt").write_text(sentences(7, 120))
+    assert main(["train", "--resume", "--out", str(tmp_path / "run"), "--quiet"]) == 2
+    assert "the text is another one than the run was started with" in capsys.readouterr().err
+
+
+def test_texts_that_are_too_short_or_of_another_model(place: Path, tmp_path: Path) -> None:
+    assert task(place, eval_tokens=5).metric(task(place).model())["loss"] > 0  # shorter than a window
+    for name, content, says in (("a.txt", "", "there is no text in"), ("b.txt", "<|endoftext|>", "there is no text")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UsageError, match=says):
+            task(place, data=str(tmp_path / name)).steps_per_epoch(2)
+    (tmp_path / "c.txt").write_text("cat")
+    with pytest.raises(UsageError, match="fewer than two tokens are left"):
+        task(place, valid=None, data=str(tmp_path / "c.txt")).steps_per_epoch(2)
+    with pytest.raises(UsageError, match="cannot be read as a text file"):
+        task(place, data=str(tmp_path)).steps_per_epoch(2)
+    larger = tokenizer_json()
+    larger["model"]["vocab"] = {w: i + (20 if w == "cat" else 0) for w, i in larger["model"]["vocab"].items()}
+    for file in (place / "model").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(larger))
+    with pytest.raises(UsageError, match="the tokenizer gives the token 24, the model knows 16"):
+        task(place, model=str(tmp_path)).steps_per_epoch(2)
+
+
+def test_embeddings_in_floating_point_reach_vllm(place: Path, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    assert main(arguments(place, tmp_path / "run", "--recipe", "w4g8", "--float-embeddings")) == 0
+    out = tmp_path / "folder"
+    how = ["export", str(tmp_path / "run"), "--profile", "compressed-tensors", "--tokenizer", str(place / "model")]
+    assert main([*how, "--out", str(out)]) == 0
+    assert (out / "tokenizer.json").is_file()
+    assert (
+        main(
+            [
+                "verify",
+                str(tmp_path / "run"),
+                "--profile",
+                "compressed-tensors",
+                "--file",
+                str(out),
+                "--require",
+                "weights",
+            ]
+        )
+        == 0
+    )
+
+
+def test_presets_that_fit_no_layer(place: Path) -> None:
+    with pytest.raises(UsageError, match="groups of 3 divide the inputs of no layer"):
+        task(place).preset("ternaryg3")
+    with pytest.raises(UsageError, match="group_size=0"):
+        task(place).preset("w4g0")
+
+
+@pytest.mark.parametrize(
+    "wrong,says",
+    [({"accumulate": 0}, "accumulate=0"), ({"accumulate": 2.5}, "accumulate=2.5"), ({"autocast": "float16"}, "float16"),
+     ({"accumulate": 2}, "0 normalizes over the batch")],
+)  # fmt: skip
+def test_what_fit_cannot_do(wrong: dict[str, Any], says: str) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = (torch.randn(4, 2), torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(UsageError, match=says):
+        fit(model, lambda epoch: [batch], optimizer, epochs=1, steps_per_epoch=1, quiet=True, **wrong)
+
+
+def test_parts_have_the_form_of_the_batch() -> None:
+    Named = namedtuple("Named", ["x", "y"])
+    batch = Named(torch.zeros(4, 2), torch.zeros(4))
+    assert all(isinstance(part, Named) and len(part.x) == 2 for part, _ in parts_of(batch, 2))
+    assert all(isinstance(part, list) for part, _ in parts_of([torch.zeros(4)], 2))
+    with pytest.raises(UsageError, match="an empty batch"):
+        list(parts_of(torch.zeros(0, 2), 2))
