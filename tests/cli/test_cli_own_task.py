@@ -55,7 +55,7 @@ def test_train_wrong_tasks(own, capsys):
     for where, text in (
         ("points.py:tsak", "points.py has no 'tsak'; near names: task"),
         ("points.py:half", "is a Linear and no task: it lacks batches, example_input"),
-        ("points", "there is no task 'points'; tasks: digits, cifar10, or your own as FILE.py:task"),
+        ("points", "there is no task 'points'; tasks: digits, cifar10, text, or your own as FILE.py:task"),
     ):
         run("train", where, "--bits", "4", "--out", "run", code=2)
         assert text in capsys.readouterr().err

@@ -236,7 +236,7 @@ class Text:
         if split == "test":
             tokens = self.tokens["test"][: self.options["eval_tokens"] + 1]
             starts = torch.arange(0, max(0, len(tokens) - size), size)
-            for part in starts.split(min(batch_size, AT_ONCE)):
+            for part in starts.split(min(batch_size, AT_ONCE)) if len(starts) else ():
                 yield _windows(tokens, part, size)
             start = size * len(starts)
             if rest := max(0, len(tokens) - 1 - start):  # the last window is shorter
