@@ -239,7 +239,7 @@ def test_accelerate_trains_and_resumes(tmp_path, precision):
         accelerate.state.AcceleratorState._reset_state(True)  # another test may have chosen another precision
         model = make(calibrated)
         accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
-        optimizer = torch.optim.AdamW(lsquant.param_groups(model, lr=1e-3, weight_decay=0.5, step_lr=1e-4))
+        optimizer = torch.optim.AdamW(lsquant.param_groups(model, lr=1e-3, weight_decay=0.5, step_lr=1e-5))
         return accelerator, *accelerator.prepare(model, optimizer)
 
     def go(accelerator, model, optimizer, count):
