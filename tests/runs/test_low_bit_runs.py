@@ -372,8 +372,8 @@ OTHER = Settings(
     seed=3, batch_size=32, momentum=0.8, float_epochs=7, float_lr=0.2, float_weight_decay=2e-4, epochs=9, lr=0.02,
     step_lr=0.001, weight_decay=3e-4, weight_decay_by_bits=True, warmup=11, clip_norm=2.5, distill=False,
     distill_weight=0.5, distill_temperature=4.0, progressive=(8, 4), progressive_epochs=2, ema=0.99, bn_batches=12,
-    weight_init="mse", activation_init="paper", calibration_batches=5, threads=1, accumulate=2, autocast="bfloat16", optimizer="adam",
-    transition_rate=0.004, fold_epochs=3, fold_lr=0.002,
+    weight_init="mse", activation_init="paper", calibration_batches=5, threads=1, optimizer="adam",
+    accumulate=2, autocast="bfloat16", transition_rate=0.004, fold_epochs=3, fold_lr=0.002,
 )  # fmt: skip
 
 
