@@ -84,7 +84,7 @@ def values_in(path: Path, names: list[str], x: Tensor) -> list[np.ndarray]:
 # ---- xnnpack: the same network in int8 ----
 
 
-@pytest.mark.parametrize("first", SEEDS)
+@pytest.mark.parametrize("first", [SEEDS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SEEDS[1:])])
 def test_int8_is_the_same_network_in_another_container(first: int, tmp_path: Path) -> None:
     for seed in range(first, first + PER_TEST):
         wanted, _, x = drawn(seed)
@@ -218,7 +218,7 @@ def check_rules(proto: Any) -> None:
             assert values[node.input[2]].dtype == np.float32
 
 
-@pytest.mark.parametrize("first", SEEDS)
+@pytest.mark.parametrize("first", [SEEDS[0], *(pytest.param(s, marks=pytest.mark.slow) for s in SEEDS[1:])])
 def test_the_rules_of_tensorrt(first: int, tmp_path: Path) -> None:
     for seed in range(first, first + PER_TEST):
         network, _, x = drawn(seed, "tensorrt")

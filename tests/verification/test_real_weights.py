@@ -23,7 +23,7 @@ def test_steps_and_codes_of_real_convolutions(data_folder, file, bits):
         layer = nn.Conv2d(weight.shape[1], weight.shape[0], tuple(weight.shape[2:]), bias=False)
         layer.weight = nn.Parameter(weight)
         model = nn.Sequential(layer)
-        lsquant.prepare(model, Recipe(QuantSpec(bits, granularity="channel")))
+        lsquant.prepare(model, Recipe(QuantSpec(bits, granularity="channel"), 8))
         codes, step, _ = model[0].integer_weight()
         usual = 2 * weight.abs().mean((1, 2, 3)) / (2 ** (bits - 1) - 1) ** 0.5
         alive = usual > torch.finfo(torch.float32).tiny
