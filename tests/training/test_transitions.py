@@ -442,7 +442,7 @@ class Stop(Exception):
 def test_a_run_that_was_stopped_ends_with_the_same_bits(kind, tmp_path):
     def run(name: str, stop: int | None = None) -> tuple[Several, TransitionRate, list[dict]]:
         model = several()
-        optimizer = OPTIMIZERS[kind](param_groups(model, 0.05 if kind == "momentum" else 0.01, 1e-3, low_bit=True))
+        optimizer = OPTIMIZERS[kind](param_groups(model, 0.5 if kind == "momentum" else 0.01, 1e-3, low_bit=True))
         control = TransitionRate(model, optimizer, 0.05, steps=20, gain=0.2, smoothing=0.8)
 
         def after(iteration: int) -> None:
@@ -469,7 +469,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(kind, tmp_path):
     assert [[row[k] for k in keys] for row in rows] == [[row[k] for k in keys] for row in rows_again]
     assert rows[-1]["transition_target"] == 0.0
     assert rows[0]["transition_target"] == pytest.approx(0.05 * (1 + math.cos(math.pi / 4)) / 2)
-    assert all(row["transition_rate"] > 0 for row in rows[:2])  # the target falls to 0
+    assert all(row["transition_rate"] > 0 for row in rows)
     assert rows[-1]["transition_lr"] == control.lr
 
 
