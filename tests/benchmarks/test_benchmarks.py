@@ -54,6 +54,7 @@ def test_the_quantizer_alone(tmp_path: Path, everything: bool) -> None:
     assert "fake_quantize" in (tmp_path / f"profile-quantizer-768-lsquant-{OURS[9:]}.txt").read_text()
 
 
+@pytest.mark.slow
 def test_networks(tmp_path: Path) -> None:
     workloads = ("resnet20", "resnet18", "vit", "bert")
     found = speed(tmp_path, *workloads, "--profile", "--only", *EAGER)
@@ -71,6 +72,7 @@ def test_a_network_compiled_and_under_autocast(tmp_path: Path) -> None:
     assert_sound(rows, NETWORKS, groups=2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
 def test_memory(tmp_path: Path) -> None:
     rows = speed(tmp_path, "memory", "--only", OURS)["memory"]

@@ -58,6 +58,7 @@ def read(path: Path) -> list[dict[str, str]]:
 # ---------------------------------------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 @needs_triton
 def test_everything_runs_tiny(tmp_path: Path) -> None:
     out, cache = tmp_path / "new" / "gpu.csv", tmp_path / "cache"

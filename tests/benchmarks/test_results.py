@@ -48,7 +48,8 @@ def test_a_network_has_the_size_and_the_bits_of_its_name(name: str) -> None:
     assert stored == inner * bits / 8 + 3 * 16 * 9 + 64 * 10
 
 
-@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_accuracy_where_the_images_are(name: str, cifar10_folder: Path) -> None:
     path, facts, _ = kept(name)
     task = get_task("cifar10", data=str(cifar10_folder), model="resnet20")
