@@ -50,7 +50,10 @@ class IntegerOnnxFormat(OnnxFormat):
             if name not in constants or bias is None:
                 raise UsageError(f"{content.path} is of another model: only the file has a layer {name!r}")
             folded = as_written(network.layer(name), constants[name], name, "export_onnx")
-            yield Pair(name, values[trace.weights[0]].astype(np.int32), array(folded.codes).astype(np.int32))
+            held, codes = values[trace.weights[0]].astype(np.int32), array(folded.codes).astype(np.int32)
+            if held.ndim == 2 and codes.shape[:2] == held.shape and codes.size == held.size:  # written as a matrix
+                codes = codes.reshape(held.shape)
+            yield Pair(name, held, codes)
             yield Pair(name, *_biases(values[bias].reshape(-1), folded, network.read_step(name)))
             for key in trace.weight_steps:
                 yield Pair(name, values[key].reshape(-1), array(folded.step))
