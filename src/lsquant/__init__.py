@@ -46,12 +46,15 @@ from lsquant.spec import QuantSpec as QuantSpec
 from lsquant.tracing import Traced as Traced
 from lsquant.tracing import trace as trace
 from lsquant.training import param_groups as param_groups
+from lsquant.verification import Comparison as Comparison
 from lsquant.verification import Verdict as Verdict
+from lsquant.verification import compare as compare
 from lsquant.verification import export_vectors as export_vectors
 from lsquant.verification import verify as verify
 
 __all__ = [
     "Changes",
+    "Comparison",
     "Finding",
     "FusedNetwork",
     "LsquantError",
@@ -68,6 +71,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "check",
+    "compare",
     "correct_bias",
     "disabled",
     "export_compressed_tensors",

@@ -19,7 +19,7 @@ from lsquant.tasks import open_run
 
 for package in ("sklearn", "onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package)
-COMMANDS = ("train", "eval", "export", "verify", "report", "figure", "env")
+COMMANDS = ("train", "eval", "export", "verify", "compare", "report", "figure", "env")
 
 
 # ---- the line ----
@@ -77,6 +77,40 @@ def test_verify_fails_where_the_file_is_not_exact_and_require_relaxes_it(line):
     assert "\nrequired: outputs (profile qdq promises weights: --require weights)" in results["verify qdq"].out
     assert level in results["verify qdq"].out
     assert run("verify", path, "--profile", "qdq", "--require", level).code == 0
+
+
+def test_compare(line):
+    path, results = line
+    assert results["compare"].code == 0
+    found = results["compare"].json
+    assert json.loads((path / "export" / "compare.json").read_text()) == found
+    rows = {row["name"]: row for row in found["rows"]}
+    metrics = json.loads((path / "metrics.json").read_text())
+    assert list(rows) == ["float", "exact", "small", "qdq", "integer", "packed"]
+    assert rows["float"]["metrics"] == metrics["float"]
+    for name in ("exact", "small", "packed"):
+        assert rows[name]["level"] == "outputs"
+        assert rows[name]["metrics"]["accuracy"] == metrics["lsq"]["accuracy"]
+    assert rows["exact"]["bytes"] == (path / "export" / "exact.onnx").stat().st_size
+    assert (found["batch_sizes"], found["samples"], found["threads"]) == ([1, 64], 500, 1)
+    assert rows["integer"]["reason"].startswith("left out: ")
+    assert found["text"].endswith(found["advice"])
+    assert not list(path.glob("export/small*"))  # they are deleted
+
+
+def test_a_damaged_comparison_is_missing_on_the_page(line, tmp_path):
+    path, _ = line
+    (shown,) = page_data(path / "report.html")["runs"]
+    assert shown["comparison"] == json.loads((path / "export" / "compare.json").read_text())
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    found = json.loads((copy / "export" / "compare.json").read_text())
+    found["rows"][1]["ratio"]["1"] = "<script>"
+    (copy / "export" / "compare.json").write_text(json.dumps(found))
+    assert run("report", copy).code == 0
+    (shown,) = page_data(copy / "report.html")["runs"]
+    assert shown["comparison"] is None
+    assert any("compare.json" in text and "ratio" in text for text in shown["missing"])
 
 
 def test_report(line):

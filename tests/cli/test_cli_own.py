@@ -252,3 +252,17 @@ def test_an_error_inside_the_users_module_is_passed_on(own):
 
 def test_built_in_types_can_be_called():
     assert call(dict, "builtins:dict") == {}
+
+
+def test_compare(own, calibrated, capsys):
+    pytest.importorskip("onnxruntime")
+    found = result(
+        capsys, "compare", "model.safetensors", *CNN, "--repeats", "7", "--out", "files", "--max-batches", "2"
+    )
+    sizes = {row["name"]: row["bytes"] for row in found["rows"]}
+    assert sizes["exact"] == Path("files/exact.onnx").stat().st_size
+    assert sizes["packed"] == Path("files/packed.safetensors").stat().st_size
+    assert {row["level"] for row in found["rows"] if row["name"] in ("exact", "packed")} == {"outputs"}
+    assert not any(row["metrics"] for row in found["rows"])  # a file of one's own has no task
+    run("compare", "model.safetensors", *CNN, "--repeats", "2", code=2)
+    assert "repeats=2: at least 7" in capsys.readouterr().err

@@ -91,6 +91,14 @@ def packed_verdict(model: Any, folder: Path) -> Any:
     return verdict.to_dict() | {"path": ""}
 
 
+def compared(model: Any, folder: Path) -> Any:
+    """Everything but the times."""
+    pytest.importorskip("onnxruntime")
+    found = lsquant.compare(model, INPUT, [INPUT], lambda y, _: float(y.sum()), float_model=model, repeats=7)
+    assert found.row("exact").exact
+    return [(row.name, row.bytes, row.metrics, row.level, row.reason) for row in found.rows]
+
+
 def codes(model: nn.Module) -> Any:
     with torch.no_grad():
         return {k: v.tolist() for k, v in model.state_dict().items()}, model(INPUT).tolist()
@@ -129,6 +137,7 @@ READING: dict[str, Callable[[Any, Path], Any]] = {
     "export_vectors": with_file(lambda model, path: lsquant.export_vectors(model, path, INPUT)),
     "to_integer": lambda model, _: codes(lsquant.to_integer(model)),
     "to_torchao": torchao_weights,
+    "compare": compared,
     "verify": lambda model, folder: (onnx_verdict(model, folder), packed_verdict(model, folder)),
     "write_report": with_file(report),
 }

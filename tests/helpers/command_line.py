@@ -54,7 +54,8 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Resu
     results = {"train": run("train", "digits", "--bits", "2", "--out", path, *TINY)}
     for name, *options in (
         ("eval",), ("eval json", "--json"), ("export",), ("verify", "--json"), ("export qdq", "--profile", "qdq"),
-        ("verify qdq", "--profile", "qdq"), ("report",), ("report json", "--json"),
+        ("verify qdq", "--profile", "qdq"), ("compare", "--json", "--repeats", "7"),
+        ("report",), ("report json", "--json"),
     ):  # fmt: skip
         results[name] = run(name.split()[0], path, *options)
     return path, results

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,44 @@ def browser() -> list[str]:
     return [node(), str(DRIVER), str(Path(folder).resolve()), chromium]
 
 
+def shippable(name: str, size: int | None, times: tuple[float, ...], ratio: float, level: str | None) -> dict[str, Any]:
+    latency = {"1": dict(zip(("p20", "p50", "p80"), times, strict=True))}
+    metrics = {"accuracy": 88.25}
+    return {
+        "name": name,
+        "bytes": size,
+        "latency": latency,
+        "ratio": {"1": ratio},
+        "metrics": metrics,
+        "level": level,
+        "reason": "",
+    }
+
+
+LEFT = {
+    "name": "integer",
+    "bytes": None,
+    "latency": {},
+    "ratio": {},
+    "metrics": {},
+    "level": None,
+    "reason": "left out: no joins",
+}
+FILES = [
+    shippable("float", 400000, (1.0, 2.0, 3.0), 1.0, None),
+    shippable("exact", 123456, (0.9, 1.0, 1.1), 0.5, "outputs"),
+    LEFT,
+]
+COMPARED = {
+    "batch_sizes": [1],
+    "samples": 12,
+    "threads": 2,
+    "machine": "a machine",
+    "advice": "ship exact: it is",
+    "rows": FILES,
+}
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory):
     """The page of two runs with every kind of quantizer and all sections; its model and batches."""
@@ -62,6 +101,7 @@ def page(tmp_path_factory: pytest.TempPathFactory):
         "results": [["float", "float32", {"accuracy": 90.5}], ["lsq", "with learned steps", {"accuracy": 88.25}]],
         "verdicts": [{"profile": "exact", "runtime": "a runtime", "level": "outputs", "layers": 3, "samples": 12,
             "checks": [{"level": "weights", "what": "codes", "compared": 4202, "mismatches": 0, "largest": 0.0}]}],
+        "comparison": COMPARED,
         "files": [["export/exact.onnx", 123456]], "commands": ["lsquant train made-up --out DIR"],
         "log": {"unit": "epoch", "x": epochs, "phase": ["float"] * 2 + ["lsq"] * 4, "series": {
             "loss": [1 / n for n in epochs], "accuracy": [80.0 + n for n in epochs], "lr": [0.1 / n for n in epochs]}},
@@ -230,3 +270,10 @@ def test_keyboard_buttons_and_the_choice_of_a_run(seen, page):
     assert used["runs"] == ["first", "second"]
     assert used["second"].startswith("second")
     assert "metrics.json does not exist" in used["text"]
+
+
+def test_which_file_to_ship(seen):
+    text = seen["used"]["text"]
+    assert "Which file to shipShip exact: it is." in text
+    assert "exact123 kB0.311 (0.9 to 1.1)0.588.25\u202f%exact" in text
+    assert "Time in ONNX Runtime on a machine, 2 threads; verdicts on 12 samples. integer: left out: no joins." in text

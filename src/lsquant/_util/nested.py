@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +26,40 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any], otherwise: Callable
     if isinstance(value, Mapping):
         return {key: map_tensors(v, change, otherwise) for key, v in value.items()}
     return otherwise(value)
+
+
+def replaced(value: Any, tensors: Sequence[Tensor]) -> Any:
+    """Return a copy of what ``tensors_in`` looks into, with other tensors in the place of those it finds, in order.
+
+    Containers keep their types: transformers' ModelOutput stays one.
+    """
+    waiting = iter(tensors)
+    return _replaced(value, waiting)
+
+
+def _replaced(value: Any, waiting: Iterator[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return next(waiting)
+    parts = [(key, _replaced(part, waiting)) for key, part in _items(value)]
+    if isinstance(value, (tuple, list)):
+        made = [part for _, part in parts]
+        return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+    if not parts:
+        return value
+    found = copy.copy(value)
+    for key, part in parts:
+        if isinstance(value, Mapping):
+            found[key] = part
+        else:
+            object.__setattr__(found, str(key), part)  # of a frozen dataclass, too
+    return found
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    """Return what ``_parts`` gives, with keys as they are."""
+    if isinstance(value, Mapping):
+        return list(value.items())
+    return list(_parts(value))
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -34,9 +34,11 @@ from lsquant.tasks import get_task
 from lsquant.training.progress import message
 from lsquant.tying import weight_quantizers
 from lsquant.verification import LEVELS, Verdict, export_vectors, verify
+from lsquant.verification.profiles import COMPARED, Basis, compare_files
 from lsquant.verification.vectors import CHECKER
 
 Command = Callable[[Namespace], Outcome]
+COMPARED_BATCHES = 8  # on which compare finds verdicts, unless --max-batches says otherwise
 MANY_STEPS = 1000  # weight steps that take so long by least squared error that the user is told
 
 
@@ -171,6 +173,26 @@ def _promised(verdict: Verdict) -> str:
     if not verdict.reaches(promise) or promise == LEVELS[-1]:
         return ""
     return f" (profile {verdict.profile} promises {promise}: --require {promise})"
+
+
+def compare_(a: Namespace) -> Outcome:
+    """Write every file that a run or FILE can ship as and compare them; the result is kept in a run's folder."""
+    subject = subject_of(a)
+    model = subject.model()
+    limit = COMPARED_BATCHES if a.max_batches is None else a.max_batches
+    threads, repeats = 1 if a.threads is None else a.threads, 15 if a.repeats is None else a.repeats
+    kept = subject.comparison_file()
+    if kept is not None:
+        require_no_link(kept)
+        kept.parent.mkdir(exist_ok=True)
+    batches = list(take(subject.test_batches(), limit))
+    basis = Basis(subject.timed_batch(), batches, None, subject.metrics, subject.float_metrics())
+    message(f"writing, verifying and timing files: {', '.join(COMPARED)}", a.quiet)
+    found = compare_files(model, basis, folder=a.out, threads=threads, repeats=repeats)
+    result = {**found.to_dict(), "text": str(found)}
+    if kept is not None:
+        write_json(kept, result)
+    return Outcome(result, str(found))
 
 
 # ---- check, figure, env ----

@@ -84,6 +84,12 @@ def parser() -> argparse.ArgumentParser:
     about = "folder with onnxruntime-web from npm (default: LSQUANT_NODE_MODULES)"
     sub.add_argument("--node-modules", metavar="DIR", help=about)
 
+    about = "write every file that a run can ship as: bytes, time in ONNX Runtime over float, metric and verdict"
+    sub = add("compare", commands.compare_, about)
+    _subject(sub)
+    sub.add_argument("--repeats", type=int, metavar="N", help="rounds of timing, at least 7 (default 15)")
+    sub.add_argument("--out", metavar="DIR", help="keep the files there (default: they are deleted)")
+
     sub = add("check", commands.check_, "find what is wrong with a trained model; exit code 1 if it is an error")
     _subject(sub)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +17,11 @@ from lsquant.cli.user_model import UserModel
 from lsquant.cli.words import VECTORS
 from lsquant.formats import DEFAULT, INTEGER_ONLY, FileFormat
 from lsquant.runs import Run, is_run
+from lsquant.runs.log_reader import read_metrics
 from lsquant.tasks import open_run
 
 BATCH = 250  # samples of a batch of a run's data
+TIMED = 64  # of the batch that is timed beside a single sample
 
 
 class Subject(Protocol):
@@ -60,6 +62,22 @@ class Subject(Protocol):
         """Return a batch of VECTORS samples for --vectors."""
         ...
 
+    def timed_batch(self) -> Any:
+        """Return the batch on which files are timed."""
+        ...
+
+    def metrics(self, model: nn.Module) -> Mapping[str, float]:
+        """Measure a model on the test data; empty where there is nothing to measure by."""
+        ...
+
+    def float_metrics(self) -> Mapping[str, float]:
+        """Return what the float network measured; empty where that is not known."""
+        ...
+
+    def comparison_file(self) -> Path | None:
+        """Return where `compare` keeps its result, for the page of `report`; None: nowhere."""
+        ...
+
 
 @dataclass(frozen=True)
 class RunModel:
@@ -91,6 +109,18 @@ class RunModel:
 
     def few_samples(self) -> Any:
         return next(iter(self.run.task.batches("test", batch_size=VECTORS)))
+
+    def timed_batch(self) -> Any:
+        return next(iter(self.run.task.batches("test", batch_size=TIMED)))
+
+    def metrics(self, model: nn.Module) -> Mapping[str, float]:
+        return self.run.task.metric(model)
+
+    def float_metrics(self) -> Mapping[str, float]:
+        return read_metrics(self.run.file("metrics.json")).get("float", {})
+
+    def comparison_file(self) -> Path:
+        return self.run.file("export/compare.json")
 
 
 def subject_of(a: Namespace) -> Subject:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,3 +90,15 @@ class UserModel:
 
     def few_samples(self) -> Any:
         return map_tensors(self.example_input, lambda t: t[:VECTORS] if t.dim() else t)
+
+    def timed_batch(self) -> Any:
+        return self.example_input
+
+    def metrics(self, model: nn.Module) -> Mapping[str, float]:
+        return {}
+
+    def float_metrics(self) -> Mapping[str, float]:
+        return {}
+
+    def comparison_file(self) -> None:
+        return None

@@ -30,6 +30,7 @@ def write_report(
     forward: Forward | None = None,
     title: str | None = None,
     verdicts: Iterable[dict[str, Any]] = (),
+    comparison: dict[str, Any] | None = None,
 ) -> None:
     """Write a self-contained HTML page about a model's quantizers.
 
@@ -41,13 +42,14 @@ def write_report(
     max_batches: the largest number of batches to use; None uses all
     title: of the page; by default the model's class
     verdicts: ``Verdict.to_dict()`` of files that were compared with the model
+    comparison: ``Comparison.to_dict()`` of ``lsquant.compare``: the page has its table
 
     Raises: UsageError for a step that is not set.
     """
     facts = model_facts(model, batches, max_batches=max_batches, forward=forward)
     missing = [] if batches is not None else ["no data was given: the page has the weights' quantizers only"]
     run = {"name": title or type(unwrapped(model)).__name__, "environment": environment(), "missing": missing}
-    write_page(title or "lsquant report", [run | {"verdicts": list(verdicts)} | facts], path)
+    write_page(title or "lsquant report", [run | {"verdicts": list(verdicts), "comparison": comparison} | facts], path)
 
 
 def write_page(title: str, runs: list[dict[str, Any]], path: str | os.PathLike[str]) -> None:

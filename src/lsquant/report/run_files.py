@@ -19,6 +19,7 @@ def run_files(folder: Path) -> dict[str, Any]:
     """Return what the files of a run directory hold.
 
     name, path, config, recipe (text), environment, metrics, verdicts
+    comparison: what `lsquant compare` found, None where it was not run
     files: (name, bytes) of the model and of what was exported
     log, history, last: `curves`, `histories` and `latest` of the log
     missing: in words, every file that does not exist or cannot be read
@@ -34,6 +35,8 @@ def run_files(folder: Path) -> dict[str, Any]:
     env = _found(folder / "env.json", missing, _environment)
     rows = log_rows(folder / "log.jsonl", missing)
     verdicts = [v for f in sorted(folder.glob("export/*.verdict.json")) if (v := _found(f, missing, read_verdict))]
+    compared = folder / "export" / "compare.json"
+    comparison = _found(compared, missing, read_comparison) if compared.exists() else {}
     patterns = ("model.safetensors", "export/*.onnx", "export/*.safetensors", "export/*/model.safetensors")
     found = [f for pattern in patterns for f in sorted(folder.glob(pattern))]
     return {
@@ -44,6 +47,7 @@ def run_files(folder: Path) -> dict[str, Any]:
         "environment": env,
         "metrics": metrics,
         "verdicts": verdicts,
+        "comparison": comparison or None,
         "files": [[str(f.relative_to(folder)), f.stat().st_size] for f in found],
         "log": curves(rows),
         "history": histories(rows),
@@ -96,6 +100,34 @@ def read_verdict(path: Path) -> dict[str, Any]:
     """Return a verdict, as ``Verdict.to_dict`` gave it.  Raises: MissingFile; DamagedFile naming file and key."""
     document = read_json(path)
     _check_verdict(document)
+    return document.value
+
+
+def read_comparison(path: Path) -> dict[str, Any]:
+    """Return what ``Comparison.to_dict`` gave.  Raises: MissingFile; DamagedFile naming file and key."""
+    document = read_json(path)
+    found = document.parts("rows", "batch_sizes", "samples", "threads", "machine", "advice")
+    for name in ("machine", "advice"):
+        found[name].text()
+    for name in ("samples", "threads"):
+        found[name].integer(0, 2**63)
+    for size in found["batch_sizes"].items(100):
+        size.integer(1, 2**63)
+    for row in found["rows"].items(100):
+        parts = row.parts("name", "bytes", "latency", "ratio", "metrics", "level", "reason")
+        for name in ("name", "reason"):
+            parts[name].text()
+        if parts["bytes"].value is not None:
+            parts["bytes"].integer(0, 2**63)
+        if parts["level"].value is not None:
+            parts["level"].choice(LEVELS)
+        for times in parts["latency"].table(100).values():
+            for entry in times.parts("p20", "p50", "p80").values():
+                entry.number(0.0)
+        for name in ("ratio", "metrics"):
+            for entry in parts[name].table(100).values():
+                if entry.value is not None:
+                    entry.number()
     return document.value
 
 

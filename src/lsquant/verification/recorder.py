@@ -72,8 +72,11 @@ def watched(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def recording(model: nn.Module) -> Iterator[list[Call]]:
-    """Collect every call of ``model`` while the block runs; empty the list between batches."""
+def recording(model: nn.Module, layers: bool = True) -> Iterator[list[Call]]:
+    """Collect every call of ``model`` while the block runs; empty the list between batches.
+
+    layers: whether the calls of its layers are kept, too.
+    """
     calls: list[Call] = []
     counts: dict[str, int] = {}
 
@@ -94,7 +97,7 @@ def recording(model: nn.Module) -> Iterator[list[Call]]:
         return hook
 
     handles = [model.register_forward_pre_hook(enter, with_kwargs=True)]
-    for name, module in watched(model).items():
+    for name, module in watched(model).items() if layers else ():
         handles.append(module.register_forward_hook(layer_hook(name), prepend=True, with_kwargs=True))
     handles.append(model.register_forward_hook(leave))
     try:

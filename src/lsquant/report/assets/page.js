@@ -40,7 +40,7 @@ function overview(run) {
   const node = section("overview", run.name,
     (run.missing || []).length ? el("div.notice", { role: "note" }, el("p", {}, el("strong", {}, "Missing: ")), el("ul", {}, run.missing.map((text) => el("li", {}, text)))) : null,
     el("div.cards", {}, metricCard(results, metric), bitsCard(run), sizeCard(run), verdictCard(run), findingsCard(run)),
-    findings(run), el("div.pair", {}, el("div", {}, resultTable(run)), el("div", {}, verdicts(run))), sizes(run));
+    findings(run), el("div.pair", {}, el("div", {}, resultTable(run)), el("div", {}, verdicts(run))), shippable(run), sizes(run));
   if (run.config && run.config.task) node.firstChild.append(el("span.task", {}, run.config.task));
   return node;
 }
@@ -117,6 +117,21 @@ function sizes(run) {
       el("tbody", {}, layers.map((row) => el("tr", {}, el("th", { scope: "row" }, row.layer || "(root)"), el("td", {}, number(row.weights)), el("td", {}, row.bits), el("td", {}, bytes(row.float)), el("td", {}, bytes(row.packed)),
         el("td.share", {}, el("span.fill", { style: `width:${(60 * row.packed / largest).toFixed(1)}%` }), el("span.text", {}, percent(row.packed / all, 1)))))),
       el("tfoot", {}, total))))];
+}
+
+function shippable({ comparison }) {
+  if (!comparison) return null;
+  const { rows, batch_sizes: batches, samples, threads, machine, advice } = comparison;
+  const [float] = rows, metric = rows.flatMap((row) => Object.keys(row.metrics))[0];
+  const time = (row, size) => row.latency[size] ? `${number(row.latency[size].p50, 3)} (${number(row.latency[size].p20, 3)} to ${number(row.latency[size].p80, 3)})` : "–";
+  const names = ["file", "bytes", "of float", ...batches.flatMap((size) => [`ms, batch ${size} (p20 to p80)`, "of float"]), ...(metric ? [words(metric)] : []), "verdict"];
+  const cells = (row) => [bytes(row.bytes), row.bytes && float.bytes ? number(row.bytes / float.bytes, 2) : "–",
+    ...batches.flatMap((size) => [time(row, size), known(row.ratio[size]) ? number(row.ratio[size], 2) : "–"]),
+    ...(metric ? [known(row.metrics[metric]) ? measure(metric, row.metrics[metric]) : "–"] : []), row.level ? LEVELS[row.level] || row.level : "–"];
+  const written = rows.filter((row) => known(row.bytes)), left = rows.filter((row) => !known(row.bytes));
+  return [el("h3", {}, "Which file to ship"), el("p", {}, el("strong", {}, advice[0].toUpperCase() + advice.slice(1)), "."),
+    scroll("Which file to ship", el("table.plain", {}, head(...names), el("tbody", {}, written.map((row) => el("tr", {}, el("th", { scope: "row" }, row.name), cells(row).map((text) => el("td", {}, text))))))),
+    el("p.about", {}, `Time in ONNX Runtime on ${machine}, ${plural(threads, "thread")}; verdicts on ${plural(samples, "sample")}.${left.map((row) => ` ${row.name}: ${row.reason}.`).join("")}`)];
 }
 
 function verdicts(run) {
