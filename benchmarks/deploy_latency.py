@@ -12,19 +12,25 @@ many outputs differ.  Rows go to results/bench/deploy.csv.
 
 ``exact, ConvInteger`` is no profile but the file as `exact` would be if no convolution added up in float32.
 ``integer`` is the integer-only form of the same network, prepared with 8-bit joins, in both of its forms; ``static`` is
-ONNX Runtime's own static quantization of the float file (8 bits, per channel), calibrated on the same images.
+ONNX Runtime's own static quantization of the float file (8 bits, per channel), calibrated on the same images; ``NNCF``
+is NNCF's post-training quantization of the float network for OpenVINO (where nncf is installed), likewise.
+onnxruntime-web, in a headless Chromium on one thread, runs the float and the integer-only file where
+LSQUANT_NODE_MODULES names its folder, on batches of at most a million numbers; the time is taken inside the page.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +46,13 @@ import lsquant
 from lsquant.formats.onnx import exact
 from lsquant.formats.onnx.integer import FORMS
 from lsquant.verification.runtimes.openvino import OPENVINO
+from lsquant.verification.runtimes.web import Browser
 
 PROFILES = ("exact", "small", "qdq")
 FLOAT = "float, ONNX Runtime"
+MOST_IN_PAGE = 1_000_000
+OTHERS = ("float", "static", "NNCF")
+"""What is not to give the trained outputs."""
 
 
 def trained(workload: Workload, bits: str, x: Tensor, integer_only: bool = False) -> nn.Module:
@@ -81,7 +91,20 @@ def files(model: nn.Module, network: lsquant.FusedNetwork, x: Tensor, folder: Pa
         found[f"integer, {form}"] = lsquant.export_onnx(network, path, x[:2], profile="integer", form=form)
     found["static"] = folder / "static.onnx"
     quantized_statically(found["float"], found["static"], x[:16])
+    if importlib.util.find_spec("nncf"):
+        found["NNCF"] = folder / "nncf.xml"
+        quantized_by_nncf(plain, found["NNCF"], x[:16])
     return found
+
+
+def quantized_by_nncf(model: nn.Module, target: Path, x: Tensor) -> None:
+    """NNCF's post-training quantization of OpenVINO's conversion, with its defaults."""
+    nncf, openvino = __import__("nncf"), __import__("openvino")
+    logging.disable(logging.WARNING)
+    network = openvino.convert_model(model, example_input=x[:2], input=[-1, *x.shape[1:]])
+    data = nncf.Dataset([x[i : i + 1].numpy() for i in range(len(x))])
+    openvino.save_model(nncf.quantize(network, data, subset_size=len(x)), target)
+    logging.disable(logging.NOTSET)
 
 
 def quantized_statically(source: Path, target: Path, x: Tensor) -> None:
@@ -143,6 +166,8 @@ def contenders(
         of_layers, fused = model(x).numpy(), network(x).numpy()
     for runtime, load in (("ONNX Runtime", onnx_runtime), ("OpenVINO", openvino_)):
         for name, path in paths.items():
+            if path.suffix == ".xml" and runtime != "OpenVINO":
+                continue
             try:
                 call = load(path, x.numpy(), threads)
                 got = call()
@@ -152,9 +177,32 @@ def contenders(
                 yield Contender(f"{name}, {runtime}", None, FLOAT, check=f"left out: {reason}")
                 continue
             share = 100 * float((got != (fused if name.startswith("integer") else of_layers)).mean())
-            check = f"{path.stat().st_size:,} bytes"
-            check += "" if name in ("float", "static") else f"; other than trained: {share:.2f}% of outputs"
+            size = sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))  # OpenVINO's are two
+            check = f"{size:,} bytes"
+            check += "" if name in OTHERS else f"; other than trained: {share:.2f}% of outputs"
             yield Contender(f"{name}, {runtime}", call, FLOAT, check=check)
+
+
+@contextmanager
+def in_a_browser(network: nn.Module, paths: dict[str, Path], x: Tensor) -> Iterator[list[Contender]]:
+    """onnxruntime-web on the float and the integer-only file; nothing where it is not installed."""
+    if "LSQUANT_NODE_MODULES" not in os.environ or x.numel() > MOST_IN_PAGE or torch.get_num_threads() > 1:
+        yield []
+        return
+    with torch.no_grad():
+        wanted = network(x).numpy()
+    with Browser() as browser:
+        found = []
+        for name in ("float", "integer, qdq"):
+            session = browser.open(str(paths[name]), {})
+            feeds = {session.inputs[0]: x.numpy()}
+            (got,) = session.run(session.outputs, feeds)
+            share = 100 * float((got != wanted).mean())
+            check = "" if name == "float" else f"other than trained: {share:.2f}% of outputs"
+            contender = Contender(f"{name}, onnxruntime-web", lambda: None, FLOAT, check=check)
+            contender.timer = session.timer(feeds)
+            found.append(contender)
+        yield found
 
 
 def operators(path: Path, x: np.ndarray, threads: int, passes: int = 20) -> dict[str, float]:
@@ -179,24 +227,29 @@ def say_operators(name: str, bits: str, batch: int, tiny: bool) -> None:
     model, network = trained(workload, bits, x), lsquant.fuse(trained(workload, bits, x, integer_only=True))
     with tempfile.TemporaryDirectory() as folder:
         for kind, path in files(model, network, x, Path(folder)).items():
+            if path.suffix == ".xml":
+                continue
             times = operators(path, x[:batch].numpy(), torch.get_num_threads())
             parts = ", ".join(f"{op} {ms:.1f}" for op, ms in list(times.items())[:6])
             say(f"{workload.what}, {bits}, batch {batch}, {kind}: {sum(times.values()):.1f} ms: {parts}")
 
 
-def run(name: str, bits: str, batches: Sequence[int], options: Options) -> Iterator[Row]:
-    """The rows of one network at some bits."""
+def run(name: str, bits: str, batches: Sequence[int], counts: Sequence[int], options: Options) -> Iterator[Row]:
+    """The rows of one network at some bits.  counts: of threads."""
     workload = DEPLOYED[name]
     shape = workload.tiny if options.tiny else workload.shape
     x = torch.randn(max(*batches, 16), *shape[1:])
     model, network = trained(workload, bits, x), lsquant.fuse(trained(workload, bits, x, integer_only=True))
     with tempfile.TemporaryDirectory() as folder:
         paths = files(model, network, x, Path(folder))
-        for batch in batches:
-            found = list(contenders(model, network, paths, x[:batch].contiguous(), torch.get_num_threads()))
-            found = [c for c in found if options.selects(c.name) or c.name == FLOAT]
-            measure(found, options)
-            text = f"{workload.what}, {bits}, batch {batch}"
+        for threads, batch in product(counts, batches):
+            torch.set_num_threads(threads)
+            part = x[:batch].contiguous()
+            found = list(contenders(model, network, paths, part, threads))
+            with in_a_browser(network, paths, part) as more:
+                found = [c for c in [*found, *more] if options.selects(c.name) or c.name == FLOAT]
+                measure(found, options)
+            text = f"{workload.what}, {bits}, batch {batch}" + (f", {threads} threads" if threads > 1 else "")
             part = list(rows("deploy", text, "inference", found, options))
             show(part)
             yield from part
@@ -216,13 +269,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 64])
     parser.add_argument("--only", nargs="+", default=(), help="contenders with these in their names")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, help="of every runtime; default: torch's choice")
+    parser.add_argument("--threads", nargs="+", type=int, help="of every runtime; default: torch's choice")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that everything runs")
     parser.add_argument("--out", type=Path, default=Path("results/bench"))
     parser.add_argument("--operators", action="store_true", help="time by operator, of the last of --batches")
     a = parser.parse_args(arguments)
-    if a.threads:
-        torch.set_num_threads(a.threads)
+    counts = a.threads or [torch.get_num_threads()]
+    torch.set_num_threads(counts[0])
     warnings.simplefilter("ignore")
     if a.operators:
         for name in a.networks:
@@ -233,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seconds = 0.0 if a.tiny else 0.3
     options = Options(a.out, a.only, a.repeats, 1 if a.tiny else 3, seconds, tiny=a.tiny)
     pairs = [(name.partition("/")[0], bits) for name in a.networks for bits in bits_of(name, a.bits)]
-    found = [row for name, bits in pairs for row in run(name, bits, a.batches, options)]
+    found = [row for name, bits in pairs for row in run(name, bits, a.batches, counts, options)]
     say(f"written: {report('deploy', found, options)}")
 
 

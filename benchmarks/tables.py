@@ -95,7 +95,8 @@ def left_out(rows: Rows) -> list[str]:
 def conditions(rows: Rows) -> list[str]:
     """Where and with what the numbers were taken, in one line."""
     row, repeats = rows[0], unique([r["repeats"] for r in rows if int(r["repeats"])])
-    threads = f"{row['threads']} thread{'' if row['threads'] == '1' else 's'}"
+    counts = unique([r["threads"] for r in rows])
+    threads = f"{' or '.join(counts)} thread{'' if counts == ['1'] else 's'}"
     where = f"{row['processor']}, {row['device']}, {threads}"
     return [f"*{where}; p50 (p20 to p80) of {' or '.join(repeats)}; {row['versions']}.*", ""]
 

@@ -59,6 +59,7 @@ class Contender:
 
     call: runs it once; None when it is left out.  baseline: the contender that the ratio is taken to.
     engine: lsquant's engine, forced while it is measured.  check: what it computed, or why it is left out.
+    timer: seconds of one call, of so many in a row, for what runs elsewhere; it is then asked instead of ``call``.
     """
 
     name: str
@@ -68,6 +69,11 @@ class Contender:
     check: str = ""
     profile: bool = False
     seconds: list[float] = field(default_factory=list)
+    timer: Callable[[int], float] | None = None
+
+    def time(self, times: int, device: str) -> float:
+        """Seconds of one call, from ``times`` in a row."""
+        return self.timer(times) if self.timer is not None else _timed(self.call, times, device)
 
 
 @dataclass(frozen=True)
@@ -99,8 +105,8 @@ def measure(contenders: Sequence[Contender], options: Options) -> None:
     for contender in running:
         with lsquant.use_engine(contender.engine):
             for _ in range(options.warmup):
-                once = _timed(contender.call, 1, options.device)
-                inner[contender.name] = min(max(1, int(options.seconds / once)), 10_000)
+                once = contender.time(1, options.device)
+                inner[contender.name] = min(max(1, int(options.seconds / max(once, 1e-6))), 10_000)
     gc.collect()
     gc.freeze()  # what is there already need not be looked at again
     gc.disable()
@@ -110,8 +116,8 @@ def measure(contenders: Sequence[Contender], options: Options) -> None:
                 times = inner[contender.name]
                 with lsquant.use_engine(contender.engine):
                     if times > 1:
-                        _timed(contender.call, 1, options.device)
-                    contender.seconds.append(_timed(contender.call, times, options.device))
+                        contender.time(1, options.device)
+                    contender.seconds.append(contender.time(times, options.device))
             gc.collect()
     finally:
         gc.enable()

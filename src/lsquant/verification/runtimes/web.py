@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -129,10 +129,23 @@ class _Loaded:
 
     def run(self, names: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         request = {"do": "run", "session": self.number, "feeds": list(feeds), "names": list(names)}
-        header, arrays = self.browser.ask(request, list(feeds.values()))
+        return self._asked(request, list(feeds.values()))[1]
+
+    def timer(self, feeds: dict[str, np.ndarray]) -> Callable[[int], float]:
+        """Return a function that measures so many runs in a row, inside the page: seconds of one."""
+        self._asked({"do": "hold", "session": self.number, "feeds": list(feeds)}, list(feeds.values()))
+
+        def seconds(times: int) -> float:
+            header, _ = self._asked({"do": "time", "session": self.number, "times": times})
+            return header["milliseconds"] / 1000 / times
+
+        return seconds
+
+    def _asked(self, request: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> tuple[dict[str, Any], list[Any]]:
+        header, found = self.browser.ask(request, arrays)
         if "error" in header:
             raise LsquantError(f"onnxruntime-web cannot run the model: {header['error']}")
-        return arrays
+        return header, found
 
 
 def message(header: dict[str, Any], arrays: Sequence[np.ndarray] = ()) -> bytes:
