@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     timing.VERSIONS = (*timing.VERSIONS, "onnx", "onnxruntime", "openvino")
     # long enough for several calls, before which one is made untimed: the threads of the session before still spin then
-    seconds = 0.0 if a.tiny else 0.3
+    seconds = 0.0 if a.tiny else 0.15
     options = Options(a.out, a.only, a.repeats, 1 if a.tiny else 3, seconds, tiny=a.tiny)
     pairs = [(name.partition("/")[0], bits) for name in a.networks for bits in bits_of(name, a.bits)]
     found = [row for name, bits in pairs for row in run(name, bits, a.batches, counts, options)]
