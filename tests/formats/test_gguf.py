@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import struct
 import warnings
@@ -634,8 +635,34 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 # ---- llama.cpp ----
 
 
+def ggml() -> ctypes.CDLL:
+    """The library of llama.cpp that has the types."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which builds for ten minutes")
+    return ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.*"))))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_llama_cpp_reads_a_thousand_random_tensors(name: str) -> None:
+    """Of all types, q2_0 among them, which gguf's reader does not know."""
+    kind, read = TYPES[name], getattr(ggml(), f"dequantize_row_{name}")
+    for codes, step in random_weights(name, 1000):
+        data = np.ascontiguousarray(kind.pack(codes, step))
+        found = np.empty(codes.shape, np.float32)
+        read(data.ctypes.data_as(ctypes.c_void_p), found.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(codes.size))
+        expected = codes.astype(np.float32) * np.repeat(step, kind.block, axis=1)
+        assert np.array_equal(found, expected)  # -0.0 for 0 in q2_0
+
+
 @pytest.mark.parametrize(
-    "kind, wanted, bits", [("Llama", "q4_0", 4), ("Llama", "q8_0", 8), ("Qwen2", "q4_0", 3), ("Qwen3", "q4_0", 4)]
+    "kind, wanted, bits",
+    [
+        ("Llama", "q4_0", 4),
+        ("Llama", "q8_0", 8),
+        ("Qwen2", "q4_0", 3),
+        ("Qwen3", "q4_0", 4),
+        ("Llama", "q2_0", 2),
+        ("Llama", "tq2_0", 2),
+    ],
 )
 @pytest.mark.parametrize("with_vocabulary", [True, False])
 def test_llama_cpp_agrees(kind: str, wanted: str, bits: int, with_vocabulary: bool, tmp_path: Path) -> None:
@@ -643,9 +670,10 @@ def test_llama_cpp_agrees(kind: str, wanted: str, bits: int, with_vocabulary: bo
 
     The model is random, so many choices are close; llama.cpp quantizes activations to 8 bits.
     """
-    llama_cpp = pytest.importorskip("llama_cpp")
-    sizes = {"vocab_size": 300, "max_position_embeddings": 512}
-    model = language_model(Recipe(QuantSpec(bits, granularity="group", group_size=32), None), kind, **sizes)
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python, which builds for ten minutes")
+    sizes = {**(LARGE if wanted == "tq2_0" else SIZES), "vocab_size": 300, "max_position_embeddings": 512}
+    spec = QuantSpec(bits, granularity="group", group_size=TYPES[wanted].block, narrow=wanted == "tq2_0")
+    model = language_model(Recipe(spec, None), kind, **sizes)
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))]
     vocabulary = Vocabulary("llama", tokens, [0.0] * 259, [2, 3, 3, *[6] * 256], (), 1, 2, 0, add_bos=True)
     given = {"tokenizer": vocabulary} if with_vocabulary else {}

@@ -20,6 +20,7 @@ from helpers.integer_nets import drawn
 from lsquant import Recipe, UsageError
 from lsquant.nn import Add, Chunk
 from lsquant.nn.stored import FUNCTIONS
+from lsquant.verification.runtimes.float_parts import says_float_parts
 from lsquant.verification.runtimes.web import BROWSERS
 
 onnx = pytest.importorskip("onnx")
@@ -193,6 +194,47 @@ def test_a_detector_is_integer_up_to_its_heads(bench: Any, tmp_path: Path) -> No
         assert not kinds.keys() - allowed - {"NhwcMaxPool", "MaxPool", "QuantizeLinear", "Reshape"}
         assert kinds["QuantizeLinear"] == 1
         assert (kinds["Reshape"], kinds["Transpose"]) == (2, 1)  # of the heads, products of matrices
+
+
+class Decoded(nn.Module):
+    """A function without an integer operator between two layers, and a head that is decoded in floating point."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.squash, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1)
+        self.silu, self.head = nn.SiLU(), nn.Conv2d(4, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.head(self.silu(self.b(self.squash(self.a(x)))))
+        return torch.cat([y[:, :2].exp() * 4.0, y[:, 2:].sigmoid()], 1)
+
+
+def test_a_verdict_says_what_stays_in_floating_point(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    model, x = Decoded().eval(), torch.randn(4, 3, 6, 6)
+    lsquant.prepare(model, Recipe.preset("w8a8", integer_only=True), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    network = lsquant.fuse(model)
+    for form in ("qdq", "qoperator"):
+        path = lsquant.export_onnx(network, tmp_path / "m.onnx", x, profile="integer", form=form)
+        (remark,) = [r for r in lsquant.verify(network, path, [x]).remarks if r.startswith("in floating point")]
+        assert f"ONNX Runtime {ort.__version__}" in remark
+        assert "squash (Tanh: a function without an integer operator);" in remark
+        assert "Exp, Mul, Sigmoid of " in remark
+        assert remark.endswith("(float parts of the network, of which fuse has no integer form)")
+        assert "silu" not in remark
+        assert "Conv" not in remark
+        if form == "qdq":  # as at a level at which nothing is fused
+            options = ort.SessionOptions()
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            options.optimized_model_filepath = str(tmp_path / "basic.onnx")
+            ort.InferenceSession(str(path), options)
+            said = says_float_parts(network, onnx.load(options.optimized_model_filepath).graph, "a runtime")
+            assert "a (Conv: not fused); " in said
+            assert "silu (Sigmoid, Mul: a function without an integer operator)" in said
+    model, x = ready("w4a4")
+    path = lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile="integer")
+    assert not [r for r in lsquant.verify(model, path, [x]).remarks if r.startswith("in floating point")]
 
 
 def test_openvino_gives_the_codes(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def compare(
             samples=sample_count,
             checks=(weights, *levels.checks()),
             not_compared=tuple(name for name in modules if name not in levels.layer_outputs.parts),
-            remarks=levels.remarks(),
+            remarks=(*levels.remarks(), *opened.remarks),
         )
         for levels, (options, _) in zip(counted, opened.runners, strict=True)
     ]

@@ -31,6 +31,7 @@ from lsquant.shipped import copied
 from lsquant.verification.comparison import verify
 from lsquant.verification.latency import FEWEST, Latency, in_turns
 from lsquant.verification.recorder import recording
+from lsquant.verification.runtimes.float_parts import IN_FLOAT
 from lsquant.verification.runtimes.onnx_runner import feeds_of
 from lsquant.verification.verdict import LEVELS
 
@@ -59,7 +60,7 @@ class Shippable:
     metrics: measured on the file's own outputs; empty without a metric.
     level: of its verdict, one of LEVELS; None for the float network.
     oldest: release of ONNX Runtime that runs it, of those that were tried; None for what ONNX Runtime does not run.
-    reason: why it is left out, or what the verdict says besides.
+    reason: why it is left out; of an integer-only file, what ONNX Runtime computes in floating point and why.
     """
 
     name: str
@@ -312,7 +313,8 @@ def _row(model: nn.Module, row: FileFormat, path: Path, data: Basis, feeder: _Fe
     except LsquantError as error:
         feeder.sessions.pop(row.name, None)
         return Shippable(row.name, reason=f"left out: {error}")
-    return Shippable(row.name, row.size(path), metrics=metrics, level=verdict.level, oldest=oldest)
+    says = "; ".join(remark for remark in verdict.remarks if remark.startswith(IN_FLOAT))
+    return Shippable(row.name, row.size(path), metrics=metrics, level=verdict.level, oldest=oldest, reason=says)
 
 
 def _oldest(proto: Any) -> str:

@@ -17,7 +17,7 @@ from lsquant._util.optional import require
 from lsquant.formats.gguf.blocks import TYPES
 from lsquant.formats.gguf.plan import Planned, chosen, planned, require_half
 from lsquant.formats.gguf.vocabulary import Vocabulary
-from lsquant.shipped import ship
+from lsquant.shipped import Shipped, ship
 
 FLOAT_TYPES = {"f32": 0, "f16": 1}
 """Name -> number of the type."""
@@ -54,7 +54,11 @@ def export_gguf(
     for name, value, known in (("type", type, TYPES), ("float_type", float_type, FLOAT_TYPES)):
         if not isinstance(value, str) or value not in known:
             raise UsageError(f"export_gguf: {name}={shown(value)}; choose from {', '.join(map(repr, known))}")
-    record = ship(model).require_layers("export_gguf")
+    return write_record(ship(model).require_layers("export_gguf"), path, type, tokenizer, float_type)
+
+
+def write_record(record: Shipped, path: str | os.PathLike[str], type: str, tokenizer: Any, float_type: str) -> Path:
+    """Write what a model ships; that of a float model is a float file.  The rest is as in ``export_gguf``."""
     language, tensors = planned(record)
     vocabulary = None if tokenizer is None else Vocabulary.of(tokenizer, record.model)
     gguf = require("gguf", extra="gguf")
@@ -78,7 +82,7 @@ def export_gguf(
         if writer.fout is not None:
             writer.close()
     if elsewhere:
-        warnings.warn(_told(type, elsewhere), UserWarning, stacklevel=2)
+        warnings.warn(_told(type, elsewhere), UserWarning, stacklevel=3)
     return Path(path)
 
 

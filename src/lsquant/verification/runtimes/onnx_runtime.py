@@ -11,6 +11,7 @@ from torch import nn
 
 from lsquant.formats.onnx.row import OnnxFile
 from lsquant.fusion import FusedNetwork
+from lsquant.verification.runtimes.float_parts import says_float_parts
 from lsquant.verification.runtimes.integer_runner import IntegerRunner
 from lsquant.verification.runtimes.onnx_runner import OnnxRunner
 from lsquant.verification.runtimes.onnx_session import Engine
@@ -30,4 +31,8 @@ class OnnxRuntime(Runtime):
             fused = isinstance(model, FusedNetwork)
             kind: Any = IntegerRunner if fused else OnnxRunner
             runners = [(options, kind(engine, content, model, options)) for options in engine.kinds]
-            yield Opened(engine.title, [*runners], has_options=True)
+            remark = ""
+            if isinstance(model, FusedNetwork) and engine.optimised is not None:
+                graph = engine.optimised(path, engine.kinds[0])
+                remark = says_float_parts(model, graph, engine.title)
+            yield Opened(engine.title, [*runners], has_options=True, remarks=(remark,) if remark else ())

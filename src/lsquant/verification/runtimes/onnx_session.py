@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,8 +29,10 @@ class Engine:
     title: of the runtime, with its version.
     kinds: the options of its sessions: the recommended ones first, then none where that is not the same.
     open: (path or bytes of a model, options) -> Session.
+    optimised: (path of a model, options) -> the graph that the runtime makes of it; None where it does not tell.
     """
 
     title: str
     kinds: list[dict[str, str]]
     open: Callable[[str | bytes, dict[str, str]], Session]
+    optimised: Callable[[str, dict[str, str]], Any] | None = None

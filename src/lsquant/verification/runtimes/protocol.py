@@ -52,11 +52,13 @@ class Opened:
     title: of the runtime, with its version.
     runners: (options, runner): under the recommended options first, without any last.
     has_options: whether the runtime takes options, so that a verdict also says what the file gives without any.
+    remarks: for the verdict: what the runtime makes of the file.
     """
 
     title: str
     runners: list[tuple[dict[str, str], Runner]]
     has_options: bool
+    remarks: tuple[str, ...] = ()
 
 
 class Runtime(ABC):
