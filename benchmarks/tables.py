@@ -46,7 +46,8 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
 def ratios(rows: Rows) -> list[str]:
     """One line a configuration, one column a contender: the baseline's time, and for the others the ratio to it."""
     baseline = rows[0]["baseline"]
-    others = [name for name in unique([r["contender"] for r in rows]) if name != baseline]
+    measured = unique([r["contender"] for r in rows if int(r["repeats"])])
+    others = [name for name in measured if name != baseline]
     lines = []
     for configuration in unique([r["configuration"] for r in rows]):
         found = {r["contender"]: r for r in rows if r["configuration"] == configuration}
