@@ -220,7 +220,7 @@ def test_a_verdict_says_what_stays_in_floating_point(tmp_path: Path) -> None:
         (remark,) = [r for r in lsquant.verify(network, path, [x]).remarks if r.startswith("in floating point")]
         assert f"ONNX Runtime {ort.__version__}" in remark
         assert "squash (Tanh: a function without an integer operator);" in remark
-        assert "Exp, Mul, Sigmoid of " in remark
+        assert "; Sigmoid, Exp, Mul of " in remark
         assert remark.endswith("(float parts of the network, of which fuse has no integer form)")
         assert "silu" not in remark
         assert "Conv" not in remark
