@@ -1,10 +1,10 @@
 """Profile integer: the program of an integer-only network as ONNX operators over codes of 8 bits.
 
 The container of stored tensors is that of the recipe's target.  uint8: an unsigned code as it is with zero point z, a
-signed one as code + 128 with zero point z + 128 (z = 0 but for LSQ+).  int8: the same less 128.  Codes of fewer than 8 bits, and limits (ReLU on
-signed codes, ReLU6), are held in range by Min and Max over codes; a ReLU on unsigned codes is the saturation of the
-container itself.  symmetric: int8 with zero point 0, only QuantizeLinear and DequantizeLinear touch codes, and a float
-Relu or Clip before QuantizeLinear holds them in range.  The two forms are:
+signed one as code + 128 with zero point z + 128 (z = 0 but for LSQ+).  int8: the same less 128.  Codes of fewer than 8
+bits, and limits (ReLU where z is not the lowest code, ReLU6), are held in range by Min and Max over codes; else a ReLU
+is the saturation of the container itself.  symmetric: int8 with zero point 0, only QuantizeLinear and DequantizeLinear
+touch codes, and a float Relu or Clip before QuantizeLinear holds them in range.  The two forms are:
 
 - qdq: DequantizeLinear, a float operator, QuantizeLinear; runtimes fuse the three to one integer operator.  Scales and
   zero points of tensors are 0-d, as ONNX Runtime's fusion of additions wants them.
@@ -177,7 +177,7 @@ class Writer:
         """Write what a marked node stands for.  Returns the name of its output."""
         if kind == "Real":
             self.graph.prefix = name
-            return self._real(inputs[0], self.scale(self.nodes[name]), f"{name}/real")
+            return self._real(inputs[0], self.scale(self.nodes[name]), f"{name}/value", "Dequantize_value")
         return self.step(self.steps[int(name)], inputs)
 
     def step(self, step: Step, inputs: list[str]) -> str:
