@@ -221,7 +221,8 @@ class Recipe:
     preset_rules: those of a preset; they come after ``rules`` and may match nothing.
     joins: bits or a QuantSpec of what additions, concatenations, averages and elementwise functions read, usually 8:
         every tensor between two layers is then stored as codes, and all who read it share its step
-        (docs/integer-only.md).  With an offset: those of them that no addition reads.  None: joins compute in floating point, and every layer has an input step of its own.
+        (docs/integer-only.md).  An offset is that of tensors which no addition reads.  None: joins compute in floating
+        point, and every layer has an input step of its own.
     target: with joins, for which runtimes: "onnxruntime", stored tensors are uint8; "xnnpack", the same codes as int8;
         "tensorrt", int8 with zero point 0, so that unsigned codes have at most 7 bits.
     Raises: UsageError for a value that is not allowed.

@@ -1,8 +1,9 @@
 """(M13) to (M18) on tensors that carry gradients: codes are whole float32 numbers, sums are exact.
 
 A stored tensor is its codes less their zero point, ``q - z``; the gradient that it carries is that of its value
-``v_hat = (q - z) s`` times s, so that every step can be differentiated as a function of codes.  The forward values are those of ``lsquant.reference_integer``, bit
-for bit; the gradients are those of docs/mathematics.md, section "Integer-only arithmetic".
+``v_hat = (q - z) s`` times s, so that every step can be differentiated as a function of codes.  The forward values are
+those of ``lsquant.reference_integer``, bit for bit; the gradients are those of docs/mathematics.md, section
+"Integer-only arithmetic".
 """
 
 from __future__ import annotations
