@@ -102,6 +102,7 @@ def _prepare(model: nn.Module, recipe: Recipe, example_inputs: Any, steps: Steps
         flow = dataflow(model, "prepare with joins")
         connect(model, flow, recipe.joins, former)
         floats = _float_steps(flow, recipe.joins)
+        _note_lost_offsets(plan, reasons)
     note_seen(model, (layer for layer in layers if not isinstance(layer, QuantizedLayer)))
     rows = _rows(model, layers, plan, reasons, executed.products)
     known = {row.name for row in rows}
@@ -435,6 +436,15 @@ def _convert_others(model: nn.Module, integer_layers: bool) -> None:
 
 
 # ---- what is reported ----
+
+
+def _note_lost_offsets(plan: Plan, reasons: dict[nn.Module, str]) -> None:
+    """Say of a layer that its input has no offset, because another tensor is added to it."""
+    for layer, (weight, activation) in plan.items():
+        quantizer = layer.input_quantizer if isinstance(layer, QuantizedLayer) else None
+        if activation is not None and activation.offset and quantizer is not None and not quantizer.requested.offset:
+            plan[layer] = weight, quantizer.requested
+            reasons[layer] = "without the offset, for an addition reads the input too: its operands have z = 0"
 
 
 def _rows(

@@ -7,7 +7,7 @@ read it at its bits.  Two relations join tensors:
 - What only moves values (max pooling, slices, padding, flatten) and concatenation have inputs and outputs of one step
   and one sign: one quantizer.  Such tensors are a *storage*.
 - The operands of an addition have one step: their storages have one owner of the step, and signs of their own
-  (``TiedQuantizer``).
+  (``TiedQuantizer``).  They have no offset, so z = 0.
 """
 
 from __future__ import annotations
@@ -77,6 +77,11 @@ class Storage:
     ports: list[tuple[Node, int]] = field(default_factory=list)
     bits: int | None = None
     owner: Storage | None = None
+
+    @property
+    def is_added(self) -> bool:
+        """Whether an addition reads one of the tensors: they have no offset then."""
+        return any(reader.role is Role.ADD for reader, _ in self.ports)
 
 
 def storages(flow: Flow, joins: QuantSpec | None) -> dict[Node, Storage]:
@@ -152,7 +157,7 @@ def connect(model: nn.Module, flow: Flow, joins: QuantSpec, former: Former) -> N
     model: prepared, its layers have input quantizers of their own.
     joins: of what joins read.
     former: what ``separate`` returned.
-    Raises: UsageError naming a layer whose input has an offset.
+    Raises: UsageError naming a layer whose input has steps of another type than float32.
     """
     names = {module: name for name, module in model.named_modules()}
     quantizer_of: dict[Storage, Quantizer] = {}
@@ -172,11 +177,6 @@ def connect(model: nn.Module, flow: Flow, joins: QuantSpec, former: Former) -> N
                 raise UsageError(
                     f"layer {names[module]!r}: the step of a stored tensor is float32, not {own.requested.step_dtype}: "
                     "use joins=None, or QuantSpec without step_dtype for this layer's input"
-                )
-            if own.spec.offset:
-                raise UsageError(
-                    f"layer {names[module]!r}: an input with an offset cannot be a stored tensor; use joins=None, or "
-                    "QuantSpec without offset for this layer"
                 )
             if own.requested.bits == storage.bits:
                 module.input_quantizer = quantizer
@@ -201,20 +201,28 @@ def _quantizer(storage: Storage, joins: QuantSpec, made: dict[Storage, Quantizer
     modules = [(reader.module, place) for reader, place in storage.ports if reader.module is not None]
     old = next((q for port in modules if (q := former.get(port)) is not None), None)
     spec, device = replace(joins, bits=storage.bits), _device(modules)
+    spec = _without_offset(spec) if storage.is_added else spec
     if storage.owner is not storage:
         with device:
             tied = TiedQuantizer(spec, made[storage.owner])
         if isinstance(old, TiedQuantizer) and old.spec.signed is not None:
             tied._set(tied.requested.decide(old.spec.signed), tied.step)
         return tied
-    for module, _ in modules:
-        own = module.input_quantizer if isinstance(module, QuantizedLayer) else None
-        if own is not None and own.requested.bits == storage.bits:
-            return own
+    inputs = [module.input_quantizer for module, _ in modules if isinstance(module, QuantizedLayer)]
+    owns = [own for own in inputs if own is not None and own.requested.bits == storage.bits]
+    own = next((q for q in owns if q.requested.offset != storage.is_added), owns[0] if owns else None)
+    if own is not None and not (own.requested.offset and storage.is_added):
+        return own
+    spec = spec if own is None else _without_offset(own.requested)
     if old is not None and not isinstance(old, TiedQuantizer) and old.requested == spec:
         return old
     with device:
-        return Quantizer(spec)
+        return Quantizer(spec, count=None if own is None else own.elements_per_step or None)
+
+
+def _without_offset(spec: QuantSpec) -> QuantSpec:
+    """Return the same without an offset; calibration decides the sign that came with it."""
+    return replace(spec, offset=False, signed=None) if spec.offset else spec
 
 
 def _device(modules: list[tuple[nn.Module, int]]) -> torch.device:

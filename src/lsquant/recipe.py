@@ -118,10 +118,10 @@ def _joins(value: Setting) -> QuantSpec | None:
     if spec is None:
         return None
     plain = isinstance(spec, QuantSpec) and spec.step_dtype == "float32"
-    if not isinstance(spec, QuantSpec) or not plain or spec.offset or spec.signed is not None or spec.narrow:
+    if not isinstance(spec, QuantSpec) or not plain or (spec.signed is not None and not spec.offset) or spec.narrow:
         raise UsageError(
             f"joins={shown(value)}: give bits (2 to 8), or None for floating point; the tensors that joins read have "
-            "one float32 step each, no offset, and a sign that calibration decides"
+            "one float32 step each, and an offset or a sign that calibration decides"
         )
     return spec
 
@@ -221,7 +221,8 @@ class Recipe:
     preset_rules: those of a preset; they come after ``rules`` and may match nothing.
     joins: bits or a QuantSpec of what additions, concatenations, averages and elementwise functions read, usually 8:
         every tensor between two layers is then stored as codes, and all who read it share its step
-        (docs/integer-only.md).  None: joins compute in floating point, and every layer has an input step of its own.
+        (docs/integer-only.md).  An offset is that of tensors which no addition reads.  None: joins compute in floating
+        point, and every layer has an input step of its own.
     target: with joins, for which runtimes: "onnxruntime", stored tensors are uint8; "xnnpack", the same codes as int8;
         "tensorrt", int8 with zero point 0, so that unsigned codes have at most 7 bits.
     Raises: UsageError for a value that is not allowed.

@@ -88,8 +88,11 @@ class QuantSpec:
         container = self.container
         if not isinstance(container, str) or container not in CONTAINERS:
             raise UsageError(f"QuantSpec: container={shown(container)}; use one of {', '.join(CONTAINERS)}")
-        if container != "uint8" and self.offset:
-            raise UsageError(f"QuantSpec: offset=True with container={container!r}; stored tensors have no offset")
+        if container == "symmetric" and self.offset:
+            raise UsageError(
+                "QuantSpec: offset=True does not go with zero points that are all 0 (container='symmetric', "
+                "target='tensorrt'); leave the offset out, or use target='onnxruntime' or 'xnnpack'"
+            )
         if container == "symmetric" and self.signed is False and self.bits > SYMMETRIC_BITS:
             raise UsageError(
                 f"QuantSpec: {self.bits} unsigned bits do not fit int8 with zero point 0 (container='symmetric', "

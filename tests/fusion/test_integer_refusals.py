@@ -238,3 +238,18 @@ def test_parts_of_unequal_sizes(channels: int, chunks: int, tmp_path: Path) -> N
             return self.end(self.add(self.first(parts[0]), self.last(parts[self.at])))
 
     exact(ready(Parts()), tmp_path, X, X[:1])
+
+
+def test_what_a_function_gives_may_be_returned_too(tmp_path: Path) -> None:
+    """In the file its value and the function's own had one name."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.act, self.b = nn.Conv2d(3, 4, 1), nn.GELU(), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.act(self.a(x))
+            return y, self.b(y)
+
+    exact(ready(Both()), tmp_path, X, 2 * X)

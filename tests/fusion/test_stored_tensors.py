@@ -212,8 +212,10 @@ def test_recipes_keep_joins(tmp_path: Path) -> None:
     assert Recipe.from_toml(recipe.to_toml()) == recipe
     assert "joins" not in Recipe(4, 4).to_toml()
     assert Recipe.preset("w4a8", integer_only=True).joins == QuantSpec(8)
-    offset, signed, channels = QuantSpec(8, offset=True), QuantSpec(8, signed=True), QuantSpec(8, granularity="channel")
-    for wrong in (9, "8", offset, signed, channels, True):
+    shifted = Recipe(4, 4, joins=QuantSpec(8, offset=True))
+    assert Recipe.from_toml(shifted.to_toml()) == shifted
+    signed, channels = QuantSpec(8, signed=True), QuantSpec(8, granularity="channel")
+    for wrong in (9, "8", signed, channels, True):
         with pytest.raises(UsageError, match=r"joins=|activation="):
             Recipe(4, 4, joins=wrong)
     with pytest.raises(UsageError, match=r"integer_only='yes'; it must be True or False"):
@@ -234,8 +236,8 @@ def test_a_forward_that_branches_on_values_is_refused_and_nothing_has_changed() 
         lsquant.prepare(model, Recipe(4, 4, joins=8), example_inputs=x)
     assert type(model.a) is nn.Linear
     model2: Any = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    with pytest.raises(UsageError, match=r"layer '0': an input with an offset cannot be a stored tensor"):
-        lsquant.prepare(model2, Recipe(4, QuantSpec(8, offset=True), joins=8), example_inputs=x)
+    with pytest.raises(UsageError, match=r"layer '0': the step of a stored tensor is float32, not float16"):
+        lsquant.prepare(model2, Recipe(4, QuantSpec(8, step_dtype="float16"), joins=8), example_inputs=x)
     assert type(model2[0]) is nn.Linear
 
 

@@ -512,7 +512,18 @@ def test_specifications_literal() -> None:
             lambda: Recipe(4, QuantSpec(8, signed=False), joins=8, target="tensorrt"),
             "Recipe: activation=8 bit, unsigned",
         ),
-        (lambda: Recipe(4, QuantSpec(8, offset=True), joins=8, target="xnnpack"), "activation=.*have no offset"),
+        (
+            lambda: Recipe(4, QuantSpec(8, offset=True), joins=8, target="tensorrt"),
+            "Recipe: activation=8 bit, unsigned, per tensor, offset with target='tensorrt': .*leave the offset out",
+        ),
+        (
+            lambda: Recipe(4, 8, [Rule("head", 8, QuantSpec(8, offset=True))], joins=8, target="tensorrt"),
+            "rule for 'head': activation=.*zero points that are all 0.*or use target='onnxruntime' or 'xnnpack'",
+        ),
+        (
+            lambda: Recipe(4, 8, joins=QuantSpec(8, offset=True), target="tensorrt"),
+            "Recipe: joins=8 bit, unsigned, per tensor, offset with target='tensorrt'",
+        ),
         (lambda: Recipe(QuantSpec(4, container="int8"), 8, joins=8, target="xnnpack"), "weight=.*are activations"),
         (
             lambda: Recipe(4, QuantSpec(8, container="int8"), joins=8),

@@ -204,9 +204,13 @@ def _drawn(seed: int, target: str) -> tuple[lsquant.FusedNetwork, nn.Module, Ten
         model(x)
     model.eval()
     low = QuantSpec(int(rng.integers(2, 9)), granularity=str(rng.choice(["tensor", "channel"])))  # type: ignore[arg-type]
-    ends = [Rule("first", 8, 8), Rule("last", 8, 8)] if rng.random() < 0.7 else []
+    has_ends = rng.random() < 0.7
     inputs, joins = int(rng.integers(2, 9)), int(rng.choice([8, 8, 8, 6, 4]))
-    recipe = Recipe(low, inputs, ends, joins=joins, target=target)  # type: ignore[arg-type]
+    lsq_plus = np.random.default_rng((seed, 1))  # its own, so that nothing else is drawn otherwise
+    share = 0.0 if target == "tensorrt" else float(lsq_plus.choice([0.0, 0.0, 1.0, 0.6]))
+    first, last, inner, stored = (QuantSpec(b, offset=bool(lsq_plus.random() < share)) for b in (8, 8, inputs, joins))
+    ends = [Rule("first", 8, first), Rule("last", 8, last)] if has_ends else []
+    recipe = Recipe(low, inner, ends, joins=stored, target=target)  # type: ignore[arg-type]
     lsquant.prepare(model, recipe, example_inputs=x)
     try:
         lsquant.calibrate(model, [x])

@@ -1,8 +1,9 @@
 """(M13) to (M18) on tensors that carry gradients: codes are whole float32 numbers, sums are exact.
 
-A stored tensor is its codes q; the gradient that it carries is that of its value ``v_hat = q s`` times s, so that every
-step can be differentiated as a function of codes.  The forward values are those of ``lsquant.reference_integer``, bit
-for bit; the gradients are those of docs/mathematics.md, section "Integer-only arithmetic".
+A stored tensor is its codes less their zero point, ``q - z``; the gradient that it carries is that of its value
+``v_hat = (q - z) s`` times s, so that every step can be differentiated as a function of codes.  The forward values are
+those of ``lsquant.reference_integer``, bit for bit; the gradients are those of docs/mathematics.md, section
+"Integer-only arithmetic".
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lsquant import ops
+from lsquant import reference as plain
 from lsquant import reference_integer as reference
 from lsquant._util.errors import UsageError
 from lsquant.kernels import Grid
@@ -29,17 +31,23 @@ LARGEST_INT8 = 127
 
 
 class Codes(NamedTuple):
-    """What the codes of a stored tensor may be, and its step.
+    """What the codes of a stored tensor may be, less its zero point, and its step.
 
     step: () float32, with gradient.
-    low, high: bounds.
-    gradient_scale: of the step.
+    low, high: bounds of ``q - z``.
+    gradient_scale: of step and offset.
+    zero: z, the zero point.
+    offset: () float32, with gradient, LSQ+'s b; None for z = 0.
+    own: whether low and high are bounds of the quantizer, which move with b, or those of a limit.
     """
 
     step: Tensor
     low: int
     high: int
     gradient_scale: float
+    zero: int = 0
+    offset: Tensor | None = None
+    own: tuple[bool, bool] = (True, True)
 
     def within(self, low: float | None, high: float | None) -> Codes:
         """Return the same with the bounds of a limit, given as real numbers: ReLU has low=0."""
@@ -49,16 +57,27 @@ class Codes(NamedTuple):
             if value is not None:
                 code = float(torch.round(torch.tensor(value, dtype=torch.float32) / step))
                 bounds[place] = int(max(self.low, min(self.high, code)))
-        return self._replace(low=max(bounds[0], self.low), high=min(bounds[1], self.high))
+        bottom, top = max(bounds[0], self.low), min(bounds[1], self.high)
+        own = (self.own[0] and bottom == self.low, self.own[1] and top == self.high)
+        return self._replace(low=bottom, high=top, own=own)
 
     def quantize(self, u: Tensor) -> Tensor:
         """Return ``clip(rint(u), low, high)``."""
         return ops.quantized(u, self._unit_grid(u))
 
-    def gradients(self, grad: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """(M14) Return the gradients of u and of the step, from that of ``clip(rint(u), low, high)``."""
+    def gradients(self, grad: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(M14) Return the gradients of u, step and offset, from that of ``clip(rint(u), low, high)``.
+
+        With an offset (M10) holds beyond the quantizer's own bounds: ``q_min`` and ``q_max`` for the step, 1 for b.
+        """
         of_u, of_unit, _ = ops.quantized_gradients(grad, u, self._unit_grid(u))
-        return of_u, of_unit.reshape(()) / self.step.detach()
+        of_unit, step = of_unit.reshape(()), self.step.detach()
+        if self.offset is None:
+            return of_u, of_unit / step, None
+        beyond = ((u <= self.low) & self.own[0]) | ((u >= self.high) & self.own[1])
+        outer = plain.sum_per_step(torch.where(beyond, grad.to(torch.float32), 0.0), None, None).reshape(())
+        of_offset = (outer * self.gradient_scale).to(torch.float32)
+        return of_u, (of_unit + self.zero * of_offset) / step, of_offset / step
 
     def _unit_grid(self, u: Tensor) -> Grid:
         """Return the quantizer of quotients: that of LSQ with a step of 1."""
@@ -66,10 +85,12 @@ class Codes(NamedTuple):
 
 
 class _Requantize(torch.autograd.Function):
-    """Codes of quotients u, differentiable in the step and in an x with ``u = x ratio``."""
+    """Codes of quotients u, differentiable in step, offset and an x with ``u = x ratio``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, u: Tensor, ratio: Tensor, codes: Codes) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, offset: Tensor | None, u: Tensor, ratio: Tensor, codes: Codes
+    ) -> Tensor:
         ctx.save_for_backward(u, ratio)
         ctx.codes = codes
         return codes.quantize(u)
@@ -77,22 +98,22 @@ class _Requantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         u, ratio = ctx.saved_tensors
-        of_u, of_step = ctx.codes.gradients(grads[0], u)
-        return of_u * ratio, of_step, None, None, None
+        of_u, of_step, of_offset = ctx.codes.gradients(grads[0], u)
+        return of_u * ratio, of_step, of_offset, None, None, None
 
 
 def requantized(x: Tensor, ratio: Tensor, u: Tensor, codes: Codes) -> Tensor:
-    """(M14) Return codes of the quotients u, as the network computes them.
+    """(M14) Return codes of the quotients u, less z, as the network computes them.
 
     x: what they are differentiated by; as real numbers ``u = x ratio``.
     ratio: () float32.
     """
-    q: Any = _Requantize.apply(x, codes.step, u, ratio, codes)
+    q: Any = _Requantize.apply(x, codes.step, codes.offset, u, ratio, codes)
     return q
 
 
 def codes_of(v: Tensor, step: Tensor) -> Tensor:
-    """Return the codes of values ``v_hat``, whole float32 numbers: ``v / s`` is one up to its rounding."""
+    """Return the codes less z of values ``v_hat``, whole float32 numbers: ``v / s`` is one up to its rounding."""
     return torch.round(v.detach() / step.detach()) + 0.0  # no -0.0
 
 
@@ -116,14 +137,34 @@ def with_values(differentiable: Tensor, values: Tensor) -> Tensor:
     return v
 
 
+@torch.no_grad()
+def zero_of(quantizer: Quantizer) -> int | None:
+    """(M9) Return z, by the guarded step of the quantizer itself, raised or not; None where it is NaN."""
+    if quantizer.offset is None:
+        return 0
+    step, bounds = quantizer.effective_step(), (quantizer.q_min, quantizer.q_max)
+    zero = float(plain.zero_point(step, quantizer.offset, *bounds))
+    return int(zero) if math.isfinite(zero) else None
+
+
+def bounds_of(quantizer: Quantizer) -> tuple[int, int]:
+    """Return the lowest and the highest ``q - z`` of a stored tensor."""
+    zero = zero_of(quantizer) or 0
+    return quantizer.q_min - zero, quantizer.q_max - zero
+
+
 def codes_grid(quantizer: Quantizer, step: Tensor | None = None) -> Codes:
     """Return the codes of a stored tensor.
 
     step: () float32, where it differs from the quantizer's own, as behind an addition.
     """
-    grid = quantizer.grid()
+    grid, zero = quantizer.grid(), zero_of(quantizer)
     own = grid.step.reshape(())
-    return Codes(own if step is None else with_values(own, step), grid.q_min, grid.q_max, grid.gradient_scale)
+    if zero is None:  # everything is NaN then, so that a loss scaler sees it
+        own, zero = own * math.nan, 0
+    offset = None if grid.offset is None else grid.offset.reshape(())
+    held = own if step is None else with_values(own, step)
+    return Codes(held, grid.q_min - zero, grid.q_max - zero, grid.gradient_scale, zero, offset)
 
 
 # ---- one layer ----
@@ -293,7 +334,9 @@ class _Ended(torch.autograd.Function):
     """Codes, or real values, of sums, with the gradients of ``y = alpha scale sums + shift``."""
 
     @staticmethod
-    def forward(ctx: Any, sums: Tensor, alpha: Tensor, shift: Tensor, step: Tensor, end: End) -> Tensor:
+    def forward(
+        ctx: Any, sums: Tensor, alpha: Tensor, shift: Tensor, step: Tensor, offset: Tensor | None, end: End
+    ) -> Tensor:
         u = end.quotients(sums)
         ctx.save_for_backward(sums, alpha, *(() if end.codes is None else (u,)))
         ctx.end = end
@@ -302,10 +345,10 @@ class _Ended(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         sums, alpha, *saved = ctx.saved_tensors
-        end, (grad,), of_step = ctx.end, grads, None
+        end, (grad,), of_step, of_offset = ctx.end, grads, None, None
         scale = end.scale
         if end.codes is not None:
-            grad, of_step = end.codes.gradients(grad, saved[0])
+            grad, of_step, of_offset = end.codes.gradients(grad, saved[0])
             step = end.codes.step.detach()
             scale = scale / step
         channels = list(range(sums.dim()))
@@ -315,7 +358,7 @@ class _Ended(torch.autograd.Function):
         of_shift = grad.sum(channels)
         of_alpha = (grad * sums.float()).sum(channels) * scale if ctx.needs_input_grad[1] else None
         of_sums = (grad * (scale * alpha).reshape(view)).to(sums.dtype) if ctx.needs_input_grad[0] else None
-        return of_sums, of_alpha, of_shift if end.codes is None else of_shift / step, of_step, None
+        return of_sums, of_alpha, of_shift if end.codes is None else of_shift / step, of_step, of_offset, None
 
 
 def layer_output(
@@ -323,7 +366,7 @@ def layer_output(
 ) -> tuple[Tensor, Folded]:
     """(M13, M14) Compute one layer, with BatchNorm: codes of the stored output, or a real one where out is None.
 
-    x: codes of the input, as the layer reads them.
+    x: codes of the input less z, as the layer reads them.
     read: what they may be.
     """
     _require_dimensions(layer, norm, x)
@@ -340,5 +383,6 @@ def layer_output(
     factor = scales if out is None else scales / out.step.detach()
     end = End(constants.bias, factor, s_x * scale, sums.dim() - 1 if isinstance(layer, nn.Linear) else 1, out)
     shift = beta if layer.bias is None else beta + alpha * layer.bias
-    y: Any = _Ended.apply(sums, alpha, shift, s_x if out is None else out.step, end)
+    step, offset = (s_x, None) if out is None else (out.step, out.offset)
+    y: Any = _Ended.apply(sums, alpha, shift, step, offset, end)
     return y, constants

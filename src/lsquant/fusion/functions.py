@@ -24,7 +24,7 @@ def plain_function(module: Any) -> Callable[[Tensor], Tensor]:
 
 
 def all_codes(low: int, high: int, device: torch.device) -> Tensor:
-    """Return every code of a tensor, ascending, float32."""
+    """Return every code less z of a tensor, ascending, float32."""
     return torch.arange(low, high + 1, dtype=torch.float32, device=device)
 
 
@@ -45,7 +45,7 @@ def function_quotients(module: Any, codes: Tensor, step: Tensor, output_step: Te
 
     ``u = fl32(fl32(f(fl32(q s))) / s_y)``, f computed in float64; for SiLU ``u = q q_g s s_g / s_y``.
 
-    codes: of the input.
+    codes: of the input, less their zero point.
     step, output_step: () float32.
     """
     if has_gate(module):
@@ -63,8 +63,8 @@ def safe_function_steps(
 
     Runtimes compute functions with errors of some 1e-7; away from ties they find the same codes.
 
-    codes: every code of the input.
-    bounds: of the output.
+    codes: every code of the input, less z.
+    bounds: of the output's codes, less their z.
     Returns: (step, output_step); as they were where MOST_RAISES did not suffice.
     """
     found, output_found = step, output_step

@@ -18,12 +18,14 @@ from lsquant.dataflow import Node, dataflow
 from lsquant.fusion.arithmetic import (
     Codes,
     Folded,
+    bounds_of,
     codes_grid,
     codes_of,
     fold_layer,
     layer_output,
     requantized,
     with_values,
+    zero_of,
 )
 from lsquant.fusion.changes import FoldChanges, Metric, changes
 from lsquant.fusion.functions import (
@@ -163,7 +165,13 @@ class FusedNetwork(nn.Module):
         with torch.no_grad():
             run = self.run()
             run.outputs(self.given(args, kwargs))
-        return {node.name: q.to(torch.int64) for node, q in run.stored.items() if isinstance(q, Tensor)}
+        found = {node: q for node, q in run.stored.items() if isinstance(q, Tensor)}
+        return {node.name: q.to(torch.int64) + run.grid(node).zero for node, q in found.items()}
+
+    def zero_points(self) -> dict[str, int]:
+        """Return z of every stored tensor, by the name of the module that makes it; 0 without an offset."""
+        run, stored = self.run(), self.program.stored
+        return {s.end.name: run.grid(s.end).zero for s in self.program.steps if stored[s.end] is not None}
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Node, Any]:
         """Return the inputs of a forward pass by their nodes."""
@@ -180,7 +188,7 @@ def _fused_again(model: nn.Module, training: bool) -> FusedNetwork:
 class Run:
     """One forward pass.
 
-    stored: node -> codes, whole float32 numbers.
+    stored: node -> codes less their zero point, whole float32 numbers.
     real: node -> values in floating point.
     constants: the step of a layer -> what it multiplied with and added.
     steps: of ``safe_steps``, made anew where not given.
@@ -212,7 +220,7 @@ class Run:
     def _show(self, node: Node) -> None:
         tap = self.taps.get(node.name) if node in self.stored else None  # a float step's result is stored by the next
         if tap is not None and tap._forward_hooks and isinstance(self.stored[node], Tensor):
-            tap(self.stored[node].detach() + 0.0)  # no -0.0
+            tap(self.stored[node].detach() + float(self.grid(node).zero))  # no -0.0
 
     # ---- values ----
 
@@ -229,7 +237,7 @@ class Run:
         return codes * step if isinstance(codes, Tensor) else type(codes)(part * step for part in codes)
 
     def grid(self, node: Node) -> Codes:
-        """Return the codes of a stored tensor."""
+        """Return what the codes of a stored tensor may be."""
         quantizer = self.program.stored[node]
         assert quantizer is not None
         return codes_grid(quantizer, self.steps.get(_owner(quantizer)))
@@ -362,7 +370,7 @@ def safe_steps(program: Program) -> dict[Quantizer, Tensor]:
     What was found is kept until a step changes.
     """
     owners = {_owner(quantizer) for quantizer in program.stored.values() if quantizer is not None}
-    now = {owner: float(owner.effective_step()) for owner in owners}
+    now = {owner: (float(owner.effective_step()), zero_of(owner)) for owner in owners}
     if program.settled.get("steps") != now:
         program.settled.update(steps=now, raised=_settled(program))
     return program.settled["raised"]
@@ -385,12 +393,15 @@ def _settled(program: Program) -> dict[Quantizer, Tensor]:
         assert found is not None
         return found
 
+    def largest_of(one: Quantizer) -> int:
+        return max(map(abs, bounds_of(one)))
+
     def settle_addition(one: Step) -> bool:
         a, b = (quantizer(source) for source in one.node.inputs)
         source, target = _owner(a), _owner(quantizer(one.end))
         if target is source:
             return False  # the quotient is 1
-        largest = sum(max(abs(q.q_min), abs(q.q_max)) for q in (a, b))
+        largest = largest_of(a) + largest_of(b)
         after = reference.safe_output_step(float(step(source)), float(step(target)), largest)
         return changed(target, torch.tensor(after, device=step(target).device))
 
@@ -398,8 +409,8 @@ def _settled(program: Program) -> dict[Quantizer, Tensor]:
         a, b, out = (quantizer(node) for node in (*one.node.inputs, one.end))
         sources, target = (_owner(a), _owner(b)), _owner(out)
         moving = next((o for o in sources if o is not target), target) if target in sources else target
-        every = all_products(*(max(abs(q.q_min), abs(q.q_max)) for q in (a, b)))
-        largest, before = max(abs(out.q_min), abs(out.q_max)), step(moving)
+        every = all_products(largest_of(a), largest_of(b))
+        largest, before = largest_of(out), step(moving)
         for _ in range(MOST_RAISES):
             s_a, s_b, s_y = (float(step(owner)) for owner in (*sources, target))
             if not reference.near_a_product_tie(every, s_a * s_b / s_y, largest):
@@ -412,8 +423,8 @@ def _settled(program: Program) -> dict[Quantizer, Tensor]:
         source, target = _owner(read), _owner(out)
         if target is source:
             return False  # the quotients hardly depend on it
-        codes = all_codes(read.q_min, read.q_max, step(source).device)
-        s, s_y = safe_function_steps(one.module, codes, (out.q_min, out.q_max), step(source), step(target))
+        codes = all_codes(*bounds_of(read), step(source).device)
+        s, s_y = safe_function_steps(one.module, codes, bounds_of(out), step(source), step(target))
         moved = changed(source, s)
         return changed(target, s_y) or moved
 

@@ -1,10 +1,10 @@
 """Profile integer: the program of an integer-only network as ONNX operators over codes of 8 bits.
 
-The container of stored tensors is that of the recipe's target.  uint8: an unsigned code as it is with zero point 0, a
-signed one as code + 128 with zero point 128.  int8: the same less 128.  Codes of fewer than 8 bits, and limits (ReLU on
-signed codes, ReLU6), are held in range by Min and Max over codes; a ReLU on unsigned codes is the saturation of the
-container itself.  symmetric: int8 with zero point 0, only QuantizeLinear and DequantizeLinear touch codes, and a float
-Relu or Clip before QuantizeLinear holds them in range.  The two forms are:
+The container of stored tensors is that of the recipe's target.  uint8: an unsigned code as it is with zero point z, a
+signed one as code + 128 with zero point z + 128 (z = 0 but for LSQ+).  int8: the same less 128.  Codes of fewer than 8
+bits, and limits (ReLU where z is not the lowest code, ReLU6), are held in range by Min and Max over codes; else a ReLU
+is the saturation of the container itself.  symmetric: int8 with zero point 0, only QuantizeLinear and DequantizeLinear
+touch codes, and a float Relu or Clip before QuantizeLinear holds them in range.  The two forms are:
 
 - qdq: DequantizeLinear, a float operator, QuantizeLinear; runtimes fuse the three to one integer operator.  Scales and
   zero points of tensors are 0-d, as ONNX Runtime's fusion of additions wants them.
@@ -75,7 +75,7 @@ SiLU's error is that for inputs up to 1, and grows with them."""
 class Scale:
     """The scale and the zero point of a tensor in the file: initializers, 0-d.
 
-    shift: what is added to its codes.
+    shift: what is added to its codes less their z: the zero point in the container.
     container: numpy.uint8 or numpy.int8.
     """
 
@@ -177,7 +177,7 @@ class Writer:
         """Write what a marked node stands for.  Returns the name of its output."""
         if kind == "Real":
             self.graph.prefix = name
-            return self._real(inputs[0], self.scale(self.nodes[name]), f"{name}/real")
+            return self._real(inputs[0], self.scale(self.nodes[name]), f"{name}/value", "Dequantize_value")
         return self.step(self.steps[int(name)], inputs)
 
     def step(self, step: Step, inputs: list[str]) -> str:
@@ -193,8 +193,8 @@ class Writer:
         """Return where a step is in the file."""
         trace = LayerTrace(step.name, 0, source, output)
         if self.run.program.stored[step.end] is not None:
-            scale = self.scale(step.end)
-            trace = LayerTrace(step.end.name, 0, source, output, output, scale.shift, scale.step)
+            scale, zero = self.scale(step.end), self.run.grid(step.end).zero
+            trace = LayerTrace(step.end.name, 0, source, output, output, scale.shift - zero, scale.step)
         if step.kind is Kind.LAYER:
             trace.weights, trace.weight_steps = [f"{step.name}.weight"], [f"{step.name}.weight_step"]
         return trace
@@ -223,11 +223,12 @@ class Writer:
         return self._scale(self.run.grid(node), quantizer.name)
 
     def _scale(self, grid: Codes, name: str) -> Scale:
-        return self._held(self.graph.constant(f"{name}.step", np.float32(grid.step.item())), signed=grid.low < 0)
+        step = self.graph.constant(f"{name}.step", np.float32(grid.step.item()))
+        return self._held(step, signed=grid.low + grid.zero < 0, zero=grid.zero)
 
-    def _held(self, step: str, signed: bool) -> Scale:
-        """Return how codes are held in the container."""
-        shift = {"uint8": SHIFT * signed, "int8": SHIFT * signed - SHIFT, SYMMETRIC: 0}[self.container]
+    def _held(self, step: str, signed: bool, zero: int = 0) -> Scale:
+        """Return how codes are held in the container.  zero: their z."""
+        shift = {"uint8": SHIFT * signed, "int8": SHIFT * signed - SHIFT, SYMMETRIC: 0}[self.container] + zero
         kind = np.uint8 if self.container == "uint8" else np.int8
         return Scale(step, self.graph.constant(f"zero_point_{shift}", kind(shift)), shift, kind)
 

@@ -63,20 +63,19 @@ def moved(q, step):
 
 def run(document, tensors, *inputs):
     """Return (outputs, name -> codes of every stored tensor).  inputs: float32 arrays."""
-    codes, real = {}, dict(zip(document["inputs"], inputs, strict=True))
+    codes, zeros, real = {}, {}, dict(zip(document["inputs"], inputs, strict=True))
     for step in document["steps"]:
         name, op, t = step["name"], step["op"], tensors.get
-        x = [codes[read] for read in step["reads"] if read in codes]
+        x = [codes[read] - zeros[read] for read in step["reads"] if read in codes]
         s, s_y = t(f"{step['reads'][0]}.step"), t(f"{name}.step")
+        z = zeros[name] = step.get("zero", 0) if "low" in step else zeros.get(step["reads"][0], 0)
         if op == "quantize":
             u = real[step["reads"][0]] / s_y
         elif op == "layer":
             q, w = x[0], unpacked(t(f"{step['layer']}.codes"), step["bits"], step["shape"])
-            if "reader" in step:  # fewer bits than the stored tensor has
-                s_n = t(f"{step['layer']}.read_step")
+            if (s_n := t(f"{step['layer']}.read_step")) is not None:  # fewer bits than the stored tensor has
                 q, s = np.clip(np.rint(q.astype(F) * s / s_n), *step["reader"]).astype(np.int64), s_n
-            acc = q.astype(np.float64) @ w.T.astype(np.float64) if w.ndim == 2 else convolution(q, w, step)
-            shape = [-1] + [1] * (w.ndim - 2)
+            acc, shape = q * 1.0 @ w.T if w.ndim == 2 else convolution(q, w, step), [-1] + [1] * (w.ndim - 2)
             total = (acc + t(f"{step['layer']}.bias").reshape(shape)).astype(F)
             u = total * ((s * t(f"{step['layer']}.weight_step")) / (F(1) if s_y is None else s_y)).reshape(shape)
         elif op == "add":
@@ -92,9 +91,10 @@ def run(document, tensors, *inputs):
         elif op == "function":
             u = t(f"{name}.table").astype(np.int64)[x[0] - step["first"]]
         else:
-            codes[name] = np.concatenate(x, step["axis"]) if op == "concat" else moved(x[0], step)
+            codes[name] = z + (np.concatenate(x, step["axis"]) if op == "concat" else moved(x[0], step))
         if "low" in step:
-            codes[name] = np.clip(np.rint(u), step["low"], step["high"]).astype(np.int64)
+            codes[name] = np.clip(np.rint(u) + z, step["low"], step["high"]).astype(np.int64)
         elif name not in codes:
             real[name] = u if "limit" not in step else np.clip(u, *step["limit"]).astype(F)
-    return [real[n] if n in real else codes[n].astype(F) * tensors[f"{n}.step"] for n in document["outputs"]], codes
+    ends = {n: (codes[n] - zeros[n]).astype(F) * tensors[f"{n}.step"] for n in {*document["outputs"]} - {*real}}
+    return [{**ends, **real}[n] for n in document["outputs"]], codes

@@ -15,7 +15,7 @@ from lsquant._util.errors import DamagedFile, UsageError
 from lsquant._util.tensors import header_size, read_tensors
 from lsquant.formats.base import FileFormat
 from lsquant.formats.onnx.graph import array
-from lsquant.formats.program.writer import FORMAT, KEY, export_program, program_content
+from lsquant.formats.program.writer import FORMAT, KEY, WITH_ZEROS, export_program, program_content
 from lsquant.fusion import FusedNetwork, fuse
 from lsquant.shipped import Pair, Shipped
 
@@ -61,8 +61,8 @@ class ProgramFormat(FileFormat):
             raise DamagedFile(f"{path} has no program, or its checksum does not fit: it is damaged")
         entry = parse_json(metadata[KEY], str(path), largest=LARGEST)
         version = entry.parts("format")["format"].integer(0, 1 << 30)
-        if version != FORMAT:
-            raise DamagedFile(f"{path} has the format {version}; this version reads {FORMAT}")
+        if version not in (FORMAT, WITH_ZEROS):
+            raise DamagedFile(f"{path} has the format {version}; this version reads {FORMAT} and {WITH_ZEROS}")
         return ProgramFile(os.fspath(path), entry.value, tensors)
 
     def counterpart(self, model: nn.Module) -> FusedNetwork:

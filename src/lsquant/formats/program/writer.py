@@ -23,7 +23,8 @@ from lsquant.fusion.network import FusedNetwork, Run, fuse, limits_of
 from lsquant.nn.pool import is_windowed, sizes_of, window_geometry
 from lsquant.program import Kind, Step, gives_parts, output_nodes, whole
 
-FORMAT = 1
+FORMAT, WITH_ZEROS = 1, 2
+"""Of a program, and of one with zero points, which readers of the first would take for 0."""
 KEY = "lsquant.program"
 Entry = dict[str, Any]
 
@@ -58,7 +59,7 @@ def program_content(network: FusedNetwork) -> tuple[Entry, dict[str, Tensor]]:
     tensors = {f"{name}.step": step.clone() for name, step in network.stored_steps().items()}
     steps = [entry for step in program.steps for entry in _entries(run, step, tensors)]
     document = {
-        "format": FORMAT,
+        "format": WITH_ZEROS if any("zero" in entry for entry in steps) else FORMAT,
         "inputs": [node.name for node in program_inputs(network)],
         "outputs": [node.name for node in output_nodes(program.flow)],
         "steps": steps,
@@ -108,7 +109,8 @@ def _entry(run: Run, step: Step, tensors: dict[str, Tensor]) -> Entry:
         return {**entry, **_move(step)}
     if run.program.stored[step.end] is not None:
         grid = run.limited(step)
-        entry |= {"low": grid.low, "high": grid.high}
+        entry |= {"low": grid.low + grid.zero, "high": grid.high + grid.zero}
+        entry |= {"zero": grid.zero} if grid.zero else {}
     elif step.limit is not None:
         entry["limit"] = list(limits_of(step.limit))
     return {**entry, **_OF_KIND[step.kind](run, step, tensors)}
