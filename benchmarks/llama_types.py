@@ -35,7 +35,7 @@ from lsquant.tasks import get_task, is_run, open_run
 RESULTS = ROOT / "results" / "llama"
 STOCK = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15, "Q3_K_M": 12, "Q2_K": 10, "Q2_0": 41, "TQ2_0": 37}
 """llama.cpp's own types -> its number of a file type."""
-LEARNED = {"w8g32": "q8_0", "w4g32": "q4_0", "w3g32": "q4_0", "w2g64": "q2_0", "ternaryg256": "tq2_0"}
+LEARNED = {"w8g32": "q8_0", "w4g32": "q4_0", "w3g32": "q4_0", "w2g32": "q4_0", "w2g64": "q2_0", "ternaryg256": "tq2_0"}
 """Recipe -> the type that holds its codes."""
 Q8_0 = 8
 WRITTEN, ROUNDS = 64, 7
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", metavar="FILE")
     parser.add_argument("--valid", nargs="+", metavar="FILE")
     parser.add_argument("--runs", type=Path, default=Path("runs/text"), metavar="DIR")
-    parser.add_argument("--tokens", type=int, default=50_000, help="of the held-out text (default 50,000)")
+    parser.add_argument("--tokens", type=int, default=20_000, help="of the held-out text (default 20,000)")
     parser.add_argument("--speed", action="store_true", help="also tokens a second, on one thread")
     parser.add_argument("--story", metavar="TEXT", help="print how each learned file goes on with it")
     a = parser.parse_args()
@@ -143,6 +143,9 @@ def measure(a: argparse.Namespace) -> None:
     """Measure all files of one model."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    library = __import__("llama_cpp")
+    quiet = library.llama_log_callback(lambda *_: None)
+    library.llama_log_set(quiet, None)
     task = get_task("text", model=a.model, data=a.data, valid=a.valid, eval_tokens=a.tokens)
     windows = [(x[0].tolist(), y[0].numpy()) for x, y in task.batches("test", batch_size=1)]
     rows: dict[str, dict[str, Any]] = {}
