@@ -631,7 +631,7 @@ def main() -> None:
         for bits in a.bits:
             torch.manual_seed(0)
             model = with_random_norms(make())
-            network = fused(copy.deepcopy(model), bits, [torch.randn(32, 3, side, side)])
+            network = fused(copy.deepcopy(model), bits, [torch.randn(64, 3, side, side)])
             batches = list(torch.randn(a.images, 3, side, side).split(BATCH))
             print(f"{name}, {bits}", flush=True)
             if a.time:

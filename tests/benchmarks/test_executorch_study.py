@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("executorch", reason="executorch is not installed; it wants an environment of its own")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the exporter
 def test_the_exact_form_has_the_codes_and_outputs_of_the_network(bench: Any) -> None:
     study = bench("executorch_xnnpack")
