@@ -11,15 +11,9 @@ from torch import nn
 import lsquant
 from helpers.engines import assert_same
 from helpers.layers import expected, ready
-from lsquant import QuantSpec, Recipe
+from lsquant import QuantSpec, Recipe, UsageError
 
 CHANNEL = {"granularity": "channel"}
-
-
-
-
-
-
 
 
 def check(layer: Any, x: torch.Tensor) -> None:
@@ -286,6 +280,24 @@ def test_a_weight_that_is_not_finite_poisons_its_channel():
     with torch.no_grad():
         layer.weight[1, 2] = float("nan")
     assert bool(layer(x)[:, 1].isnan().all())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_an_offset_that_is_not_finite_makes_the_output_nan(kind, train, bad):
+    layer = nn.Linear(6, 4) if kind == "linear" else nn.Conv2d(3, 4, 3)
+    model, x = nn.Sequential(layer).train(train), torch.randn(5, 3, 6, 6)
+    lsquant.prepare(model, Recipe(4, QuantSpec(8, offset=True)))
+    lsquant.calibrate(model, [x])
+    with torch.no_grad():
+        model[0].input_quantizer.offset.fill_(bad)
+    y = model(x)
+    assert bool(y.isnan().all())
+    y.sum().backward()
+    assert bool(model[0].input_quantizer.step.grad.isnan().all())
+    with pytest.raises(UsageError, match=r"0\.input_quantizer.*offset"):
+        lsquant.to_integer(model)
 
 
 @pytest.mark.parametrize("which", ["weight_quantizer", "input_quantizer"])

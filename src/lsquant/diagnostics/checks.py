@@ -165,7 +165,9 @@ def _check_steps(model: nn.Module) -> Iterator[Finding]:
             continue
         if not _is_sound(q):
             bad = int((~torch.isfinite(step)).sum())
-            yield finding("step_not_finite", name, f"{bad} of {total} steps are NaN or infinite (or offsets)", bad=bad)
+            offsets = 0 if q.offset is None else int((~torch.isfinite(q.offset.detach())).sum())
+            text = f"{bad} of {total} steps are NaN or infinite" + (f", and {offsets} offsets" if offsets else "")
+            yield finding("step_not_finite", name, text, bad=bad + offsets)
             continue
         below, guarded = int((step < GUARD_FACTOR * q.initial_step).sum()), int(q.guarded)
         if below:

@@ -213,7 +213,7 @@ def ship(model: nn.Module) -> Shipped:
 
 
 def require_shippable(name: str, quantizer: Quantizer) -> None:
-    """Raise a UsageError that names a quantizer without a step, switched off, or with a step that cannot be shipped."""
+    """Raise a UsageError that names a quantizer without a step, switched off, or with one that cannot be shipped."""
     if not quantizer.is_initialized:
         calibrate = "run lsquant.calibrate(model, batches)"
         remedy = "load or set its weights" if name.endswith("weight_quantizer") else calibrate
@@ -224,6 +224,9 @@ def require_shippable(name: str, quantizer: Quantizer) -> None:
     good = is_shippable(step)
     if not bool(good.all()):
         raise UsageError(f"{name}: a step is {step[~good][0]}, no step to ship")
+    offset = None if quantizer.offset is None else quantizer.offset.detach()
+    if offset is not None and not bool(torch.isfinite(offset).all()):
+        raise UsageError(f"{name}: an offset is {offset[~torch.isfinite(offset)][0]}, which has no zero point to ship")
 
 
 def is_shippable(step: Tensor) -> Tensor:
