@@ -28,6 +28,8 @@ HALVES = ("weight", "activation")
 Target = Literal["onnxruntime", "xnnpack", "tensorrt"]
 CONTAINER_OF: dict[str, Container] = {"onnxruntime": "uint8", "xnnpack": "int8", "tensorrt": "symmetric"}
 """Target -> the container of stored tensors."""
+PORTABLE_BITS = 7
+"""Of weights for which two products with any byte fit 16 bits."""
 POSITIONS = ("first", "last")
 PRESET = re.compile(r"w(\d{1,9})(?:g(\d{1,9}))?(?:a(\d{1,9}))?", re.ASCII)
 RE2_MEMORY = 1 << 20
@@ -274,6 +276,7 @@ class Recipe:
         rules: Iterable[Rule] = (),
         integer_only: bool = False,
         target: Target = "onnxruntime",
+        portable_x86: bool = False,
     ) -> Recipe:
         """Make a recipe from a name: ``w4a4``, ``w2a2``, ``w4`` (= ``w4a16``: weights only), ``w4g32`` (groups of 32).
 
@@ -284,6 +287,8 @@ class Recipe:
         rules: more rules, which go first.
         integer_only: whether every tensor between two layers is stored in 8 bits, as ``joins=8``.
         target: as of a recipe, with ``integer_only``.
+        portable_x86: with ``integer_only``, whether weights that would have 8 bits have 7: on x86 processors without
+            VNNI ONNX Runtime then takes its fast kernels, which add pairs of products in 16 bits.
         Raises: UsageError for an unknown name.
 
         >>> lsquant.Recipe.preset("w4a4").weight.bits
@@ -298,17 +303,21 @@ class Recipe:
         bits, group_size, input_bits = (int(digits) if digits else None for digits in match.groups())
         assert bits is not None
         activation = None if input_bits is None or input_bits in (16, 32) else QuantSpec(input_bits)
-        weight = QuantSpec(bits, signed=True)
+        for option, value in (("integer_only", integer_only), ("portable_x86", portable_x86)):
+            if type(value) is not bool:
+                raise UsageError(f"Recipe.preset: {option}={shown(value)}; it must be True or False")
+        if portable_x86 and not integer_only:
+            raise UsageError("Recipe.preset: portable_x86=True is for integer-only networks: give integer_only=True")
+        weight = QuantSpec(PORTABLE_BITS if portable_x86 and bits == 8 else bits, signed=True)
         if group_size is not None:
             weight = replace(weight, granularity="group", group_size=group_size)
         first_and_last: tuple[Rule, ...] = ()
         if first_last is not None:
             input_setting = None if activation is None else first_last
-            first_and_last = tuple(Rule(position, first_last, input_setting) for position in POSITIONS)
+            few = PORTABLE_BITS if portable_x86 and first_last == 8 else first_last
+            first_and_last = tuple(Rule(position, few, input_setting) for position in POSITIONS)
         skipped = _listed([skip] if isinstance(skip, (str, type)) else skip, "Recipe.preset: skip")
         skip_rules = tuple(Rule(which, None, None) for which in skipped)
-        if type(integer_only) is not bool:
-            raise UsageError(f"Recipe.preset: integer_only={shown(integer_only)}; it must be True or False")
         own = (*_listed(rules, "Recipe.preset: rules"), *skip_rules)
         if not integer_only and target != "onnxruntime":
             raise UsageError(

@@ -156,6 +156,22 @@ def test_none_in_a_rule_is_floating_point_and_not_the_default():
     assert bits(Recipe(2, 2, [Rule("head", activation=None)]), "head") == (2, None)
 
 
+def test_portable_x86():
+    """Weights of 8 bits have 7; inputs and other weights are as they were."""
+    bits = {}
+    for name, first_last in (("w8a8", 8), ("w4a8", 8), ("w8a8", None)):
+        recipe = Recipe.preset(name, integer_only=True, portable_x86=True, first_last=first_last)
+        assert recipe.joins == QuantSpec(8)
+        rules = [(rule.which, rule.weight.bits, rule.activation.bits) for rule in recipe.preset_rules]
+        bits[name, first_last] = (recipe.weight.bits, recipe.activation.bits, rules)
+    ends = [("first", 7, 8), ("last", 7, 8)]
+    assert bits == {("w8a8", 8): (7, 8, ends), ("w4a8", 8): (4, 8, ends), ("w8a8", None): (7, 8, [])}
+    with pytest.raises(UsageError, match="portable_x86=True is for integer-only networks"):
+        Recipe.preset("w8a8", portable_x86=True)
+    with pytest.raises(UsageError, match="portable_x86=1; it must be True or False"):
+        Recipe.preset("w8a8", integer_only=True, portable_x86=1)
+
+
 def test_users_rules_come_before_the_presets():
     recipe = Recipe.preset("w2a2", rules=[Rule("stem", weight=4)])
     assert bits(recipe, "stem", position=("first",)) == (4, 8)

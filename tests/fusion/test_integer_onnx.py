@@ -18,6 +18,7 @@ import lsquant
 from helpers.benchmarks import bench as bench
 from helpers.integer_nets import drawn
 from lsquant import Recipe, UsageError
+from lsquant.formats.onnx.reader import initializers, load_onnx
 from lsquant.nn import Add, Chunk
 from lsquant.nn.stored import FUNCTIONS
 from lsquant.verification.runtimes.float_parts import says_float_parts
@@ -194,6 +195,23 @@ def test_a_detector_is_integer_up_to_its_heads(bench: Any, tmp_path: Path) -> No
         assert not kinds.keys() - allowed - {"NhwcMaxPool", "MaxPool", "QuantizeLinear", "Reshape"}
         assert kinds["QuantizeLinear"] == 1
         assert (kinds["Reshape"], kinds["Transpose"]) == (2, 1)  # of the heads, products of matrices
+
+
+@pytest.mark.parametrize("portable", [True, False])
+def test_slow_kernels_are_asked_for_only_where_sums_of_16_bits_may_overflow(portable: bool, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model, x = Small().eval(), torch.randn(4, 3, 9, 9)
+    lsquant.trace(model, x)
+    recipe = Recipe.preset("w8a8", integer_only=True, portable_x86=portable)
+    lsquant.prepare(model, recipe, example_inputs=x)
+    lsquant.calibrate(model, [x], weights="mse")
+    path = lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile="integer")
+    weights = [w for name, w in initializers(onnx.load(path)).items() if name.endswith(".weight")]
+    largest = max(int(np.abs(w.astype(np.int64)).max()) for w in weights)
+    assert len(weights) == 4
+    assert (largest * 255 * 2 < 2**15) == portable
+    assert load_onnx(path)[1]["session"] == ({} if portable else {"session.x64quantprecision": "1"})
+    assert lsquant.verify(model, path, [x]).exact
 
 
 class Decoded(nn.Module):

@@ -168,7 +168,7 @@ class Writer:
 
     def __init__(self, graph: Graph, run: Run, form: str, opset: int, container: str = "uint8") -> None:
         self.graph, self.run, self.form, self.opset, self.container = graph, run, form, opset, container
-        self.has_narrow = False
+        self.has_narrow = self.has_wide = False
         self.traces: list[LayerTrace] = []
         self.steps = run.program.steps
         self.nodes = {node.name: node for node in run.program.flow.nodes}
@@ -403,6 +403,7 @@ class Writer:
         codes = constants.codes.to(torch.int8)
         low, high = int(codes.min()), int(codes.max())
         assert -128 <= low <= high <= 127
+        self.has_wide = self.has_wide or max(-low, high) > MOST_FOR_ANY_ZERO
         narrow = None if self.container == SYMMETRIC else narrow_type(low, high, self.opset)
         weight = self._weight(name, array(codes), narrow)
         steps = self.graph.constant(f"{name}.weight_step", array(constants.step))
@@ -757,11 +758,11 @@ _LOWER = {
 
 def integer_proto(
     network: FusedNetwork, example_inputs: Any, form: str, opset: int | None, dynamic_batch: bool
-) -> tuple[Any, list[LayerTrace], int | None]:
-    """Return (ModelProto, traces, operator set) of a fused network, its marked nodes lowered.
+) -> tuple[Any, Writer, int | None]:
+    """Return (ModelProto, what wrote it, operator set) of a fused network, its marked nodes lowered.
 
     opset: None: the lowest one that serves, with INT4 where weights have at most 4 bits.
-    traces: one for each step over codes; of a stored tensor under the name of its tap.
+    The writer has a trace for each step over codes, of a stored tensor under the name of its tap.
 
     A network without floating-point steps is its program, which is written; else torch's exporter follows the model,
     and its marked nodes are lowered.
@@ -786,7 +787,7 @@ def integer_proto(
     if proto is None:
         proto = exported(MarkedNetwork(network, run), example_inputs, opset or TORCH_OPSET, dynamic_batch)
         _lower_marked(proto, writer)
-    return proto, writer.traces, opset or (INT4_SINCE if writer.has_narrow else None)
+    return proto, writer, opset or (INT4_SINCE if writer.has_narrow else None)
 
 
 def _lower_marked(proto: Any, writer: Writer) -> None:

@@ -29,7 +29,8 @@ from lsquant.shipped import integer_model, ship
 
 BY_BYTES = {"session.x64quantprecision": "1"}
 SESSION: dict[str, dict[str, str]] = {"exact": {}, "qdq": BY_BYTES, "small": {}, "integer": BY_BYTES}
-"""Profile -> recommended configuration entries of the session (docs/deployment.md has the measurements)."""
+"""Profile -> recommended configuration entries of the session (docs/deployment.md has the measurements).  Of "integer"
+only where a weight has codes for which two products may leave 16 bits: processors without VNNI add them there."""
 INT8_SESSION = {"session.qdqisint8allowed": "1"}
 """Of integer-only files with int8 codes, which ONNX Runtime on x86 else computes in floating point.  With the other
 option it asks for kernels that it does not have."""
@@ -99,9 +100,9 @@ def onnx_model(
         network = model if isinstance(model, FusedNetwork) else fuse(model)
         with evaluating(network):
             run_batch(network, example_inputs)
-            proto, traces, opset = integer_proto(network, example_inputs, form, opset, dynamic_batch)
-        session = SESSION[profile] if network.joins.container == "uint8" else INT8_SESSION
-        return _finished(network, proto, traces, profile, session, opset)
+            proto, writer, opset = integer_proto(network, example_inputs, form, opset, dynamic_batch)
+        session = INT8_SESSION if network.joins.container != "uint8" else BY_BYTES if writer.has_wide else {}
+        return _finished(network, proto, writer.traces, profile, session, opset)
     if isinstance(model, FusedNetwork):
         raise UsageError(f"export_onnx: a fused network is written by profile='integer', not {profile!r}")
     with evaluating(model):
