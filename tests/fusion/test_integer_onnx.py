@@ -67,9 +67,13 @@ def operators(path: Path, level: str, x: np.ndarray, folder: Path) -> tuple[Coun
     options = ort.SessionOptions()
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     options.optimized_model_filepath, options.log_severity_level = str(folder / "optimised.onnx"), 4
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    output = session.run(None, {session.get_inputs()[0].name: x})[0]
-    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node), np.asarray(output)
+    found = []
+    for threads in (1, 2):
+        options.intra_op_num_threads = threads
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        found.append(np.asarray(session.run(None, {session.get_inputs()[0].name: x})[0]))
+    assert found[0].tobytes() == found[1].tobytes(), (level, "1 and 2 threads")
+    return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node), found[0]
 
 
 class Small(nn.Module):
