@@ -30,7 +30,7 @@ from pathlib import Path
 
 from lsquant.cli import main as lsquant
 
-CLOCK = ("seconds", "samples_per_second")
+CLOCK = ("seconds", "samples_per_second", "targets_per_second")
 
 
 def child(*arguments: object, output: Path) -> int:

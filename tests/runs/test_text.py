@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from lsquant.tasks.text import next_token_loss
 from lsquant.training.loop import fit, parts_of
 
 transformers = pytest.importorskip("transformers")
+BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "kill_and_resume.py"
 
 WORDS = ["the", "cat", "saw", "a", "dog", "and", "ran", "home", "."]
 
@@ -317,6 +321,20 @@ def test_weights_in_another_form_are_not_passed_over(place: Path, tmp_path: Path
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(UsageError, match=r"has pytorch_model.bin, and weights are read from model.safetensors only"):
         task(place, model=str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_20_random_points_resumes_to_the_same_bits(place: Path) -> None:
+    _, *how = arguments(
+        place, place, "--recipe", "w3g32", "--accumulate", "2", "--checkpoint-every", "2", "--epochs", "4"
+    )
+    at = how.index("--out")
+    command = [sys.executable, str(BENCHMARK), "--kills", "20", *how[:at], *how[at + 2 :]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("20 of 20 runs ended with the bits of the run that was not killed\n")
 
 
 def test_another_text_on_resume(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
