@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lsquant._util.batches import Forward, evaluating, require_one_process, run_batch, take, uncompiled
+from lsquant._util.batches import Forward, evaluating, require_one_process, run_batch, take, trained_model, uncompiled
 from lsquant._util.errors import UsageError
 from lsquant._util.rollback import unchanged_on_error
 from lsquant.convert import disabled
@@ -34,7 +34,7 @@ def correct_bias(
     Raises: UsageError for a model without quantizers, or with a step that is not set; the model is then unchanged.
     Source: Nagel et al., arXiv:1906.04721, section 4.2.
     """
-    model = require_one_process(model, "correct_bias")
+    model = trained_model(require_one_process(model, "correct_bias"))
     layers = {layer: name for name, layer in quantized_layers(model)}
     if not layers:
         raise UsageError("correct_bias: the model has no quantized layer; call lsquant.prepare(model, recipe) first")

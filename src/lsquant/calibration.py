@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsquant._util.batches import Forward, evaluating, observing_inputs, require_one_process, run_batch, take
+from lsquant._util.batches import (
+    Forward,
+    evaluating,
+    observing_inputs,
+    require_one_process,
+    run_batch,
+    take,
+    trained_model,
+)
 from lsquant._util.errors import UsageError
 from lsquant._util.rollback import unchanged_on_error
 from lsquant._util.tensors import on_meta
@@ -208,6 +216,7 @@ def _check_arguments(model: nn.Module, method: Any, weights: Any, importance: An
         "with the same batches in every process; or calibrate .module and call lsquant.integrations.distributed."
         "synchronize on it",
     )
+    model = trained_model(model)
     for name, flag in (("importance", importance), ("again", again)):
         if type(flag) is not bool:
             raise UsageError(f"calibrate: {name}={flag!r}; it must be True or False")

@@ -482,3 +482,30 @@ def test_prepare_says_what_stays_float_and_load_that_the_model_was_traced(tmp_pa
     lsquant.save(model, tmp_path / "m")
     with pytest.raises(UsageError, match=r"call lsquant.trace\(model, example_inputs\) first, if it was traced"):
         lsquant.load(Residual(), tmp_path / "m")
+
+
+def test_what_is_found_about_a_fused_network_is_found_about_its_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model, x = nn.Sequential(*layers, nn.Linear(8, 4)).eval(), torch.randn(8, 3, 12, 12)
+    lsquant.prepare(model, Recipe.preset("w2a2", integer_only=True), example_inputs=x)
+    lsquant.calibrate(model, [x])
+    network = lsquant.fuse(model)
+
+    def metric(output: Tensor, batch: Tensor) -> float:
+        return float(output.abs().mean())
+
+    assert lsquant.sensitivity(network, [x], metric) == lsquant.sensitivity(model, [x], metric)
+    assert any(found.gain for found in lsquant.sensitivity(network, [x], metric))
+    assert lsquant.check(network, batches=[x]) == lsquant.check(model, batches=[x])
+    for name, subject in (("a", network), ("b", model)):
+        lsquant.write_report(subject, tmp_path / name, [x], title="t")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    before = model[2].input_quantizer.step.item()
+    lsquant.calibrate(network, [10 * x], again=True)
+    assert model[2].input_quantizer.step.item() > 5 * before
+    assert lsquant.correct_bias(network, [10 * x])
+    with lsquant.disabled(network, "*"), pytest.raises(UsageError, match="this quantizer is switched off"):
+        network(x)
+    with torch.no_grad():
+        network(x)

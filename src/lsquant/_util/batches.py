@@ -92,6 +92,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def trained_model(model: nn.Module) -> nn.Module:
+    """Return the model that a fused network was made of; any other model is returned itself.
+
+    For functions about quantizers, which a fused network has, and does not run.
+    """
+    place = getattr(type(model), "TRAINED", None)
+    return model if place is None else getattr(model, place)
+
+
 def _require_module(model: Any, head: str = "") -> None:
     if not isinstance(model, nn.Module):
         getattr(model, "named_modules", None)  # what prepare returned says itself what it is

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lsquant._util.batches import Forward, unwrapped
+from lsquant._util.batches import Forward, trained_model, unwrapped
 from lsquant._util.errors import UsageError
 from lsquant._util.tensors import on_meta
 from lsquant.dataflow import dataflow
@@ -67,7 +67,7 @@ def check(
     if not isinstance(model, nn.Module):
         raise UsageError(f"check: the model is a {type(model).__name__}, not an nn.Module")
     compiled = any(_is_compiled(module) for module in model.modules())  # the wrapper is such a module
-    model = unwrapped(model)
+    model = trained_model(unwrapped(model))
     if not any(True for _ in quantizers(model)):
         return [finding("not_prepared", "", f"{type(model).__name__} has no quantizers, it is a float model")]
     if empty := on_meta(model):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lsquant._util.batches import Forward, evaluating, observing_inputs, run_batch, take, unwrapped
+from lsquant._util.batches import Forward, evaluating, observing_inputs, run_batch, take, trained_model, unwrapped
 from lsquant._util.bits import packed_size
 from lsquant.nn import QuantizedLayer, lone_quantizers, quantized_layers
 from lsquant.quantizer import Quantizer
@@ -183,7 +183,7 @@ def value_statistics(
 
     Returns: (layer, kind) -> statistics, and the layer, None for a quantizer that stands alone.
     """
-    model = unwrapped(model)
+    model = trained_model(unwrapped(model))
     found: dict[tuple[str, str], tuple[Statistics, QuantizedLayer | None]] = {}
     watched: list[tuple[nn.Module, Callable[[Any], object]]] = []
     for name, layer in quantized_layers(model):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lsquant._util.batches import Forward, evaluating, run_batch, take, unwrapped
+from lsquant._util.batches import Forward, evaluating, run_batch, take, trained_model, unwrapped
 from lsquant._util.errors import UsageError
 from lsquant.nn import quantizers
 
@@ -61,7 +61,7 @@ def sensitivity(
     Returns: one Sensitivity a quantizer, the largest gain first.
     Raises: UsageError without quantizers or batches, and for a metric that gives no number, or NaN with all on.
     """
-    model = unwrapped(model)
+    model = trained_model(unwrapped(model))
     on = [(name, q) for name, q in quantizers(model) if q.enabled]
     if not on:
         raise UsageError(

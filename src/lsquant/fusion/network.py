@@ -85,6 +85,8 @@ class FusedNetwork(nn.Module):
     joins: of what joins read.
     """
 
+    TRAINED = "model"  # the attribute that ``_util.batches.trained_model`` returns
+
     model: nn.Module
     taps: dict[str, Tap]
     joins: QuantSpec
@@ -115,9 +117,18 @@ class FusedNetwork(nn.Module):
         return self.run(self.taps).outputs(self.given(args, kwargs))
 
     def run(self, taps: dict[str, Tap] | None = None) -> Run:
-        """Return a forward pass to be made.  Raises: UsageError where the model is not what was fused."""
+        """Return a forward pass to be made.
+
+        Raises: UsageError where the model is not what was fused, or a quantizer is switched off.
+        """
         if vars(self.model).get(STORED) is not self.joins:
             raise UsageError("the model was prepared or reverted after fuse: call lsquant.fuse(model) again")
+        for name, quantizer in quantizers(self.model):
+            if not quantizer.enabled:
+                raise UsageError(
+                    f"{name}: this quantizer is switched off (lsquant.disabled), and an integer-only network computes "
+                    "with codes everywhere: call the trained model, network.model"
+                )
         return Run(self.program, taps=taps)
 
     def changes(

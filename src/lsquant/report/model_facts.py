@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lsquant._util.batches import Forward, take, unwrapped
+from lsquant._util.batches import Forward, take, trained_model, unwrapped
 from lsquant._util.bits import packed_size
 from lsquant.convert import resolved_recipe
 from lsquant.diagnostics import check
@@ -33,7 +33,7 @@ def model_facts(
 
     Raises: UsageError for a step that is not set.
     """
-    model = unwrapped(model)
+    model = trained_model(unwrapped(model))
     kept: list[Any] = []
 
     def watched() -> Iterator[Any]:
