@@ -85,21 +85,21 @@ def test_rows_say_what_the_files_are(tmp_path: Path) -> None:
             assert row.oldest is None
             with torch.no_grad():
                 wanted = float((model(x)[:, 0].mean() + model(-x)[:, 0].mean()) / 2)
-            assert row.metrics["metric"] == pytest.approx(wanted)
+            assert row.metrics["first_logit"] == pytest.approx(wanted)
             continue
         outputs = [in_runtime(path, batch)[:, 0].astype(np.float64).mean() for batch in batches]
         if row.exact:
-            assert row.metrics["metric"] == sum(outputs) / 2
+            assert row.metrics["first_logit"] == sum(outputs) / 2
         assert set(row.latency) == set(row.ratio) == {1, 6}
         for size, times in row.latency.items():
             assert 0 < times.p20 <= times.p50 <= times.p80
             assert row.ratio[size] == times.p50 / found.row("float").latency[size].p50
-        assert not row.reason
+        assert bool(row.reason) == row.of_fused_form == (row.name == "integer")
     assert [found.row(n).exact for n in ("exact", "small", "integer", "packed")] == [True] * 4
     assert [found.row(n).oldest for n in ("exact", "small", "integer")] == ["1.16.3", "1.23.2", "1.23.2"]
     with torch.no_grad():
         wanted = float((plain(x)[:, 0].double().mean() + plain(-x)[:, 0].double().mean()) / 2)
-    assert found.row("float").metrics == {"metric": wanted}
+    assert found.row("float").metrics == {"first_logit": wanted}
     assert found.row("float").level is None
     assert json.loads(json.dumps(found.to_dict()))["rows"][1]["bytes"] == found.row("exact").bytes
     assert str(found).splitlines()[-1] == found.advice
@@ -121,7 +121,9 @@ def test_a_file_of_other_weights_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_pa
     found = lsquant.compare(model, x, [x], first_logit, profiles=["exact", "small"], repeats=7)
     assert found.row("exact").exact
     assert not found.row("small").exact
-    assert found.row("small").metrics["metric"] == pytest.approx(found.row("exact").metrics["metric"] + 100, abs=1e-3)
+    assert found.row("small").metrics["first_logit"] == pytest.approx(
+        found.row("exact").metrics["first_logit"] + 100, abs=1e-3
+    )
     assert found.best == "exact"
 
 
@@ -138,12 +140,16 @@ def test_what_cannot_be_written_says_why() -> None:
 def test_a_fused_network_ships_as_integer_only() -> None:
     model, x = ready(joins=True)
     network = lsquant.fuse(model)
-    found = lsquant.compare(network, x, [x], first_logit, profiles=["integer"], repeats=7)
-    assert found.row("integer").exact
+    found = lsquant.compare(network, x, [x], first_logit, profiles=["integer", "exact", "packed"], repeats=7)
+    assert [found.row(name).exact for name in ("integer", "exact", "packed")] == [True] * 3
     with torch.no_grad():
-        wanted = float(network(x)[:, 0].double().mean())
-    assert found.row("integer").metrics["metric"] == wanted
+        wanted = {"integer": network(x), "exact": model(x)}
+    for name, output in wanted.items():
+        assert found.row(name).metrics["first_logit"] == float(output[:, 0].double().mean())
     assert found.row("float").bytes is not None
+    assert not found.row("integer").reason
+    assert "the trained ones, bit for bit" in found.advice
+    assert "float: its metric is measured where compare is given float_model=" in str(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,8 +207,15 @@ def test_errors() -> None:
     ):
         with pytest.raises(UsageError, match=said):
             lsquant.compare(model, x, [x], **{"float_model": model, **given})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"metric\(output, batch\) gave a str"):
+        lsquant.compare(model, x, [x], lambda y, b: "good", profiles=["exact"])
     with pytest.raises(UsageError, match="no batches were given"):
         lsquant.compare(model, x, [])
+    other = Wrapped().eval()
+    lsquant.prepare(other, Recipe(4, None))
+    batch = ({"first": torch.zeros(1, 5), "second": torch.zeros(1, 5)}, torch.zeros(1))
+    with pytest.raises(UsageError, match=r"forward=lambda model, batch: model\(\*\*batch\[0\]\)"):
+        lsquant.compare(other, batch[0], [batch])
 
 
 def row(name: str, level: str, ratios: tuple[float, float], size: int) -> Shippable:
@@ -225,20 +238,38 @@ PLAIN = row("float", "none", (1.0, 1.0), 1000)
         # none is exact: the highest level that is reached
         ([row("a", "weights", (0.5, 0.5), 300), row("b", "layers", (0.9, 0.9), 400)], "b", "verdict reaches layers"),
         # slower than float
-        ([row("a", "outputs", (1.5, 0.9), 300)], "a", "an integer-only network is (joins=8"),
+        ([row("a", "outputs", (1.5, 0.9), 300)], "a", "an integer-only network is faster (joins=8"),
         # nothing was timed
         ([Shippable("packed", 50, level="outputs")], "packed", "50 bytes; nothing was timed"),
         ([Shippable("a", reason="left out: x")], None, "no file was written"),
     ],
 )  # fmt: skip
 def test_advice(rows: list[Shippable], best: str | None, says: str) -> None:
-    found, text = _advice([PLAIN, *rows], (1, 64), joins=False)
+    found, text = _advice([PLAIN, *rows], (1, 64), None)
     assert found == best
     assert says in text
 
 
-def test_integer_only_networks_are_not_advised_to_who_has_one() -> None:
-    assert "joins=8" not in _advice([PLAIN, row("a", "outputs", (1.5, 0.9), 300)], (1, 64), joins=True)[1]
+def test_advice_for_integer_only_networks() -> None:
+    slow = [PLAIN, row("integer", "outputs", (1.5, 0.9), 300)]
+    best, text = _advice(slow, (1, 64), "uint8")
+    assert best == "integer"
+    assert "joins=8" not in text
+    assert "slower than the float network: look at what is computed in floating point" in text
+    fast = [PLAIN, row("exact", "outputs", (0.4, 0.4), 300), row("integer", "codes", (0.5, 0.4), 200)]
+    assert _advice(fast, (1, 64), "uint8")[0] == "exact"
+    for container, target in (("int8", "xnnpack"), ("symmetric", "tensorrt")):
+        best, text = _advice(fast, (1, 64), container)
+        assert best == "integer"
+        assert f"the file of the target '{target}', 200 bytes; times and levels here are those of ONNX Runtime" in text
+
+
+def test_whose_outputs_an_integer_only_file_has() -> None:
+    model, x = ready(joins=True)
+    found = lsquant.compare(model, x, [x], profiles=["integer"], repeats=7)
+    assert "its outputs are those of lsquant.fuse(model), bit for bit" in found.advice
+    assert "differs a little from that form: train network = lsquant.fuse(model) on" in found.advice
+    assert "compared with the fused form of the model" in found.row("integer").reason
 
 
 def test_turns(monkeypatch: pytest.MonkeyPatch) -> None:

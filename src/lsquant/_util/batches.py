@@ -175,11 +175,13 @@ def require_arguments(model: nn.Module, batch: Any) -> None:
         taken = "of a tuple or list only the first element is taken, " if isinstance(batch, (tuple, list)) else ""
         variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         known = [name for name, p in signature.parameters.items() if p.kind not in variadic]
+        mapping = isinstance(batch, (tuple, list)) and isinstance(batch[0], Mapping)
+        how = "**batch[0]" if mapping else "*batch"
         given = f" with the keys {', '.join(map(repr, kwargs))}" if kwargs else ""
         raise UsageError(
             f"{type(inner).__name__}.forward does not take this batch{given} ({error}): {taken}a mapping gives keyword "
             f"arguments; pass a dict with the keys it takes ({', '.join(known)}), or where possible "
-            "forward=lambda model, batch: model(*batch)"
+            f"forward=lambda model, batch: model({how})"
         ) from error
 
 

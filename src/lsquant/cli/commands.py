@@ -178,7 +178,7 @@ def _promised(verdict: Verdict) -> str:
 def compare_(a: Namespace) -> Outcome:
     """Write every file that a run or FILE can ship as and compare them; the result is kept in a run's folder."""
     subject = subject_of(a)
-    model = subject.model()
+    model = subject.compared()
     limit = COMPARED_BATCHES if a.max_batches is None else a.max_batches
     threads, repeats = 1 if a.threads is None else a.threads, 15 if a.repeats is None else a.repeats
     kept = subject.comparison_file()

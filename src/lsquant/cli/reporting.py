@@ -151,7 +151,8 @@ def _level_in_words(level: str) -> str:
 def commands_of(run: Run) -> list[str]:
     """Return the commands that repeat the run, its files and this page."""
     own = f" --task {quote(run.task_name)}" if ":" in run.task_name else ""
-    return [train_command(run)] + [f"lsquant {c} {quote(str(run.path))}{own}" for c in ("export", "verify", "report")]
+    others = [f"lsquant {c} {quote(str(run.path))}{own}" for c in ("export", "verify", "compare", "report")]
+    return [train_command(run), *others]
 
 
 def train_command(run: Run) -> str:

@@ -62,6 +62,10 @@ class Subject(Protocol):
         """Return a batch of VECTORS samples for --vectors."""
         ...
 
+    def compared(self) -> nn.Module:
+        """Return what `compare` compares files with: of an integer-only run that form."""
+        ...
+
     def timed_batch(self) -> Any:
         """Return the batch on which files are timed."""
         ...
@@ -109,6 +113,9 @@ class RunModel:
 
     def few_samples(self) -> Any:
         return next(iter(self.run.task.batches("test", batch_size=VECTORS)))
+
+    def compared(self) -> nn.Module:
+        return self.run.network()
 
     def timed_batch(self) -> Any:
         return next(iter(self.run.task.batches("test", batch_size=TIMED)))

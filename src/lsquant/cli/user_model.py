@@ -91,6 +91,9 @@ class UserModel:
     def few_samples(self) -> Any:
         return map_tensors(self.example_input, lambda t: t[:VECTORS] if t.dim() else t)
 
+    def compared(self) -> nn.Module:
+        return self.model()
+
     def timed_batch(self) -> Any:
         return self.example_input
 

@@ -7,14 +7,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lsquant._util.batches import Forward, evaluating, model_inputs, run_batch, take, unwrapped
+from lsquant._util.batches import Forward, evaluating, model_inputs, run_batch, take, trained_model, unwrapped
 from lsquant._util.entry import shown
 from lsquant._util.errors import LsquantError, UsageError
 from lsquant._util.files import atomic_write_bytes
@@ -22,13 +22,13 @@ from lsquant._util.nested import map_tensors, replaced, tensors_in
 from lsquant._util.optional import require
 from lsquant.convert import revert
 from lsquant.diagnostics.environment import environment
-from lsquant.formats import FileFormat, file_formats
+from lsquant.formats import INTEGER_ONLY, FileFormat, file_formats
 from lsquant.formats.onnx.capture import TORCH_OPSET, exported
 from lsquant.formats.onnx.reader import make_session
 from lsquant.formats.packed import load_packed
-from lsquant.fusion import FusedNetwork
+from lsquant.joining import STORED
 from lsquant.shipped import copied
-from lsquant.verification.comparison import verify
+from lsquant.verification.comparison import OTHER_FORM, verify
 from lsquant.verification.latency import FEWEST, Latency, in_turns
 from lsquant.verification.recorder import recording
 from lsquant.verification.runtimes.float_parts import IN_FLOAT
@@ -44,6 +44,8 @@ TIMED = ("exact", "small", "qdq", "integer")
 COMPARED = (*TIMED, "packed")
 MUCH = 0.05
 """Of two files whose times differ by less than this share the smaller one is better."""
+OF_TARGET = {"int8": "xnnpack", "symmetric": "tensorrt"}
+"""Containers of stored tensors that are for other runtimes than ONNX Runtime -> the recipe's target."""
 OLDEST = {"2 bits": "1.24.1", "4 bits": "1.23.2", "others": "1.16.3"}
 """The oldest release of ONNX Runtime, of those that were tried, which runs files with initializers of such a type
 (`studies/minimum_runtimes.py`)."""
@@ -61,6 +63,7 @@ class Shippable:
     level: of its verdict, one of LEVELS; None for the float network.
     oldest: release of ONNX Runtime that runs it, of those that were tried; None for what ONNX Runtime does not run.
     reason: why it is left out; of an integer-only file, what ONNX Runtime computes in floating point and why.
+    of_fused_form: whether its verdict is about ``fuse(model)``, of which the model as it was trained differs a little.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Shippable:
     level: str | None = None
     oldest: str | None = None
     reason: str = ""
+    of_fused_form: bool = False
 
     @property
     def exact(self) -> bool:
@@ -125,6 +129,8 @@ class Comparison:
         widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in table]
         lines += [f"{row.name}: {row.reason}" for row in self.rows if row.reason]
+        if names and not self.rows[0].metrics:
+            lines.append("float: its metric is measured where compare is given float_model=")
         many = f"{self.threads} thread" + ("s" if self.threads != 1 else "")
         lines.append(f"{self.machine}, {many}; verdicts on {self.samples:,} samples")
         return "\n".join([*lines, self.advice])
@@ -163,18 +169,25 @@ def compare(
     threads: of a session.
     repeats: at least 7.
 
-    Raises: UsageError for an unknown profile, too few repeats, and a metric that gives no number; MissingExtra without
-        onnx and onnxruntime.  A file that cannot be written is a row that says why.
+    Raises: UsageError for an unknown profile, too few repeats, a batch that the model does not take, and a metric that
+        gives no number; MissingExtra without onnx and onnxruntime.  A file that cannot be written is a row that says
+        why.
     """
-    kept = list(take(batches, max_batches))
+    kept, trained = list(take(batches, max_batches)), trained_model(unwrapped(model))
+    name = getattr(metric, "__name__", "metric")
+    name = "metric" if name == "<lambda>" else name
 
     def evaluate(network: nn.Module) -> dict[str, float]:
         if metric is None:
             return {}
         with evaluating(network):
             values = [_number(metric(run_batch(network, batch, forward), batch)) for batch in kept]
-        return {"metric": math.fsum(values) / len(values)}
+        return {name: math.fsum(values) / len(values)}
 
+    with evaluating(trained):  # what fails here would fail for every file
+        output = run_batch(trained, kept[0], forward)
+        if metric is not None:
+            _number(metric(output, kept[0]))
     measured = {} if float_model is None else evaluate(float_model)
     data = Basis(example_inputs, kept, forward, evaluate, measured)
     return compare_files(unwrapped(model), data, profiles, folder, threads, repeats)
@@ -200,7 +213,7 @@ def compare_files(
     repeats: int = 15,
 ) -> Comparison:
     """As ``compare``, with metrics by name."""
-    rows = file_formats()
+    rows, trained = file_formats(), trained_model(model)
     if odd := [name for name in profiles if name not in COMPARED]:
         raise UsageError(f"compare: {odd[0]!r} is no profile to compare; choose from {', '.join(COMPARED)}")
     if not hasattr(repeats, "__index__") or repeats < FEWEST:
@@ -210,17 +223,20 @@ def compare_files(
     require("onnx", extra="onnx")
     require("onnxruntime", extra="onnx")
     where = nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory()
-    with where as place, evaluating(model):
+    with where as place, evaluating(trained):
         target = Path(os.fspath(place))
         target.mkdir(parents=True, exist_ok=True)
-        feeder = _Feeder(model, data, threads)
-        found = [_float_row(model, target / "float.onnx", data, feeder)]
-        found += [_row(model, rows[name], target / rows[name].file_name, data, feeder) for name in profiles]
+        feeder = _Feeder(trained, data, threads)
+        found = [_float_row(trained, target / "float.onnx", data, feeder)]
+        for name in profiles:
+            subject = model if name == INTEGER_ONLY else trained
+            found.append(_row(subject, rows[name], target / rows[name].file_name, data, feeder))
         sizes = feeder.batch_sizes()
         timed = {size: in_turns(feeder.calls(size), repeats) for size in sizes if feeder.sessions}
     found = [_with_times(row, timed) for row in found]
     samples = sum(_samples(batch) for batch in data.batches)
-    best, advice = _advice(found, sizes, joins=isinstance(model, FusedNetwork) or _has_joins(found))
+    joins = vars(trained).get(STORED)
+    best, advice = _advice(found, sizes, None if joins is None else joins.container)
     facts = environment()
     return Comparison(tuple(found), sizes, samples, threads, f"{facts['processor']}", best, advice)
 
@@ -288,7 +304,7 @@ class FileModel(nn.Module):
 
 
 def _float_row(model: nn.Module, path: Path, data: Basis, feeder: _Feeder) -> Shippable:
-    plain = revert(copied(model.model if isinstance(model, FusedNetwork) else model)).eval()
+    plain = revert(copied(model)).eval()
     try:
         proto = exported(plain, data.example_inputs, TORCH_OPSET)
         atomic_write_bytes(path, proto.SerializeToString(deterministic=True))
@@ -313,8 +329,9 @@ def _row(model: nn.Module, row: FileFormat, path: Path, data: Basis, feeder: _Fe
     except LsquantError as error:
         feeder.sessions.pop(row.name, None)
         return Shippable(row.name, reason=f"left out: {error}")
-    says = "; ".join(remark for remark in verdict.remarks if remark.startswith(IN_FLOAT))
-    return Shippable(row.name, row.size(path), metrics=metrics, level=verdict.level, oldest=oldest, reason=says)
+    says = "; ".join(remark for remark in verdict.remarks if remark.startswith((IN_FLOAT, OTHER_FORM)))
+    found = Shippable(row.name, row.size(path), metrics=metrics, level=verdict.level, oldest=oldest, reason=says)
+    return replace(found, of_fused_form=OTHER_FORM in verdict.remarks)
 
 
 def _oldest(proto: Any) -> str:
@@ -329,16 +346,21 @@ def _oldest(proto: Any) -> str:
 def _with_times(row: Shippable, timed: Mapping[int, Mapping[str, Latency]]) -> Shippable:
     own = {size: found[row.name] for size, found in timed.items() if row.name in found}
     ratio = {size: t.p50 / timed[size][FLOAT].p50 for size, t in own.items() if FLOAT in timed[size]}
-    values = {name: getattr(row, name) for name in ("name", "bytes", "metrics", "level", "oldest", "reason")}
-    return Shippable(**values, latency=own, ratio=ratio)
+    return replace(row, latency=own, ratio=ratio)
 
 
-def _has_joins(rows: Sequence[Shippable]) -> bool:
-    return any(row.name == "integer" and row.bytes is not None for row in rows)
+def _advice(rows: Sequence[Shippable], sizes: Sequence[int], container: str | None) -> tuple[str | None, str]:
+    """Return (name of the file to ship, the reason in a sentence or two).
 
-
-def _advice(rows: Sequence[Shippable], sizes: Sequence[int], joins: bool) -> tuple[str | None, str]:
-    """Return (name of the file to ship, the reason in a sentence or two)."""
+    container: of the stored tensors of a network with joins, None without.
+    """
+    own = [row for row in rows[1:] if row.name == INTEGER_ONLY and row.bytes is not None]
+    if container in OF_TARGET and own:
+        target = OF_TARGET[container]
+        says = (
+            f"ship integer: it is the file of the target {target!r}, {own[0].bytes:,} bytes; times and levels here are"
+        )
+        return INTEGER_ONLY, f"{says} those of ONNX Runtime on this machine, not the target's"
     timed = [row for row in rows[1:] if row.latency]
     if not timed:
         small = [row for row in rows[1:] if row.bytes is not None]
@@ -357,10 +379,19 @@ def _advice(rows: Sequence[Shippable], sizes: Sequence[int], joins: bool) -> tup
         other = min(others, key=_time)
         says.append(f"{other.name} is faster ({_ratios(other, sizes)}), and reaches only the level {other.level}")
     slow = [size for size in sizes if best.ratio.get(size, 0.0) >= 1.0]
-    if slow and not joins:
+    if slow and container is None:
         says.append(
-            "it is not faster than the float network: an integer-only network is (joins=8 in the recipe, trained so; "
-            "docs/integer-only.md)"
+            "that is slower than the float network; an integer-only network is faster (joins=8 in the recipe, trained "
+            "so; docs/integer-only.md)"
+        )
+    elif slow:
+        says.append(
+            "that is slower than the float network: look at what is computed in floating point between the layers"
+        )
+    if best.of_fused_form:
+        says.append(
+            "the model as it was trained differs a little from that form: train network = lsquant.fuse(model) on for "
+            "an epoch, and ship that"
         )
     return best.name, "; ".join(says)
 
@@ -378,7 +409,8 @@ def _ratios(row: Shippable, sizes: Sequence[int]) -> str:
 
 
 def _says(row: Shippable, plain: Shippable, sizes: Sequence[int]) -> str:
-    bits = "its outputs are the trained ones, bit for bit" if row.exact else f"its verdict reaches {row.level}"
+    whose = "those of lsquant.fuse(model)" if row.of_fused_form else "the trained ones"
+    bits = f"its outputs are {whose}, bit for bit" if row.exact else f"its verdict reaches {row.level}"
     of_float = f" ({row.bytes / plain.bytes:.2f} of float)" if row.bytes and plain.bytes else ""
     return f"{bits}, {_ratios(row, sizes)}, {row.bytes:,} bytes{of_float}"
 

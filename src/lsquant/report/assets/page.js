@@ -69,8 +69,9 @@ function sizeCard({ sizes }) {
   return card("Size of the weights", bytes(sizes.packed), `${bytes(sizes.float)} in float32, ${number(sizes.float / sizes.packed, 3)} times as much`);
 }
 
-function verdictCard({ verdicts }) {
-  const [one] = verdicts || [];
+function verdictCard({ verdicts, comparison }) {
+  const [one] = verdicts || [], best = comparison && comparison.rows.find((row) => row.name === comparison.best);
+  if (!one && best) return card("Verdict", LEVELS[best.level] || "not equal", `${best.name}, ${plural(comparison.samples, "sample")}; others below`);
   if (!one) return card("Verdict", "–", "no file was verified");
   return card("Verdict", LEVELS[one.level] || "not equal", `${one.profile} in ${one.runtime}, ${plural(one.samples || 0, "sample")}${verdicts.slice(1).map((v) => `; ${v.profile} in ${v.runtime}: ${LEVELS[v.level] || "not equal"}`).join("")}`);
 }

@@ -27,7 +27,13 @@ IN_FLOAT = "in floating point in "
 
 def float_operators(graph: Any) -> list[tuple[str, str]]:
     """Return (name, operator) of the nodes of a graph that compute in floating point."""
-    return [(node.name, node.op_type) for node in graph.node if node.op_type not in INTEGER | MOVES]
+    return [(node.name, node.op_type) for node in graph.node if node.op_type not in INTEGER | MOVES or _blends(node)]
+
+
+def _blends(node: Any) -> bool:
+    """Tell whether a node is a Resize that computes values between others."""
+    modes = [attribute.s for attribute in node.attribute if attribute.name == "mode"]
+    return node.op_type == "Resize" and bool(modes) and modes != [b"nearest"]
 
 
 def says_float_parts(network: FusedNetwork, graph: Any, runtime: str) -> str:
