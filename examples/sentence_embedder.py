@@ -1,4 +1,4 @@
-"""A sentence embedder of transformers at 8 or 4 bits: distilled on any text, shipped as ONNX, compared with the float file.
+"""A sentence embedder of transformers at 8 or 4 bits: distilled on any text, shipped as ONNX, compared with float.
 
     python examples/sentence_embedder.py --model FOLDER --text TRAIN.txt --held-out OTHER.txt --recipe w8a8 --out OUT
 
@@ -27,7 +27,6 @@ import lsquant
 from lsquant import QuantSpec, Recipe, Rule
 
 
-
 class Choice(NamedTuple):
     """A recipe, the profile of its ONNX file, and how it is trained."""
 
@@ -38,13 +37,14 @@ class Choice(NamedTuple):
 
 
 LENGTH = 128  # tokens of a sentence in the ONNX files
-TABLES = Rule(nn.Embedding, QuantSpec(8, granularity="channel"), None)  # a step per row
+TABLES = Rule(nn.Embedding, QuantSpec(8, granularity="channel", step_dtype="float16"), None)  # a step per row
 ROWS = {bits: QuantSpec(bits, granularity="channel") for bits in (4, 8)}
+GROUPS = QuantSpec(4, granularity="group", group_size=32, step_dtype="float16")  # two bytes a step in the file
 INPUTS = QuantSpec(8, offset=True)  # what GELU leaves is hardly ever below 0: a learned zero point halves its step
 CHOICES = {
     "w8a8": Choice(Recipe(ROWS[8], INPUTS, [TABLES]), "exact", 100, 1e-4),
     "w4a8": Choice(Recipe(ROWS[4], INPUTS, [TABLES]), "small", 200, 1e-4),
-    "w4g32": Choice(Recipe(QuantSpec(4, granularity="group", group_size=32), None, [TABLES]), "small", 150, 1e-4),
+    "w4g32": Choice(Recipe(GROUPS, None, [TABLES]), "small", 150, 1e-4),
 }
 Batch = dict[str, Tensor]
 
@@ -99,7 +99,10 @@ def distill(model: Embedder, teacher: Embedder, batches: Callable[[], Batch], st
 def compared(found: Tensor, wanted: Tensor) -> dict[str, float]:
     """Mean cosine to the float embeddings, and the share of sentences whose nearest other one is the same."""
     nearest = [(e @ e.T).fill_diagonal_(-1).argmax(1) for e in (found, wanted)]
-    return {"cosine": float((found * wanted).sum(1).mean()), "nearest": float((nearest[0] == nearest[1]).float().mean())}
+    return {
+        "cosine": float((found * wanted).sum(1).mean()),
+        "nearest": float((nearest[0] == nearest[1]).float().mean()),
+    }
 
 
 def milliseconds(sessions: list[Any], feeds: dict[str, Any], repeats: int) -> list[float]:

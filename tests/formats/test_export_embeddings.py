@@ -156,7 +156,8 @@ def test_tied_weights_are_one_initializer(profile: str, tmp_path: Path) -> None:
     untied, _ = languages(tied=False)
     (tmp_path / "untied").mkdir()
     other, _ = exported(untied, words, tmp_path / "untied", profile)
-    assert other.stat().st_size - path.stat().st_size > 0.9 * sum(spec.bits if profile == "small" else 8 for spec, _ in CASES.values()) * WORDS * SIZE / 8
+    bits = sum(quantized.bits if profile == "small" else 8 for quantized, _ in CASES.values())
+    assert other.stat().st_size - path.stat().st_size > 0.9 * bits * WORDS * SIZE / 8
 
 
 def test_a_tied_head_whose_sums_are_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +201,13 @@ class Odd(nn.Module):
         self.register_buffer("places", torch.tensor([[1, 5], [7, 7]]))
 
     def forward(self, long: Tensor, short: Tensor) -> tuple[Tensor, ...]:
-        return self.one(long), self.two(short), self.one(self.places), self.one(short[:, 0]), self.two(long.sum() % WORDS)
+        return (
+            self.one(long),
+            self.two(short),
+            self.one(self.places),
+            self.one(short[:, 0]),
+            self.two(long.sum() % WORDS),
+        )
 
 
 @pytest.mark.parametrize("profile,kind", [("exact", "group"), ("small", "channel"), ("qdq", "tensor")])
@@ -224,6 +231,22 @@ def test_mixed_rules_and_a_float_head(tmp_path: Path) -> None:
     path, tensors = exported(model, words, tmp_path, "small")
     assert [tensors[f"{name}.weight"].data_type for name in ("words", "places", "middle")] == [INT8, INT4, INT4]
     assert lsquant.verify(model, path, [words]).reaches("codes")
+
+
+def test_float16_steps_take_two_bytes(tmp_path: Path) -> None:
+    """Of tables and of blocks, in profile small, where every step is a float16 number."""
+    rules = [Rule(nn.Embedding, spec(8, "channel", step_dtype="float16"), None)]
+    for step_dtype, kept in (("float16", onnx.TensorProto.FLOAT16), ("float32", onnx.TensorProto.FLOAT)):
+        model, words = language(Recipe(spec(4, "group", step_dtype=step_dtype), None, rules), tied=False)
+        for profile in PROFILES:
+            path, tensors = exported(model, words, tmp_path, profile)
+            small = profile == "small"
+            for name, kind in (("words", onnx.TensorProto.FLOAT16), ("middle", kept)):
+                assert tensors[f"{name}.weight_step"].data_type == (kind if small else onnx.TensorProto.FLOAT)
+            verdict = lsquant.verify(model, path, [words])
+            assert verdict.reaches("weights"), str(verdict)
+            (alone,) = [check for check in verdict.checks if check.what == "outputs, layer by layer"]
+            assert alone.largest < 1e-5
 
 
 @pytest.mark.parametrize("what", ["words.weight", "words.weight_step"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -64,3 +65,41 @@ def test_the_transformer_as_a_task(monkeypatch):
     model = task.model().train()
     assert 0.0 <= task.metric(model)["accuracy"] <= 100.0
     assert model.training
+
+
+def tiny_bert(folder: Path) -> None:
+    """A random BERT of one layer and its tokenizer, as transformers saves them."""
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+
+
+WORDS = ["red", "blue", "cat", "dog", "sees", "likes", "big", "small", "house", "tree", "old", "new"]
+
+
+@pytest.mark.parametrize("recipe,level", [("w8a8", "layers"), ("w4g32", "weights")])
+def test_sentence_embedder(recipe, level, in_tmp, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("onnxruntime")
+    tiny_bert(Path("bert"))
+    draw = random.Random(0)
+    Path("text.txt").write_text(" ".join(" ".join(draw.choices(WORDS, k=6)) + "." for _ in range(60)))
+    own = example("sentence_embedder", monkeypatch)
+    monkeypatch.setattr(own, "LENGTH", 16)
+    sizes = ["--steps", "3", "--batch-size", "4", "--sentences", "12", "--repeats", "2"]
+    result = own.main(["--model", "bert", "--text", "text.txt", "--recipe", recipe, "--out", "out", *sizes])
+    assert lsquant.verification.verdict.LEVELS.index(result["level"]) >= lsquant.verification.verdict.LEVELS.index(
+        level
+    )
+    assert result["learned"]["text.txt"]["cosine"] > 0.9
+    assert result["bytes"][0] == Path("out/embedder.onnx").stat().st_size < result["bytes"][1]
+    loaded = lsquant.load(own.Embedder("bert"), "out/embedder.safetensors").eval()
+    quantizer = loaded.bert.embeddings.word_embeddings.weight_quantizer
+    assert (quantizer.spec.bits, quantizer.step.numel()) == (8, 6 + len(WORDS))

@@ -40,7 +40,7 @@ def lower(graph: Graph, layer: Any, trace: LayerTrace, shapes: tuple[Dims, Dims]
         dequantize(graph, codes, layer, trace, trace.output, len(shapes[1]), standard=profile == "qdq")
         return
     if isinstance(layer, IntegerEmbedding):
-        write_rows(graph, layer, trace, len(shapes[0]), standard=profile == "qdq")
+        write_rows(graph, layer, trace, len(shapes[0]), profile)
         return
     narrow_opset = opset if profile == "small" else 0
     grouped = isinstance(layer, IntegerConv) and layer.group_size is not None

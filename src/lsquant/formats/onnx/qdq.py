@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from lsquant.formats.onnx.codes import dequantize, quantize_to_bytes
+from lsquant.formats.onnx.codes import dequantize, quantize_to_bytes, weight_steps
 from lsquant.formats.onnx.graph import FLOAT, Dims, Graph, LayerTrace, array
 from lsquant.formats.onnx.operators import add_bias, geometry, output_padding
 from lsquant.formats.onnx.sums import fits_int32
@@ -117,8 +117,10 @@ def _weight(graph: Graph, layer: IntegerLayer, trace: LayerTrace, narrow: Any, t
         if group is not None and narrow is None:
             rows = graph.constant(f"{name}.table_shape", np.array(codes.shape, np.int64))
             written = graph.node("Reshape", [written, rows], f"{graph.prefix}/table", "Reshape_table")
-    trace.weight_steps = [graph.constant(f"{name}.weight_step", steps.reshape(()) if flat else steps)]
-    operands = [written, *trace.weight_steps]
+    shaped = steps.reshape(()) if flat else steps
+    if not (flat or standard or block):
+        shaped = steps.reshape(-1, *[1] * (codes.ndim - 1 - axis))
+    operands = [written, weight_steps(graph, trace, shaped, narrow is not None)]
     attributes = {} if flat else {"axis": axis, **block}
     value = f"{graph.prefix}/dequantized_weight"
     if standard or block:
@@ -126,10 +128,8 @@ def _weight(graph: Graph, layer: IntegerLayer, trace: LayerTrace, narrow: Any, t
             operands.append(graph.constant(f"{name}.weight_zero_point", np.zeros(() if flat else steps.shape, dtype)))
         graph.node("DequantizeLinear", operands, value, "DequantizeLinear_weight", **attributes)
     else:
-        shaped = steps.reshape(() if flat else (-1, *[1] * (codes.ndim - 1 - axis)))
-        trace.weight_steps = [graph.constant(f"{name}.weight_step", shaped)]
         cast = graph.node("Cast", [written], f"{graph.prefix}/float_weight_codes", "Cast_weight", to=FLOAT)
-        graph.node("Mul", [cast, *trace.weight_steps], value, "Mul_weight")
+        graph.node("Mul", [cast, operands[1]], value, "Mul_weight")
 
     def reshaped(to: tuple[int, ...], tag: str = "") -> str:
         target = graph.constant(f"{name}.weight_shape{tag}", np.array(to, np.int64))

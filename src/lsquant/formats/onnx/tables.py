@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lsquant.formats.onnx.codes import narrow_type
+from lsquant.formats.onnx.codes import narrow_type, weight_steps
 from lsquant.formats.onnx.graph import FLOAT, INT8, UINT8, Graph, LayerTrace, Table, array
 from lsquant.shipped import IntegerConv, IntegerEmbedding, IntegerLayer
 
@@ -57,37 +57,34 @@ def tables(layers: dict[str, Any], profile: str, opset: int) -> dict[Any, Table]
     return found
 
 
-def write_rows(graph: Graph, layer: IntegerEmbedding, trace: LayerTrace, rank: int, standard: bool) -> None:
+def write_rows(graph: Graph, layer: IntegerEmbedding, trace: LayerTrace, rank: int, profile: str) -> None:
     """Write the nodes of an embedding.
 
     rank: of the indices.
-    standard: whether one step for all rows is to be DequantizeLinear.
     """
-    table, steps, prefix = graph.tables[layer.weight_quantizer], layer.weight_step, graph.prefix
-    assert steps is not None
+    table, prefix = graph.tables[layer.weight_quantizer], graph.prefix
+    assert layer.weight_step is not None
+    steps = array(layer.weight_step)
     count, size = table.stored.shape
     rows = graph.node("Gather", [_bytes(graph, trace, table), trace.input], f"{prefix}/rows", axis=0)
-    step, point = f"{trace.label}.weight_step", table.stored.dtype.type(table.shift)
-    trace.weight_steps = [step]
-    if steps.numel() == 1 and standard:
-        zero = graph.constant(f"{trace.label}.weight_zero_point", point)
-        graph.node("DequantizeLinear", [rows, graph.constant(step, array(steps).reshape(())), zero], trace.output)
+    groups = 0 if steps.size == 1 else steps.size // count
+    shaped = steps.reshape((count, groups, 1) if groups > 1 else (count, 1) if groups else ())
+    step = weight_steps(graph, trace, shaped, profile == "small")
+    if not groups and profile == "qdq":
+        point = graph.constant(f"{trace.label}.weight_zero_point", table.stored.dtype.type(table.shift))
+        graph.node("DequantizeLinear", [rows, step, point], trace.output)
         return
     value = graph.node("Cast", [rows], f"{prefix}/float_codes", to=FLOAT)
     if table.shift:
         shift = graph.constant(f"{trace.label}.shift", np.float32(table.shift))
         value = graph.node("Sub", [value, shift], f"{prefix}/centred")
-    if steps.numel() == 1:
-        graph.node("Mul", [value, graph.constant(step, array(steps).reshape(()))], trace.output)
-        return
-    groups = steps.numel() // count
-    shaped = array(steps).reshape((count, 1) if groups == 1 else (count, groups, 1))
-    factors = graph.node("Gather", [graph.constant(step, shaped), trace.input], f"{prefix}/steps", "Gather_steps")
-    if groups == 1:
-        graph.node("Mul", [value, factors], trace.output)
+    if groups:
+        step = graph.node("Gather", [step, trace.input], f"{prefix}/steps", "Gather_steps")
+    if groups < 2:
+        graph.node("Mul", [value, step], trace.output)
         return
     value = _reshaped(graph, value, (*[0] * rank, groups, size // groups), f"{prefix}/groups")
-    value = graph.node("Mul", [value, factors], f"{prefix}/scaled")
+    value = graph.node("Mul", [value, step], f"{prefix}/scaled")
     _reshaped(graph, value, (*[0] * rank, size), trace.output)
 
 
