@@ -2,8 +2,8 @@
 
     python examples/sentence_embedder.py --model FOLDER --text TRAIN.txt --held-out OTHER.txt --recipe w8a8 --out OUT
 
-FOLDER holds a BERT and its tokenizer as transformers saves them, for example all-MiniLM-L6-v2.  Sentences are embedded
-by the mean of the last token states, normalised.  docs/quickstart-transformer.md has the numbers.
+FOLDER holds a BERT and its tokenizer as transformers saves them, for example all-MiniLM-L6-v2.  A sentence's embedding
+is the mean of its last token states, normalised.  docs/quickstart-transformer.md has the numbers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
+import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,25 +27,16 @@ from transformers import AutoTokenizer, BertModel
 import lsquant
 from lsquant import QuantSpec, Recipe, Rule
 
+LENGTH, BATCH, SENTENCES, REPEATS = 128, 16, 300, 15  # tokens in the files; samples; of each held-out text; timings
 
-class Choice(NamedTuple):
-    """A recipe, the profile of its ONNX file, and how it is trained."""
-
-    recipe: Recipe
-    profile: str
-    steps: int
-    lr: float
-
-
-LENGTH = 128  # tokens of a sentence in the ONNX files
 TABLES = Rule(nn.Embedding, QuantSpec(8, granularity="channel", step_dtype="float16"), None)  # a step per row
 ROWS = {bits: QuantSpec(bits, granularity="channel") for bits in (4, 8)}
-GROUPS = QuantSpec(4, granularity="group", group_size=32, step_dtype="float16")  # two bytes a step in the file
-INPUTS = QuantSpec(8, offset=True)  # what GELU leaves is hardly ever below 0: a learned zero point halves its step
-CHOICES = {
-    "w8a8": Choice(Recipe(ROWS[8], INPUTS, [TABLES]), "exact", 100, 1e-4),
-    "w4a8": Choice(Recipe(ROWS[4], INPUTS, [TABLES]), "small", 200, 1e-4),
-    "w4g32": Choice(Recipe(GROUPS, None, [TABLES]), "small", 150, 1e-4),
+GROUPS = QuantSpec(4, granularity="group", group_size=32, step_dtype="float16")
+INPUTS = QuantSpec(8, offset=True)  # what GELU leaves is hardly ever below 0: a zero point halves its step
+CHOICES: dict[str, tuple[Recipe, str, int, float]] = {  # recipe, profile of the ONNX file, training steps, their rate
+    "w8a8": (Recipe(ROWS[8], INPUTS, [TABLES]), "exact", 100, 1e-4),
+    "w4a8": (Recipe(ROWS[4], INPUTS, [TABLES]), "small", 200, 1e-4),
+    "w4g32": (Recipe(GROUPS, None, [TABLES]), "small", 150, 1e-4),
 }
 Batch = dict[str, Tensor]
 
@@ -70,18 +62,17 @@ def pooled(states: Tensor, mask: Tensor) -> Tensor:
 
 def sentences(path: str) -> list[str]:
     """The sentences of a file, each once."""
-    text = Path(path).read_text(encoding="utf-8", errors="replace").replace("<|endoftext|>", "\n")
+    text = Path(path).read_text(encoding="utf-8", errors="replace").replace("<|endoftext|>", "\n\n")
     found = (" ".join(part.split()) for part in re.split(r'(?<=[.!?])["\']?\s+|\n\s*\n', text))
     return list(dict.fromkeys(sentence for sentence in found if len(sentence.split()) > 3))
 
 
 def distill(model: Embedder, teacher: Embedder, batches: Callable[[], Batch], steps: int, lr: float) -> None:
-    """Learn token states and embeddings of the teacher.  The tables of embeddings stay as they are rounded."""
+    """Learn the teacher's token states and embeddings.  Tables stay as they are: few of their rows are in any batch."""
     model.bert.embeddings.requires_grad_(False)
     optimizer = torch.optim.Adam(lsquant.param_groups(model, lr=lr, relative_step_lr=10 * lr))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    model.eval()  # no dropout: the teacher has none
-    for step in range(steps):
+    for step in range(steps):  # in eval mode, for the teacher has no dropout either
         batch = batches()
         with torch.no_grad():
             wanted = teacher.states(**batch)
@@ -96,19 +87,16 @@ def distill(model: Embedder, teacher: Embedder, batches: Callable[[], Batch], st
             print(f"step {step}: tokens {error:.4f}, embeddings {angle:.5f}", flush=True)
 
 
-def compared(found: Tensor, wanted: Tensor) -> dict[str, float]:
+def compared(found: Tensor, wanted: Tensor) -> tuple[float, float]:
     """Mean cosine to the float embeddings, and the share of sentences whose nearest other one is the same."""
     nearest = [(e @ e.T).fill_diagonal_(-1).argmax(1) for e in (found, wanted)]
-    return {
-        "cosine": float((found * wanted).sum(1).mean()),
-        "nearest": float((nearest[0] == nearest[1]).float().mean()),
-    }
+    return float((found * wanted).sum(1).mean()), float((nearest[0] == nearest[1]).float().mean())
 
 
-def milliseconds(sessions: list[Any], feeds: dict[str, Any], repeats: int) -> list[float]:
-    """Medians of interleaved runs."""
+def milliseconds(sessions: list[Any], feeds: dict[str, Any]) -> list[float]:
+    """Medians of interleaved runs; the first ones do not count."""
     times: list[list[float]] = [[] for _ in sessions]
-    for _ in range(repeats + 1):  # the first is no measurement
+    for _ in range(REPEATS + 1):
         for session, taken in zip(sessions, times, strict=True):
             start = time.perf_counter()
             session.run(None, feeds)
@@ -122,84 +110,70 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--text", required=True, help="text to train on")
     parser.add_argument("--held-out", nargs="*", default=[], help="texts to measure on (default: the end of --text)")
     parser.add_argument("--recipe", choices=CHOICES, default="w8a8")
-    parser.add_argument("--out", required=True, help="folder for the files")
-    parser.add_argument("--profile", help="of the ONNX file (default: by recipe)")
     parser.add_argument("--steps", type=int, help="of training (default: by recipe)")
-    for name, value in (("batch-size", 16), ("sentences", 300), ("repeats", 15)):
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{value} unless given")
+    parser.add_argument("--out", required=True, help="folder for the files")
     given = parser.parse_args(arguments)
-    out, name, (recipe, profile, steps, lr) = Path(given.out), given.recipe, CHOICES[given.recipe]
-    profile, steps = given.profile or profile, steps if given.steps is None else given.steps
+    recipe, profile, steps, lr = CHOICES[given.recipe]
+    out, tokenizer, draw = Path(given.out), AutoTokenizer.from_pretrained(given.model), random.Random(0)
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer, draw = AutoTokenizer.from_pretrained(given.model), random.Random(0)
-    torch.manual_seed(0)
+    train, texts = sentences(given.text), {path: sentences(path)[:SENTENCES] for path in given.held_out}
+    if not texts:
+        train, texts = train[:-SENTENCES], {given.text: train[-SENTENCES:]}
 
-    def tokens(texts: list[str], padding: Any = True) -> Batch:
-        found = tokenizer(texts, truncation=True, max_length=LENGTH, padding=padding, return_tensors="pt")
+    def tokens(chosen: list[str], padding: Any = True) -> Batch:
+        found = tokenizer(chosen, truncation=True, max_length=LENGTH, padding=padding, return_tensors="pt")
         return {name: found[name] for name in ("input_ids", "attention_mask")}
 
     def passages() -> Batch:
         """Each is one to four sentences that follow each other."""
-        starts = [draw.randrange(len(train)) for _ in range(given.batch_size)]
+        starts = [draw.randrange(len(train)) for _ in range(BATCH)]
         return tokens([" ".join(train[at : at + draw.randint(1, 4)]) for at in starts])
 
-    @torch.no_grad()
-    def embedded(model: nn.Module, texts: list[str]) -> Tensor:
-        return torch.cat([model(**tokens(texts[at : at + 16])) for at in range(0, len(texts), 16)])
+    def measured(run: Callable[[Batch], Tensor], padding: Any = True) -> dict[str, Tensor]:
+        pieces = {path: [held[at : at + BATCH] for at in range(0, len(held), BATCH)] for path, held in texts.items()}
+        with torch.no_grad():
+            return {path: torch.cat([run(tokens(piece, padding)) for piece in held]) for path, held in pieces.items()}
 
-    train, held_out = sentences(given.text), {path: sentences(path)[: given.sentences] for path in given.held_out}
-    if not held_out:
-        train, held_out = train[: -given.sentences], {given.text: train[-given.sentences :]}
     teacher, model = Embedder(given.model).eval(), Embedder(given.model).eval()
-    wanted = {path: embedded(teacher, texts) for path, texts in held_out.items()}
+    found = {"float": measured(lambda batch: teacher(**batch))}
 
     # ---- with lsquant ----
     print(lsquant.prepare(model, recipe, example_inputs=passages()))
     if recipe.activation is not None:  # weights alone have their steps
         lsquant.calibrate(model, [passages() for _ in range(2)], weights="mse")
-    rounded = {path: compared(embedded(model, texts), wanted[path]) for path, texts in held_out.items()}
-    distill(model, teacher, passages, steps, lr)
+    found["rounded"] = measured(lambda batch: model(**batch))
+    distill(model, teacher, passages, steps if given.steps is None else given.steps, lr)
     lsquant.save(model, out / "embedder.safetensors")
-    example = tokens(held_out[next(iter(held_out))][:2], "max_length")
-    file = out / "embedder.onnx"
-    lsquant.export_onnx(model, file, example, profile=profile)
-    verdict = lsquant.verify(model, file, [example])
-    print(verdict)
+    example = tokens([" ".join(train[:40])] * 2, "max_length")
+    lsquant.export_onnx(model, out / "embedder.onnx", example, profile=profile)
+    print(verdict := lsquant.verify(model, out / "embedder.onnx", [example]))
 
     # ---- the float file, and both in ONNX Runtime ----
-    batch = torch.export.Dim("batch")
-    torch.onnx.export(teacher, (), out / "float.onnx", kwargs=example, dynamo=True, external_data=False, verbose=False,
-                      dynamic_shapes={name: {0: batch} for name in example})  # fmt: skip
-    float_session, session = (plain_session(path) for path in (out / "float.onnx", file))
-    long = tokens([" ".join(train[:40])], "max_length")  # no padding in it
-    times = milliseconds([float_session, session], {k: v.numpy() for k, v in long.items()}, given.repeats)
+    free = {name: {0: torch.export.Dim("batch")} for name in example}
+    options: dict[str, Any] = {"dynamo": True, "external_data": False, "verbose": False, "dynamic_shapes": free}
+    torch.onnx.export(teacher, (), out / "float.onnx", kwargs=example, **options)
+    files = [out / "float.onnx", out / "embedder.onnx"]
+    plain = onnxruntime.SessionOptions()
+    plain.intra_op_num_threads = 1
+    sessions = [onnxruntime.InferenceSession(str(file), plain) for file in files]
+    times = milliseconds(sessions, {name: x[:1].numpy() for name, x in example.items()})
 
-    def shipped(texts: list[str]) -> Tensor:
-        feeds = [tokens(texts[at : at + 16], "max_length") for at in range(0, len(texts), 16)]
-        return torch.cat([torch.tensor(session.run(None, {k: v.numpy() for k, v in f.items()})[0]) for f in feeds])
+    def shipped(batch: Batch) -> Tensor:
+        return torch.tensor(sessions[1].run(None, {name: x.numpy() for name, x in batch.items()})[0])
 
-    learned = {path: compared(shipped(texts), wanted[path]) for path, texts in held_out.items()}
-    size, full = file.stat().st_size, (out / "float.onnx").stat().st_size
-    for path in held_out:
-        for how, row in (("rounded", rounded[path]), ("learned", learned[path])):
-            print(f"{name} {how}: cosine {row['cosine']:.4f}, same neighbour {row['nearest']:.1%} ({Path(path).name})")
-    print(f"{size:,} bytes of {full:,}: {size / full:.3f}")
-    print(f"{times[1]:.1f} ms of {times[0]:.1f}: {times[1] / times[0]:.2f} (profile {profile}, 1 x {LENGTH} tokens)")
-    print(f"level: {verdict.level}")
-    names = {path: Path(path).name for path in held_out}
-    result = {"recipe": name, "profile": profile, "steps": steps, "level": verdict.level, "bytes": [size, full],
-              "milliseconds": times, "rounded": {names[path]: row for path, row in rounded.items()},
-              "learned": {names[path]: row for path, row in learned.items()}}  # fmt: skip
+    found["learned"] = measured(shipped, "max_length")
+
+    sizes = [file.stat().st_size for file in files]
+    result = {"recipe": given.recipe, "profile": profile, "level": verdict.level, "bytes": sizes, "milliseconds": times}
+    print("\ntext                          embeddings  cosine  same nearest neighbour")
+    for path in texts:
+        for how in ("rounded", "learned"):
+            cosine, nearest = result[f"{Path(path).name}, {how}"] = compared(found[how][path], found["float"][path])
+            print(f"{Path(path).name:30}{how:12}{cosine:.4f}  {nearest:.1%}")
+    print(f"{given.recipe}, profile {profile}, level {verdict.level}: {sizes[1]:,} bytes, {sizes[1] / sizes[0]:.3f} of")
+    print(f"float; {times[1]:.1f} ms, {times[1] / times[0]:.2f} of float, for 1 x {LENGTH} tokens in 1 thread")
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
-
-
-def plain_session(path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(path), options)
 
 
 if __name__ == "__main__":

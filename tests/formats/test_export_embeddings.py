@@ -172,7 +172,7 @@ def test_a_tied_head_whose_sums_are_split(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_types_of_the_codes(tmp_path: Path) -> None:
-    """As other weights: bytes, int8 where it can be; 2 and 4 bits in profile small, with the operator set that has them."""
+    """As other weights: bytes, int8 where it can be; in profile small 2 and 4 bits and their operator set."""
     cases = [(2, True, INT2), (3, True, INT4), (4, True, INT4), (5, True, INT8), (8, True, INT8)]
     cases += [(2, False, UINT2), (4, False, UINT4), (8, False, UINT8)]
     words = torch.arange(WORDS).reshape(8, 5)

@@ -89,7 +89,7 @@ def write_rows(graph: Graph, layer: IntegerEmbedding, trace: LayerTrace, rank: i
 
 
 def shared_table(graph: Graph, layer: IntegerLayer, trace: LayerTrace, byte: type) -> Table | None:
-    """Let a layer read the table of an embedding that has its weight, where it wants the codes as they are stored there.
+    """Let a layer read the table of an embedding that has its weight, where it wants codes as they are stored there.
 
     trace: ``weight_shift`` is that of the layer's operator.
     byte: the type of its codes.
