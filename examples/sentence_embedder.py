@@ -34,7 +34,7 @@ ROWS = {bits: QuantSpec(bits, granularity="channel") for bits in (4, 8)}
 GROUPS = QuantSpec(4, granularity="group", group_size=32, step_dtype="float16")
 INPUTS = QuantSpec(8, offset=True)  # what GELU leaves is hardly ever below 0: a zero point halves its step
 CHOICES: dict[str, tuple[Recipe, str, int, float]] = {  # recipe, profile of the ONNX file, training steps, their rate
-    "w8a8": (Recipe(ROWS[8], INPUTS, [TABLES]), "exact", 100, 1e-4),
+    "w8a8": (Recipe(ROWS[8], INPUTS, [TABLES]), "exact", 200, 1e-4),
     "w4a8": (Recipe(ROWS[4], INPUTS, [TABLES]), "small", 200, 1e-4),
     "w4g32": (Recipe(GROUPS, None, [TABLES]), "small", 150, 1e-4),
 }
