@@ -183,6 +183,6 @@ def _write_metadata(proto: Any, profile: str, session: dict[str, str], traces: l
         "lsquant.version": __version__,
         "lsquant.profile": profile,
         "lsquant.session": json.dumps(session),
-        "lsquant.layers": json.dumps([trace.to_dict() for trace in traces]),
+        "lsquant.layers": json.dumps([trace.to_dict() for trace in traces], separators=(",", ":")),
     }
     require("onnx", extra="onnx").helper.set_model_props(proto, properties)
