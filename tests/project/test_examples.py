@@ -85,6 +85,7 @@ def tiny_bert(folder: Path) -> None:
 WORDS = ["red", "blue", "cat", "dog", "sees", "likes", "big", "small", "house", "tree", "old", "new"]
 
 
+@pytest.mark.filterwarnings("ignore:# The axis name:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # of torch's exporter
 @pytest.mark.parametrize("recipe,level", [("w8a8", "layers"), ("w4g32", "weights")])
 def test_sentence_embedder(recipe, level, in_tmp, monkeypatch):
