@@ -22,7 +22,7 @@ class Change:
     shares: the first layer that has the same weight; None where it is this one.  A shared weight counts once.
     multiplications: of its matrix products and convolutions in the example batch, those of attention and recurrent
         layers included; None without a batch, 0 for lookups.
-    unwritten: the calls that have no form for it, ``("export_onnx",)`` for a quantized Embedding.
+    unwritten: the calls that have no form for it, ``("to_torchao",)`` for a quantized Conv1d.
     """
 
     name: str

@@ -197,9 +197,7 @@ def writers_without_form(layer: nn.Module, weight: QuantSpec | None, activation:
     group_size = None if weight is None else weight.group_size
     parameter: Any = layer.weight
     kernel = parameter.shape[2:].numel()
-    if not kind.takes_codes:
-        found.append("export_onnx")
-    elif group_size is not None and activation is not None and parameter.dim() > 2:
+    if group_size is not None and activation is not None and parameter.dim() > 2:
         found.append("export_onnx(profile='exact')")
     if weight is not None and (kind.float_type not in TORCHAO_TYPES or (group_size or 0) % kernel):
         found.append("to_torchao")

@@ -121,7 +121,6 @@ MAY_REFUSE: list[tuple[str, Callable[[Case, set[str]], bool], str]] = [
     ("prepare", lambda c, t: "shared layouts" in t, "share one weight in different layouts"),
     ("prepare", lambda c, t: c.preset == "w4g32", "group"),
     ("onnx", lambda c, t: c.dtype != "float32", "float32"),
-    ("onnx", lambda c, t: "kind embedding" in t, "Embedding cannot be exported yet"),
     ("onnx", lambda c, t: any(k.startswith("kind AdaptiveMaxPool") for k in t), "adaptive_max_pool"),
     ("onnx", lambda c, t: "kind unbatched" in t, "cannot trace this model with a dynamic batch dimension"),
     ("onnx", lambda c, t: "kind AdaptiveAvgPool3d" in t, "adaptive_avg_pool3d"),

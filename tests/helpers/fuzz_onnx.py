@@ -75,7 +75,7 @@ def _of_parts(module: nn.Module, level: int, profile: str) -> int:
 def goes_alone(found: Trained) -> bool:
     """Tell whether a network has a file of its own: where it may be refused, and where its batch is free."""
     mine = tags(found.case)
-    risky = {"value hook", "weight made by hooks", "shared layouts", "late", "kind embedding", "groups of conv2d"}
+    risky = {"value hook", "weight made by hooks", "shared layouts", "late", "groups of conv2d"}
     unknown = any(
         tag.startswith(("kind AdaptiveMaxPool", "kind AdaptiveAvgPool3d")) for tag in mine
     )  # to torch's exporter

@@ -119,8 +119,8 @@ def a_single_layer_traced(_: Path) -> Any:
 
 
 @mistake("export_onnx has no form for 0", "leave them float for it (skip=)")
-def an_embedding_that_is_to_be_exported(_: Path) -> Any:
-    return str(lsquant.prepare(nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2)), W4A4))
+def an_embedding_with_max_norm_that_is_to_be_exported(_: Path) -> Any:
+    return str(lsquant.prepare(nn.Sequential(nn.Embedding(9, 4, max_norm=1.0), nn.Linear(4, 2)), W4A4))
 
 
 @mistake("hooks that change values", "of body")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ import torch
 
 import lsquant
 from lsquant.tasks import Task
+from lsquant.verification.verdict import LEVELS
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 
@@ -64,3 +66,43 @@ def test_the_transformer_as_a_task(monkeypatch):
     model = task.model().train()
     assert 0.0 <= task.metric(model)["accuracy"] <= 100.0
     assert model.training
+
+
+def tiny_bert(folder: Path) -> None:
+    """A random BERT of one layer and its tokenizer, as transformers saves them."""
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", *WORDS]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    transformers.BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+
+
+WORDS = ["red", "blue", "cat", "dog", "sees", "likes", "big", "small", "house", "tree", "old", "new"]
+
+
+@pytest.mark.filterwarnings("ignore:# The axis name:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # of torch's exporter
+@pytest.mark.parametrize("recipe,level", [("w8a8", "layers"), ("w4g32", "weights")])
+def test_sentence_embedder(recipe, level, in_tmp, monkeypatch):
+    pytest.importorskip("transformers")
+    pytest.importorskip("onnxruntime")
+    tiny_bert(Path("bert"))
+    draw = random.Random(0)
+    Path("text.txt").write_text(" ".join(" ".join(draw.choices(WORDS, k=6)) + "." for _ in range(60)))
+    own = example("sentence_embedder", monkeypatch)
+    monkeypatch.setattr(own, "LENGTH", 16)
+    for name, value in (("BATCH", 4), ("SENTENCES", 12), ("REPEATS", 2)):
+        monkeypatch.setattr(own, name, value)
+    options = ["--recipe", recipe, "--steps", "3", "--out", "out"]
+    result = own.main(["--model", "bert", "--text", "text.txt", *options])
+    assert LEVELS.index(result["level"]) >= LEVELS.index(level)
+    assert result["text.txt, learned"][0] > 0.9
+    assert result["bytes"] == [Path(f"out/{name}.onnx").stat().st_size for name in ("float", "embedder")]
+    loaded = lsquant.load(own.Embedder("bert"), "out/embedder.safetensors").eval()
+    quantizer = loaded.bert.embeddings.word_embeddings.weight_quantizer
+    assert (quantizer.spec.bits, quantizer.step.numel()) == (8, 6 + len(WORDS))

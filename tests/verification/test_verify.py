@@ -71,7 +71,7 @@ def relu_at_the_end(arrays: dict[str, Any], model: Any) -> None:
     arrays["ceiling"] = np.float32(0.01)
     for entry in model.metadata_props:
         if entry.key == "lsquant.layers":
-            entry.value = entry.value.replace('"output": "output"', '"output": "before"')
+            entry.value = entry.value.replace('"output":"output"', '"output":"before"')
 
 
 @pytest.mark.parametrize(

@@ -236,12 +236,17 @@ def _flat(sides: list[tuple[int, int]]) -> list[int]:
 class IntegerEmbedding(IntegerLayer):
     """``nn.Embedding`` from codes: the requested rows, ``code * step`` in the type of the float weight."""
 
+    def output_shape(self, x: Tensor, *extra: Any) -> tuple[Any, ...]:
+        return (*x.shape, self.rows().shape[1])
+
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(input, Tensor):
             return leaf(self, input)
         quantizer = self.weight_quantizer
         assert quantizer is not None
         assert quantizer.codes is not None
+        if self.marker is not None:
+            return mark("Layer", input, self.marker, self.output_shape(input))
         indices, (count, size), step = input.reshape(-1), quantizer.codes.shape, quantizer.step
         found = quantizer.codes.index_select(0, indices).to(torch.float32)
         if step.numel() > 1:

@@ -16,7 +16,7 @@ from lsquant._util.batches import model_inputs, require_arguments
 from lsquant._util.errors import LsquantError, UsageError
 from lsquant._util.nested import map_tensors, tensors_in
 from lsquant.nn import EXACT_TYPES
-from lsquant.shipped import FrozenQuantizer, IntegerEmbedding, drop_observers, frozen_parts
+from lsquant.shipped import FrozenQuantizer, drop_observers, frozen_parts
 
 TORCH_OPSET = 18
 """The lowest operator set that torch's exporter writes."""
@@ -124,8 +124,6 @@ def _marked(frozen: nn.Module) -> dict[str, nn.Module]:
     """Mark every frozen layer, and every frozen quantizer that stands alone, with its name."""
     layers = frozen_parts(frozen)
     for name, module in layers.items():
-        if isinstance(module, IntegerEmbedding):
-            raise UsageError(f"{name}: Embedding cannot be exported yet; leave it in floating point: skip=[{name!r}]")
         if isinstance(module, FrozenQuantizer) and module.group_size is not None:
             raise UsageError(f"{name}: a stand-alone quantizer with groups has no form in ONNX; use tensor or channel")
         module.marker = name

@@ -113,6 +113,21 @@ def dequantize(
     return graph.node("Mul", [value, step], output)
 
 
+def weight_steps(graph: Graph, trace: LayerTrace, steps: np.ndarray, halved: bool) -> str:
+    """Return the value with the steps of a weight as float32, and tell ``trace`` their initializer.
+
+    halved: whether steps that are all float16 numbers may be stored as such, and cast: two bytes a step.
+    """
+    name = f"{trace.label}.weight_step"
+    trace.weight_steps = [name]
+    with np.errstate(over="ignore"):
+        small = steps.astype(np.float16)
+    if not halved or steps.size == 1 or not np.array_equal(small.astype(np.float32), steps):
+        return graph.constant(name, steps)
+    graph.constant(name, small)
+    return graph.node("Cast", [name], f"{graph.prefix}/weight_step", "Cast_weight_step", to=FLOAT)
+
+
 def narrow_type(low: int, high: int, opset: int) -> Any:
     """Return the smallest type of ml_dtypes for codes from low to high, or None where that is a byte."""
     for bits, since in NARROW:

@@ -27,6 +27,7 @@ A transposed convolution is one with reversed kernels over codes between which s
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from lsquant.formats.onnx.codes import Clip, narrow_type, quantize, zero_point_n
 from lsquant.formats.onnx.graph import DOUBLE, FLOAT, INT8, UINT8, Dims, Graph, LayerTrace, array
 from lsquant.formats.onnx.operators import add_bias, geometry, output_padding, per_channel
 from lsquant.formats.onnx.sums import FLOAT_SUMS, Operands, largest_sum, split_terms
+from lsquant.formats.onnx.tables import integer_storage, shared_table, turned_table
 from lsquant.shipped import FrozenQuantizer, IntegerConv, IntegerLayer
 
 
@@ -58,8 +60,7 @@ def write_exact(
     if in_float:
         dtype: type = np.uint8 if high > 127 else np.int8
     else:
-        dtype = np.uint8 if isinstance(layer, IntegerConv) or low < -64 or high > 63 else np.int8
-        trace.weight_shift = -low if dtype is np.uint8 and low < 0 else 0
+        dtype, trace.weight_shift = integer_storage(layer)
     narrow = narrow_type(low + trace.weight_shift, high + trace.weight_shift, narrow_opset)
     stored = (array(codes).astype(np.int16) + trace.weight_shift).astype(dtype)
     point = _zero_point(source) + shift
@@ -126,17 +127,19 @@ def _integer_sums(
     narrow: Any,
     suffix: str,
     attributes: dict[str, Any],
+    written: Sequence[str] = (),
 ) -> str:
     """Write one integer operator for each slice of the terms, and their sum as float32.
 
     slices: (codes of the input, those of the weight).
+    written: the values with the latter, where they are in the graph already.
     suffix: of the names, "" or that of a group of weights.
     """
     total = ""
     for number, (q, block) in enumerate(slices):
         end = suffix if len(slices) == 1 else f"{suffix}.part{number}"
         tag = end.replace(".", "_")
-        weight = _weight(graph, trace, f"{trace.label}.weight{end}", block, narrow)
+        weight = written[number] if written else _weight(graph, trace, f"{trace.label}.weight{end}", block, narrow)
         operands = [q, weight, zero_point_name(trace), _weight_point(graph, trace, block.dtype)]
         sums = graph.node(operator, operands, f"{graph.prefix}/int_sums{tag}", f"{operator}{tag}", **attributes)
         if len(slices) == 1:
@@ -197,7 +200,10 @@ def _spread(graph: Graph, layer: IntegerConv, trace: LayerTrace, q: str, shapes:
 def _matmul_integer(graph: Graph, layer: IntegerLayer, trace: LayerTrace, operands: Operands) -> str:
     """Write one MatMulInteger, or one per group; the scaled sums of groups are added in the order of the groups."""
     assert layer.scale is not None
-    name, stored, trace.transposed = trace.label, operands.stored, True
+    name, stored = trace.label, operands.stored
+    table = shared_table(graph, layer, trace, stored.dtype.type)
+    shared = "" if table is None else turned_table(graph, trace, table)
+    trace.transposed = table is None
     count = 1 if layer.group_size is None else stored.shape[1] // layer.group_size
     size = stored.shape[1] // count
     scales = array(layer.scale).reshape(-1, count)
@@ -210,7 +216,9 @@ def _matmul_integer(graph: Graph, layer: IntegerLayer, trace: LayerTrace, operan
             (_features(graph, operands.q, g * size + a, g * size + b, stored.shape[1]), block[:, a:b].T)
             for a, b in itertools.pairwise(edges)
         ]
-        sums = _integer_sums(graph, trace, "MatMulInteger", slices, operands.narrow, suffix, {})
+        terms = [(g * size + a, g * size + b) for a, b in itertools.pairwise(edges)] if shared else []
+        written = [_terms(graph, shared, a, b, stored.shape[1]) for a, b in terms]
+        sums = _integer_sums(graph, trace, "MatMulInteger", slices, operands.narrow, suffix, {}, written)
         scale = graph.constant(f"{name}.scale{suffix}", scales[:, g] if scales.shape[0] > 1 else scales[0, g])
         trace.scales.append(scale)
         tag = suffix.replace(".", "_")
@@ -221,8 +229,17 @@ def _matmul_integer(graph: Graph, layer: IntegerLayer, trace: LayerTrace, operan
 
 def _features(graph: Graph, q: str, a: int, b: int, size: int) -> str:
     """Write the codes a to b of the last dimension, which has ``size`` of them."""
+    return _slice(graph, q, a, b, size, "last_axis", -1, "")
+
+
+def _terms(graph: Graph, weight: str, a: int, b: int, size: int) -> str:
+    """Write the rows a to b of a weight (in, out), which has ``size`` of them."""
+    return _slice(graph, weight, a, b, size, "first_axis", 0, "weight_")
+
+
+def _slice(graph: Graph, value: str, a: int, b: int, size: int, label: str, axis: int, tag: str) -> str:
     if (a, b) == (0, size):
-        return q
+        return value
     edges = [graph.constant(f"int64_{n}", np.array([n], np.int64)) for n in (a, b)]
-    axis = graph.constant("int64_last_axis", np.array([-1], np.int64))
-    return graph.node("Slice", [q, *edges, axis], f"{graph.prefix}/codes_{a}_{b}", f"Slice_{a}_{b}")
+    along = graph.constant(f"int64_{label}", np.array([axis], np.int64))
+    return graph.node("Slice", [value, *edges, along], f"{graph.prefix}/{tag}codes_{a}_{b}", f"Slice_{tag}{a}_{b}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +20,21 @@ def array(t: Tensor) -> np.ndarray:
     return np.ascontiguousarray(t.detach().cpu().numpy())
 
 
+class Table(NamedTuple):
+    """The codes of a quantized embedding, one initializer for all layers that have its weight.
+
+    name: of the initializer.
+    stored: (rows, columns) int8 or uint8, shifted.
+    shift: what was added to the codes for storage.
+    narrow: the type of ml_dtypes with 4 or 2 bits that they have in the file, or None.
+    """
+
+    name: str
+    stored: np.ndarray
+    shift: int
+    narrow: Any
+
+
 @dataclass
 class Graph:
     """Nodes and initializers being written.
@@ -27,11 +42,13 @@ class Graph:
     nodes: in order of execution.
     constants: the initializers, by name.
     prefix: the start of the names of the present layer's nodes.
+    tables: of the embeddings, by the quantizer of their weight.
     """
 
     nodes: list[Any] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     prefix: str = ""
+    tables: dict[Any, Table] = field(default_factory=dict)
 
     def constant(self, name: str, value: np.ndarray | np.generic) -> str:
         """Add an initializer, once for each name.  Returns the name."""

@@ -2,7 +2,7 @@
 
 All forms quantize by ``QuantizeLinear``, which divides and rounds half to even as section 1 of the mathematics asks.
 ``codes.py`` holds codes in range, ``exact.py`` writes sums of integers, ``qdq.py`` float operators over
-DequantizeLinear.  Which of the two a layer gets is decided here:
+DequantizeLinear, ``tables.py`` the rows of embeddings.  Which of the first two another layer gets is decided here:
 
 - profile exact: sums of integers; a layer of which one side stays float, as in qdq.
 - profile small: as exact, with weights of at most 4 bits in initializers of 4 or 2 bits and a Cast after them.  A
@@ -20,7 +20,8 @@ from lsquant.formats.onnx.codes import dequantize, narrow_type, quantize_to_byte
 from lsquant.formats.onnx.exact import write_exact
 from lsquant.formats.onnx.graph import Dims, Graph, LayerTrace
 from lsquant.formats.onnx.qdq import write_qdq
-from lsquant.shipped import FrozenQuantizer, IntegerConv
+from lsquant.formats.onnx.tables import write_rows
+from lsquant.shipped import FrozenQuantizer, IntegerConv, IntegerEmbedding
 
 
 def lower(graph: Graph, layer: Any, trace: LayerTrace, shapes: tuple[Dims, Dims], profile: str, opset: int) -> None:
@@ -37,6 +38,9 @@ def lower(graph: Graph, layer: Any, trace: LayerTrace, shapes: tuple[Dims, Dims]
     if isinstance(layer, FrozenQuantizer):
         codes = quantize_to_bytes(graph, layer, trace)
         dequantize(graph, codes, layer, trace, trace.output, len(shapes[1]), standard=profile == "qdq")
+        return
+    if isinstance(layer, IntegerEmbedding):
+        write_rows(graph, layer, trace, len(shapes[0]), profile)
         return
     narrow_opset = opset if profile == "small" else 0
     grouped = isinstance(layer, IntegerConv) and layer.group_size is not None

@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from lsquant.formats.onnx.codes import dequantize, quantize_to_bytes
+from lsquant.formats.onnx.codes import dequantize, quantize_to_bytes, weight_steps
 from lsquant.formats.onnx.graph import FLOAT, Dims, Graph, LayerTrace, array
 from lsquant.formats.onnx.operators import add_bias, geometry, output_padding
 from lsquant.formats.onnx.sums import fits_int32
+from lsquant.formats.onnx.tables import shared_table, turned_table
 from lsquant.shipped import IntegerConv, IntegerLayer
 
 
@@ -95,8 +96,8 @@ def _weight(graph: Graph, layer: IntegerLayer, trace: LayerTrace, narrow: Any, t
     codes, steps = array(layer.codes), array(layer.weight_step)
     shape, flat = codes.shape, steps.size == 1
     axis, block = 0, {}
-    trace.transposed = turned and group is None and narrow is None
-    if trace.transposed:
+    trace.transposed = lying = turned and group is None and narrow is None
+    if lying:
         codes, axis = codes.T, 1
     elif conv is not None and conv.transposed and (flat or conv.groups == 1):
         trace.layout, codes, axis = "own", array(conv.own_layout(layer.codes)), 1
@@ -105,10 +106,21 @@ def _weight(graph: Graph, layer: IntegerLayer, trace: LayerTrace, narrow: Any, t
         axis, block = 1, {"block_size": group}
     elif group is not None:
         codes = codes.reshape(-1, group)
-    dtype = narrow or (np.uint8 if layer.weight_bounds[1] > 127 else np.int8)
-    trace.weights = [graph.constant(f"{name}.weight", np.ascontiguousarray(codes, dtype))]
-    trace.weight_steps = [graph.constant(f"{name}.weight_step", steps.reshape(()) if flat else steps)]
-    operands = [*trace.weights, *trace.weight_steps]
+    byte = np.uint8 if layer.weight_bounds[1] > 127 else np.int8
+    dtype = narrow or byte
+    if (table := shared_table(graph, layer, trace, byte)) is None:
+        trace.weights = [graph.constant(f"{name}.weight", np.ascontiguousarray(codes, dtype))]
+        written = trace.weights[0]
+    else:
+        trace.transposed = False
+        written = turned_table(graph, trace, table) if lying else table.name
+        if group is not None and narrow is None:
+            rows = graph.constant(f"{name}.table_shape", np.array(codes.shape, np.int64))
+            written = graph.node("Reshape", [written, rows], f"{graph.prefix}/table", "Reshape_table")
+    shaped = steps.reshape(()) if flat else steps
+    if not (flat or standard or block):
+        shaped = steps.reshape(-1, *[1] * (codes.ndim - 1 - axis))
+    operands = [written, weight_steps(graph, trace, shaped, narrow is not None)]
     attributes = {} if flat else {"axis": axis, **block}
     value = f"{graph.prefix}/dequantized_weight"
     if standard or block:
@@ -116,10 +128,8 @@ def _weight(graph: Graph, layer: IntegerLayer, trace: LayerTrace, narrow: Any, t
             operands.append(graph.constant(f"{name}.weight_zero_point", np.zeros(() if flat else steps.shape, dtype)))
         graph.node("DequantizeLinear", operands, value, "DequantizeLinear_weight", **attributes)
     else:
-        shaped = steps.reshape(() if flat else (-1, *[1] * (codes.ndim - 1 - axis)))
-        trace.weight_steps = [graph.constant(f"{name}.weight_step", shaped)]
-        cast = graph.node("Cast", trace.weights, f"{graph.prefix}/float_weight_codes", "Cast_weight", to=FLOAT)
-        graph.node("Mul", [cast, *trace.weight_steps], value, "Mul_weight")
+        cast = graph.node("Cast", [written], f"{graph.prefix}/float_weight_codes", "Cast_weight", to=FLOAT)
+        graph.node("Mul", [cast, operands[1]], value, "Mul_weight")
 
     def reshaped(to: tuple[int, ...], tag: str = "") -> str:
         target = graph.constant(f"{name}.weight_shape{tag}", np.array(to, np.int64))
@@ -130,7 +140,7 @@ def _weight(graph: Graph, layer: IntegerLayer, trace: LayerTrace, narrow: Any, t
 
     if codes.shape != shape and group is not None:
         value = reshaped(shape)
-    if turned and not trace.transposed:
+    if turned and not lying:
         value = swapped(1, 0)
     if conv is not None and conv.transposed and not trace.layout:
         value = reshaped((conv.groups, shape[0] // conv.groups, *shape[1:]), "_groups")

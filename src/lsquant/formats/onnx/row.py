@@ -86,10 +86,11 @@ class OnnxFormat(FileFormat):
 
 
 def _check_types(trace: LayerTrace, values: dict[str, np.ndarray], file: str) -> None:
-    """Raise DamagedFile where codes are no integers, or steps no float32."""
-    steps = [*trace.scales, *trace.weight_steps, *([trace.input_step] if trace.input_step else [])]
+    """Raise DamagedFile where codes are no integers, or steps no floats."""
+    steps = [*trace.scales, *([trace.input_step] if trace.input_step else [])]
     odd = [name for name in trace.weights if not _holds_integers(values[name])]
     odd += [name for name in steps if values[name].dtype != np.float32]
+    odd += [name for name in trace.weight_steps if values[name].dtype not in (np.float32, np.float16)]
     if odd:
         kind = values[odd[0]].dtype
         raise DamagedFile(f"{file} is damaged: layer {trace.layer!r}: initializer {odd[0]!r} is of type {kind}")
@@ -111,7 +112,8 @@ def _pairs(trace: LayerTrace, record: Shipped, values: dict[str, np.ndarray]) ->
         return
     yield _codes(trace, layer.weight, values)
     if trace.weight_steps:
-        yield Pair(trace.layer, values[trace.weight_steps[0]].reshape(-1), layer.weight.step)
+        steps = values[trace.weight_steps[0]].astype(np.float32)  # those that are float16 numbers may be stored so
+        yield Pair(trace.layer, steps.reshape(-1), layer.weight.step)
     if trace.scales:
         assert source is not None
         scales = np.stack([values[name].reshape(-1) for name in trace.scales], axis=1)

@@ -23,6 +23,7 @@ from lsquant.formats.onnx.integer import FORMS, integer_proto
 from lsquant.formats.onnx.lowering import lower
 from lsquant.formats.onnx.opset import require_opset, set_opset, small_opset
 from lsquant.formats.onnx.reader import FORMAT
+from lsquant.formats.onnx.tables import tables
 from lsquant.formats.onnx.tidy import tidy
 from lsquant.fusion import FusedNetwork, fuse
 from lsquant.shipped import integer_model, ship
@@ -145,7 +146,8 @@ def _replace_marked(graph: Any, layers: dict[str, nn.Module], profile: str, opse
         v.name: [d.dim_value if d.HasField("dim_value") else None for d in v.type.tensor_type.shape.dim]
         for v in [*graph.input, *graph.value_info, *graph.output]
     }
-    target, traces, calls = Graph(), [], {}
+    shapes |= {tensor.name: list(tensor.dims) for tensor in graph.initializer}  # of indices that are constants
+    target, traces, calls = Graph(tables=tables(layers, profile, opset)), [], {}
     renamed: dict[str, str] = {}
     for node in graph.node:
         sources = list(node.input)
@@ -182,6 +184,6 @@ def _write_metadata(proto: Any, profile: str, session: dict[str, str], traces: l
         "lsquant.version": __version__,
         "lsquant.profile": profile,
         "lsquant.session": json.dumps(session),
-        "lsquant.layers": json.dumps([trace.to_dict() for trace in traces]),
+        "lsquant.layers": json.dumps([trace.to_dict() for trace in traces], separators=(",", ":")),
     }
     require("onnx", extra="onnx").helper.set_model_props(proto, properties)

@@ -23,7 +23,7 @@ def with_outputs(proto: Any, names: list[str], floats: bool = False) -> bytes:
     model = onnx.ModelProto()
     model.CopyFrom(proto)
     present = {value.name for value in model.graph.output}
-    types = dict.fromkeys(names, FLOAT) if floats else _code_types(proto, names)
+    types = value_types(proto, names) if floats else _code_types(proto, names)
     extra = [onnx.helper.make_tensor_value_info(n, types[n], None) for n in names if n not in present]
     model.graph.output.extend(extra)
     return model.SerializeToString()
@@ -43,6 +43,7 @@ def layers_alone(proto: Any, layers: list[LayerTrace]) -> bytes:
     types = _code_types(proto, [trace.codes for trace in layers if trace.codes is not None])
     nodes, inputs, outputs, used = [], [], [], set()
     ranks = ranks_of(proto)
+    inputs_of = value_types(proto, [trace.input for trace in layers])
     for i, trace in enumerate(layers):
         names = {trace.input: f"probe/{i}/input"}
         if trace.codes is not None:
@@ -58,7 +59,7 @@ def layers_alone(proto: Any, layers: list[LayerTrace]) -> bytes:
             used |= {name for name in node.input if name in constants}
             nodes.append(copy)
         shape = [None] * ranks[trace.input] if trace.input in ranks else None
-        inputs.append(helper.make_tensor_value_info(f"probe/{i}/input", FLOAT, shape))
+        inputs.append(helper.make_tensor_value_info(f"probe/{i}/input", inputs_of[trace.input], shape))
         if trace.codes is not None:
             outputs.append(helper.make_tensor_value_info(f"probe/{i}/codes", types[trace.codes], None))
         outputs.append(helper.make_tensor_value_info(f"probe/{i}/output", FLOAT, None))
@@ -72,14 +73,29 @@ def ranks_of(proto: Any) -> dict[str, int]:
 
     Raises: DamagedFile where the file's shapes contradict each other.
     """
+    # a value of unknown rank has no shape, which is not the shape of a scalar
+    found = {name: len(tensor.shape.dim) for name, tensor in _inferred(proto).items() if tensor.HasField("shape")}
+    return found | {tensor.name: len(tensor.dims) for tensor in proto.graph.initializer}
+
+
+def value_types(proto: Any, names: list[str]) -> dict[str, int]:
+    """Return the element type of each value: float32 where shape inference does not find it.
+
+    Raises: DamagedFile where the file's shapes contradict each other.
+    """
+    types = {name: tensor.elem_type for name, tensor in _inferred(proto).items()}
+    types |= {tensor.name: tensor.data_type for tensor in proto.graph.initializer}
+    return {name: types.get(name) or FLOAT for name in names}
+
+
+def _inferred(proto: Any) -> dict[str, Any]:
+    """Return what shape inference finds of each value."""
     onnx = require("onnx", extra="onnx")
     try:
         graph = onnx.shape_inference.infer_shapes(proto).graph
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError) as error:
         raise DamagedFile(f"the file's shapes do not fit together: {reason(error)}") from error
-    tensors = {value.name: value.type.tensor_type for value in [*graph.input, *graph.value_info]}
-    # a value of unknown rank has no shape, which is not the shape of a scalar
-    return {name: len(tensor.shape.dim) for name, tensor in tensors.items() if tensor.HasField("shape")}
+    return {value.name: value.type.tensor_type for value in [*graph.input, *graph.value_info, *graph.output]}
 
 
 def float_nodes(proto: Any, value: str, ends: set[str]) -> list[Any]:

@@ -56,7 +56,8 @@ class OnnxRunner:
             if key not in call.layers:
                 path, layer = self.file.path, trace.layer
                 raise UsageError(f"{path}: the model called layer {layer!r} less often than the exported one does")
-            x = array(layer_input(self.modules[trace.layer], call.layers[key].input))
+            given = layer_input(self.modules[trace.layer], call.layers[key].input)
+            x = array(given).reshape(given.shape)  # one index is no array of one
             if self.ranks.get(trace.input) == x.ndim + 1:  # a sample without a batch dimension: the file adds it
                 unbatched.add(i)
                 x = x[None]
