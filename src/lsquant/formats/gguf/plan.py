@@ -135,7 +135,8 @@ def _require_weights_only(record: Shipped) -> None:
     if names := [*names, *record.standalone()]:
         raise UsageError(
             f"export_gguf: {names[0]} quantizes activations, and a GGUF file holds weights only; prepare the model "
-            "with a weight-only recipe, Recipe.preset('w4g32') or activation=None"
+            "with a weight-only recipe, Recipe(QuantSpec(4, signed=True, granularity='group', group_size=32, "
+            "step_dtype='float16'))"
         )
 
 
