@@ -254,6 +254,11 @@ def test_a_verdict_says_what_stays_in_floating_point(tmp_path: Path) -> None:
             said = says_float_parts(network, onnx.load(options.optimized_model_filepath).graph, "a runtime")
             assert "a (Conv: not fused); " in said
             assert "silu (Sigmoid, Mul: a function without an integer operator)" in said
+    real = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU6()).eval()
+    lsquant.prepare(real, Recipe.preset("w8a8", integer_only=True), example_inputs=x)
+    lsquant.calibrate(real, [x])  # its last layer ends in an addition over int32, a multiplication and a limit
+    path = lsquant.export_onnx(real, tmp_path / "m.onnx", x, profile="integer")
+    assert not [r for r in lsquant.verify(real, path, [x]).remarks if r.startswith("in floating point")]
     model, x = ready("w4a4")
     path = lsquant.export_onnx(model, tmp_path / "m.onnx", x, profile="integer")
     assert not [r for r in lsquant.verify(model, path, [x]).remarks if r.startswith("in floating point")]

@@ -457,3 +457,27 @@ def test_random_networks_have_offsets() -> None:
     """Those that tests/fusion/test_integer_onnx.py compares, in about a half of which some tensor has one."""
     found = [drawn(seed)[0].zero_points() for seed in range(8)]
     assert 1 <= sum(any(zeros.values()) for zeros in found) <= 7
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["offset", "step", "weight"])
+def test_nothing_that_is_not_finite_is_shipped(which: str, bad: float, tmp_path: Path) -> None:
+    shifted = QuantSpec(8, offset=True)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 4, 1))
+    x = images()
+    model, network = ready(layers, x, Recipe(4, shifted, joins=shifted))
+    with torch.no_grad():
+        layer = model[2]
+        value = {"offset": layer.input_quantizer.offset, "step": layer.input_quantizer.step}.get(which)
+        (layer.weight_quantizer.step if value is None else value).fill_(bad)
+        if which == "offset":
+            assert bool(network(x).isnan().all())
+            assert bool(model(x).isnan().all())
+    name = "2.weight_quantizer" if which == "weight" else "input_quantizer"
+    for write in (
+        lambda: lsquant.export_onnx(network, tmp_path / "n.onnx", x, profile="integer"),
+        lambda: lsquant.export_program(network, tmp_path / "n"),
+    ):
+        with pytest.raises(lsquant.UsageError, match=rf"{name}: an? (offset|step) is"):
+            write()
+    assert not list(tmp_path.iterdir())

@@ -152,6 +152,42 @@ def test_a_fused_network_ships_as_integer_only() -> None:
     assert "float: its metric is measured where compare is given float_model=" in str(found)
 
 
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    model, x = ready(joins=False)
+    (tmp_path / "elsewhere").write_text("kept")
+    for name in ("float.onnx", "exact.onnx"):
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(UsageError, match=f"{name} is a symbolic link"):
+            lsquant.compare(model, x, [x], profiles=["exact"], folder=tmp_path, repeats=7)
+        (tmp_path / name).unlink()
+    assert (tmp_path / "elsewhere").read_text() == "kept"
+
+
+class Halves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).bfloat16()
+
+
+def test_what_cannot_be_run_or_cut() -> None:
+    """NumPy has no bfloat16; and an example has to be a batch."""
+    torch.manual_seed(6)
+    model, x = Halves().eval(), torch.randn(4, 5)
+    lsquant.prepare(model, Recipe(4, 8))
+    lsquant.calibrate(model, [x])
+    found = lsquant.compare(model, x, [x], profiles=["exact", "packed"], repeats=7)
+    assert "ONNX Runtime does not run this file from Python" in found.row("float").reason
+    assert found.best == "packed"
+    plain, x = nn.Sequential(nn.Linear(5, 3)).eval(), torch.randn(5)
+    lsquant.prepare(plain, Recipe(4, 8))
+    lsquant.calibrate(plain, [x])
+    with pytest.raises(UsageError, match="of which the first dimension has to be the batch"):
+        lsquant.compare(plain, x, [x], repeats=7)
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
     logits: Tensor
@@ -201,8 +237,12 @@ def test_errors() -> None:
     model, x = ready(joins=False)
     for given, said in (
         ({"profiles": ["exactly"]}, "'exactly' is no profile to compare; choose from exact, small, qdq"),
+        ({"profiles": ()}, "profiles is empty; choose from exact"),
         ({"repeats": 3}, "repeats=3: at least 7"),
-        ({"threads": 0}, "threads=0: at least 1"),
+        ({"threads": 0}, "threads=0: at least 1, at most 1024"),
+        ({"threads": True}, "threads=True: at least 1"),
+        ({"float_model": "m"}, "the model is 'm', which is no nn.Module"),
+        ({"folder": str(Path(__file__))}, "folder=.*test_compare.py.*: File exists"),
         ({"metric": lambda y, b: "good"}, r"metric\(output, batch\) gave a str"),
     ):
         with pytest.raises(UsageError, match=said):
@@ -255,7 +295,8 @@ def test_advice_for_integer_only_networks() -> None:
     best, text = _advice(slow, (1, 64), "uint8")
     assert best == "integer"
     assert "joins=8" not in text
-    assert "slower than the float network: look at what is computed in floating point" in text
+    assert "slower than the float network at batch 1: look at what is in floating point" in text
+    assert "network: look" in _advice([PLAIN, row("integer", "outputs", (1.5, 1.1), 300)], (1, 64), "uint8")[1]
     fast = [PLAIN, row("exact", "outputs", (0.4, 0.4), 300), row("integer", "codes", (0.5, 0.4), 200)]
     assert _advice(fast, (1, 64), "uint8")[0] == "exact"
     for container, target in (("int8", "xnnpack"), ("symmetric", "tensorrt")):

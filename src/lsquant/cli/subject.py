@@ -124,9 +124,11 @@ class RunModel:
         return self.run.task.metric(model)
 
     def float_metrics(self) -> Mapping[str, float]:
-        return read_metrics(self.run.file("metrics.json")).get("float", {})
+        metrics = self.run.file("metrics.json")
+        return read_metrics(metrics).get("float", {}) if metrics.is_file() else {}
 
     def comparison_file(self) -> Path:
+        require_no_link(self.run.file("export"))
         return self.run.file("export/compare.json")
 
 

@@ -139,9 +139,14 @@ def with_values(differentiable: Tensor, values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def zero_of(quantizer: Quantizer) -> int | None:
-    """(M9) Return z, by the guarded step of the quantizer itself, raised or not; None where it is NaN."""
+    """(M9) Return z, by the guarded step of the quantizer itself, raised or not; None where it has none.
+
+    That is where step or offset are not finite: an infinite one is no bound of the codes.
+    """
     if quantizer.offset is None:
         return 0
+    if not math.isfinite(float(quantizer.offset)):
+        return None
     step, bounds = quantizer.effective_step(), (quantizer.q_min, quantizer.q_max)
     zero = float(plain.zero_point(step, quantizer.offset, *bounds))
     return int(zero) if math.isfinite(zero) else None

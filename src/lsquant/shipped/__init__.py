@@ -18,4 +18,5 @@ from lsquant.shipped.record import Shipped as Shipped
 from lsquant.shipped.record import ShippedLayer as ShippedLayer
 from lsquant.shipped.record import ShippedQuantizer as ShippedQuantizer
 from lsquant.shipped.record import ShippedWeight as ShippedWeight
+from lsquant.shipped.record import require_all_shippable as require_all_shippable
 from lsquant.shipped.record import ship as ship

@@ -212,6 +212,12 @@ def ship(model: nn.Module) -> Shipped:
     return Shipped(model, {q.name: q for q in found.values()}, shipped_layers, vars(model).get(STORED))
 
 
+def require_all_shippable(model: nn.Module) -> None:
+    """Raise a UsageError as ``require_shippable`` does, for the first of a model's quantizers that it is for."""
+    for name, quantizer in lsq_nn.quantizers(model):
+        require_shippable(name, quantizer)
+
+
 def require_shippable(name: str, quantizer: Quantizer) -> None:
     """Raise a UsageError that names a quantizer without a step, switched off, or with one that cannot be shipped."""
     if not quantizer.is_initialized:

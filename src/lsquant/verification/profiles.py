@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lsquant._util.batches import Forward, evaluating, model_inputs, run_batch, take, trained_model, unwrapped
-from lsquant._util.entry import shown
+from lsquant._util.entry import reason, shown
 from lsquant._util.errors import LsquantError, UsageError
-from lsquant._util.files import atomic_write_bytes
+from lsquant._util.files import atomic_write_bytes, require_no_link
 from lsquant._util.nested import map_tensors, replaced, tensors_in
 from lsquant._util.optional import require
 from lsquant.convert import revert
@@ -42,6 +42,8 @@ FLOAT = "float"
 TIMED = ("exact", "small", "qdq", "integer")
 """Profiles that ONNX Runtime runs."""
 COMPARED = (*TIMED, "packed")
+MOST = 1024
+"""Of rounds and threads."""
 MUCH = 0.05
 """Of two files whose times differ by less than this share the smaller one is better."""
 OF_TARGET = {"int8": "xnnpack", "symmetric": "tensorrt"}
@@ -188,7 +190,7 @@ def compare(
         output = run_batch(trained, kept[0], forward)
         if metric is not None:
             _number(metric(output, kept[0]))
-    measured = {} if float_model is None else evaluate(float_model)
+    measured = {} if float_model is None else evaluate(unwrapped(float_model))
     data = Basis(example_inputs, kept, forward, evaluate, measured)
     return compare_files(unwrapped(model), data, profiles, folder, threads, repeats)
 
@@ -213,20 +215,21 @@ def compare_files(
     repeats: int = 15,
 ) -> Comparison:
     """As ``compare``, with metrics by name."""
-    rows, trained = file_formats(), trained_model(model)
+    rows, trained, profiles = file_formats(), trained_model(model), tuple(dict.fromkeys(profiles))
     if odd := [name for name in profiles if name not in COMPARED]:
         raise UsageError(f"compare: {odd[0]!r} is no profile to compare; choose from {', '.join(COMPARED)}")
-    if not hasattr(repeats, "__index__") or repeats < FEWEST:
-        raise UsageError(f"compare: repeats={shown(repeats)}: at least {FEWEST}")
-    if not hasattr(threads, "__index__") or threads < 1:
-        raise UsageError(f"compare: threads={shown(threads)}: at least 1")
+    if not profiles:
+        raise UsageError(f"compare: profiles is empty; choose from {', '.join(COMPARED)}")
+    for name, value, least in (("repeats", repeats, FEWEST), ("threads", threads, 1)):
+        if not hasattr(value, "__index__") or isinstance(value, bool) or not least <= value <= MOST:
+            raise UsageError(f"compare: {name}={shown(value)}: at least {least}, at most {MOST}")
     require("onnx", extra="onnx")
     require("onnxruntime", extra="onnx")
     where = nullcontext(folder) if folder is not None else tempfile.TemporaryDirectory()
     with where as place, evaluating(trained):
-        target = Path(os.fspath(place))
-        target.mkdir(parents=True, exist_ok=True)
+        target = _folder(place, [FLOAT + ".onnx", *(rows[name].file_name for name in profiles)])
         feeder = _Feeder(trained, data, threads)
+        feeder.require_batch()
         found = [_float_row(trained, target / "float.onnx", data, feeder)]
         for name in profiles:
             subject = model if name == INTEGER_ONLY else trained
@@ -239,6 +242,18 @@ def compare_files(
     best, advice = _advice(found, sizes, None if joins is None else joins.container)
     facts = environment()
     return Comparison(tuple(found), sizes, samples, threads, f"{facts['processor']}", best, advice)
+
+
+def _folder(place: str | os.PathLike[str], names: Sequence[str]) -> Path:
+    """Make the folder of the files.  Raises: UsageError where that cannot be done, or a file is a link."""
+    target = Path(os.fspath(place))
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"compare: folder={shown(str(target))}: {error.strerror or error}") from error
+    for name in names:
+        require_no_link(target / name)
+    return target
 
 
 class _Feeder:
@@ -254,6 +269,25 @@ class _Feeder:
         self.sessions[name] = make_session(os.fspath(path), options, **settings)
         return self.sessions[name]
 
+    def require_batch(self) -> None:
+        """Raise UsageError where the model does not take the first sample of the example alone."""
+        try:
+            run_batch(self.model, self._of_size(1))
+        except LsquantError as error:
+            raise UsageError(
+                f"compare: the model does not take the first sample of example_inputs, of which the first dimension "
+                f"has to be the batch: {error}"
+            ) from error
+
+    def run_once(self, name: str) -> None:
+        """Raise UsageError where a file cannot be run here."""
+        try:
+            self.calls(1, [name])[name]()
+        except LsquantError:
+            raise
+        except Exception as error:  # the runtime's own kinds
+            raise UsageError(f"ONNX Runtime does not run this file from Python: {reason(error)}") from error
+
     def _of_size(self, size: int | None) -> Any:
         """Return the example, or its first samples."""
         example = self.data.example_inputs
@@ -265,12 +299,13 @@ class _Feeder:
         sizes = [len(t) for t in tensors_in(model_inputs(self.data.example_inputs)) if t.dim()]
         return tuple(dict.fromkeys([1, *sizes[:1]]))
 
-    def calls(self, size: int) -> dict[str, Callable[[], Any]]:
-        """Return what runs each file on so many samples."""
+    def calls(self, size: int, names: Sequence[str] | None = None) -> dict[str, Callable[[], Any]]:
+        """Return what runs each file on so many samples.  names: of some files; default: of all."""
         with recording(self.model, layers=False) as calls:
             run_batch(self.model, self._of_size(size))
         found: dict[str, Callable[[], Any]] = {}
-        for name, session in self.sessions.items():
+        for name in names or self.sessions:
+            session = self.sessions[name]
             feeds = feeds_of(name, [value.name for value in session.get_inputs()], calls[0])
             found[name] = lambda session=session, feeds=feeds: session.run(None, feeds)
         return found
@@ -298,9 +333,10 @@ class FileModel(nn.Module):
             wanted = self.trained(*args, **kwargs)
         names = [value.name for value in self.session.get_inputs()]
         made = [torch.from_numpy(y) for y in self.session.run(None, feeds_of(self.path, names, calls[0]))]
-        if len(made) != len(tensors_in(wanted)):
-            raise UsageError(f"{self.path} has {len(made)} outputs, the model {len(tensors_in(wanted))}")
-        return replaced(wanted, made)
+        places = tensors_in(wanted)
+        if len(made) != len(places):
+            raise UsageError(f"{self.path} has {len(made)} outputs, the model {len(places)}")
+        return replaced(wanted, [y.to(place.device) for y, place in zip(made, places, strict=True)])
 
 
 def _float_row(model: nn.Module, path: Path, data: Basis, feeder: _Feeder) -> Shippable:
@@ -309,7 +345,9 @@ def _float_row(model: nn.Module, path: Path, data: Basis, feeder: _Feeder) -> Sh
         proto = exported(plain, data.example_inputs, TORCH_OPSET)
         atomic_write_bytes(path, proto.SerializeToString(deterministic=True))
         feeder.open(FLOAT, path, {})
+        feeder.run_once(FLOAT)
     except LsquantError as error:
+        feeder.sessions.pop(FLOAT, None)
         return Shippable(FLOAT, metrics=dict(data.measured), reason=f"left out: {error}")
     return Shippable(FLOAT, path.stat().st_size, metrics=dict(data.measured), oldest=OLDEST["others"])
 
@@ -322,6 +360,7 @@ def _row(model: nn.Module, row: FileFormat, path: Path, data: Basis, feeder: _Fe
         if row.name in TIMED:
             content: Any = row.read(path)
             session, oldest = feeder.open(row.name, path, content.session), _oldest(content.proto)
+            feeder.run_once(row.name)
             of_file: nn.Module = FileModel(model, session, path)
         else:
             of_file = load_packed(revert(copied(model)), path).eval()
@@ -379,10 +418,11 @@ def _advice(rows: Sequence[Shippable], sizes: Sequence[int], container: str | No
         other = min(others, key=_time)
         says.append(f"{other.name} is faster ({_ratios(other, sizes)}), and reaches only the level {other.level}")
     slow = [size for size in sizes if best.ratio.get(size, 0.0) >= 1.0]
+    where = "" if len(slow) == len(sizes) else f" at batch {slow[0]}" if slow else ""
     if slow and container is None:
         says.append(
-            "that is slower than the float network; an integer-only network is faster (joins=8 in the recipe, trained "
-            "so; docs/integer-only.md)"
+            f"that is slower than the float network{where}; an integer-only network is faster (joins=8 in the recipe, "
+            "trained so; docs/integer-only.md)"
         )
     elif slow:
         says.append(

@@ -26,7 +26,7 @@ from lsquant.formats.onnx.reader import FORMAT
 from lsquant.formats.onnx.tables import tables
 from lsquant.formats.onnx.tidy import tidy
 from lsquant.fusion import FusedNetwork, fuse
-from lsquant.shipped import integer_model, ship
+from lsquant.shipped import integer_model, require_all_shippable, ship
 
 BY_BYTES = {"session.x64quantprecision": "1"}
 SESSION: dict[str, dict[str, str]] = {"exact": {}, "qdq": BY_BYTES, "small": {}, "integer": BY_BYTES}
@@ -99,6 +99,7 @@ def onnx_model(
         raise UsageError(f"export_onnx: form={shown(form)}; choose from {', '.join(map(repr, FORMS))}")
     if profile == "integer":
         network = model if isinstance(model, FusedNetwork) else fuse(model)
+        require_all_shippable(network.model)
         with evaluating(network):
             run_batch(network, example_inputs)
             proto, writer, opset = integer_proto(network, example_inputs, form, opset, dynamic_batch)

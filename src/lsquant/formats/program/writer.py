@@ -22,6 +22,7 @@ from lsquant.fusion.functions import all_codes, function_quotients
 from lsquant.fusion.network import FusedNetwork, Run, fuse, limits_of
 from lsquant.nn.pool import is_windowed, sizes_of, window_geometry
 from lsquant.program import Kind, Step, gives_parts, output_nodes, whole
+from lsquant.shipped import require_all_shippable
 
 FORMAT, WITH_ZEROS = 1, 2
 """Of a program, and of one with zero points, which readers of the first would take for 0."""
@@ -49,6 +50,7 @@ def export_program(network: nn.Module, path: str | os.PathLike[str]) -> Path:
 def program_content(network: FusedNetwork) -> tuple[Entry, dict[str, Tensor]]:
     """Return (document, tensors) of a fused network.  Raises: UsageError naming a step that has no form."""
     program = network.program
+    require_all_shippable(network.model)
     if program.floats:
         step = program.floats[0]
         raise UsageError(

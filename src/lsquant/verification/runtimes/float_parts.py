@@ -22,6 +22,8 @@ MOVES = frozenset((
 """Operators that move values or choose among them, whatever their type."""
 
 
+LAST = ("Add", "Mul", "Relu", "Clip")
+"""Of a last layer: its bias over int32, the scale that makes its sums real, and the limit of these."""
 IN_FLOAT = "in floating point in "
 
 
@@ -44,8 +46,11 @@ def says_float_parts(network: FusedNetwork, graph: Any, runtime: str) -> str:
     steps = {step.name: step for step in network.program.steps}
     inside: dict[str, list[str]] = {}
     outside: Counter[str] = Counter()
+    stored = network.program.stored
     for name, kind in float_operators(graph):
         layer = next((part for part in _prefixes(name) if part in steps), None)
+        if layer is not None and kind in LAST and stored[steps[layer].end] is None and steps[layer].kind is Kind.LAYER:
+            continue
         if layer is None or steps[layer].kind is Kind.FLOAT:
             outside[kind] += 1
         else:
