@@ -425,9 +425,7 @@ def _advice(rows: Sequence[Shippable], sizes: Sequence[int], container: str | No
             "trained so; docs/integer-only.md)"
         )
     elif slow:
-        says.append(
-            "that is slower than the float network: look at what is computed in floating point between the layers"
-        )
+        says.append(f"that is slower than the float network{where}: look at what is in floating point between layers")
     if best.of_fused_form:
         says.append(
             "the model as it was trained differs a little from that form: train network = lsquant.fuse(model) on for "
