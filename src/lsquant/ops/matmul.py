@@ -205,9 +205,8 @@ def _product(
     return Product(x, x_grid, weight, w_grid, Conv(*conv) if conv else None)
 
 
-def _checked_product(*flat: Any) -> Product:
+def _with_finite_offset(p: Product) -> Product:
     """Return the product; with the step NaN where the offset is not finite, whose zero point would be any integer."""
-    p = _product(*flat)
     offset = p.x_grid.offset
     return p if offset is None else p._replace(x_grid=p.x_grid._replace(step=p.x_grid.step + 0.0 * offset))
 
@@ -237,18 +236,18 @@ def _fake_backward(
 
 
 def _run_forward(bias: Tensor | None, autocast_dtype: torch.dtype | None, *flat: Any) -> Tensor:
-    p = _checked_product(*flat)
+    p = _product(*flat)
     if 0 in (size := require_product(*p[:4], bias, p.conv)):
         return p.x.new_empty(size, dtype=autocast_dtype)
-    return _forward(p, bias, autocast_dtype)
+    return _forward(_with_finite_offset(p), bias, autocast_dtype)
 
 
 def _run_backward(
     grad: Tensor, need_x: bool, has_bias: bool, autocast_dtype: torch.dtype | None, *flat: Any
 ) -> tuple[Tensor, ...]:
-    p = _checked_product(*flat)
+    p = _product(*flat)
     require_gradient(grad, require_product(*p[:4], None, p.conv), p.x)
-    return _backward(grad, p, need_x, has_bias, autocast_dtype)
+    return _backward(grad, _with_finite_offset(p), need_x, has_bias, autocast_dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -37,6 +37,8 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, 
         times[name] = min(MOST_CALLS, 1 + int(SECONDS / max(_seconds(call, 1), 1e-9)))
     found: dict[str, list[float]] = {name: [] for name in calls}
     was_on = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at again
     gc.disable()
     try:
         for _ in range(repeats):
@@ -45,6 +47,7 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, 
                 found[name].append(_seconds(call, times[name]))
             gc.collect()
     finally:
+        gc.unfreeze()
         if was_on:
             gc.enable()
     return {name: Latency(*np.percentile(np.array(s) * 1e3, (20, 50, 80)).tolist()) for name, s in found.items()}
