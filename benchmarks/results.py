@@ -160,6 +160,9 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
             says = RUNS[run["run"]].says.removeprefix(PILOT).replace(", transition rates", "")
             above.plot(t, [1000 * v for v in k], color=color, linewidth=1.2, label=f"K, {says}")
             below.plot(t, [v / run["settings"]["lr"] for v in u], color=color, linewidth=1.2, label=says)
+        t, _, r, _ = zip(
+            *max((run["trace"] for run in pilots), key=len), strict=True
+        )  # the same for all, of one that ended
         above.plot(t, [1000 * v for v in r], color="black", linewidth=1.2, linestyle=(0, (4, 3)), label="R, the target")
         above.set_ylabel("weights that change\ncode in a step, per 1000")
         below.set_ylabel("U over its first value")
