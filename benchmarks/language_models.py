@@ -29,12 +29,18 @@ RATES = {"w8g32": 1e-4, "w4g32": 3e-4, "w3g32": 1e-3, "w2g32": 2e-3, "ternaryg32
 """Recipe -> learning rate of Adam."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(about: str | None) -> argparse.ArgumentParser:
+    """A parser of the options that the benchmarks of language models share."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="FOLDER")
     parser.add_argument("--data", nargs="+", metavar="FILE")
     parser.add_argument("--valid", nargs="+", metavar="FILE")
     parser.add_argument("--runs", type=Path, default=Path("runs/text"), metavar="DIR")
+    return parser
+
+
+def main() -> None:
+    parser = parser_of(__doc__)
     parser.add_argument("--only", nargs="+", choices=RATES, default=list(RATES), metavar="RECIPE")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)

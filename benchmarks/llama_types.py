@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from language_models import parser_of
 from tables import ROOT, replaced, table
 
 import lsquant
@@ -42,11 +43,7 @@ WRITTEN, ROUNDS = 64, 7
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", metavar="FOLDER")
-    parser.add_argument("--data", nargs="+", metavar="FILE")
-    parser.add_argument("--valid", nargs="+", metavar="FILE")
-    parser.add_argument("--runs", type=Path, default=Path("runs/text"), metavar="DIR")
+    parser = parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=20_000, help="of the held-out text (default 20,000)")
     parser.add_argument("--speed", action="store_true", help="also tokens a second, on one thread")
     parser.add_argument("--story", metavar="TEXT", help="print how each learned file goes on with it")
